@@ -1,0 +1,40 @@
+"""The machine that a benchmark runs on."""
+
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+GIB = 2**30
+
+
+def describe() -> str:
+    """One line that names CPU, memory, JAX's version and its devices."""
+    cpu = _proc_field("cpuinfo", "model name") or platform.processor() or platform.machine()
+    devices = jax.devices()
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {_total_memory() / GIB:.0f} GiB memory; "
+        f"jax {jax.__version__} on {len(devices)} x {devices[0].device_kind}"
+    )
+
+
+def available_memory() -> int:
+    """Bytes of host memory that a program can take without swapping (outside Linux: all there is).
+
+    Not sysconf's SC_AVPHYS_PAGES, which leaves out what the kernel would give up from its caches.
+    """
+    available = _proc_field("meminfo", "MemAvailable")
+    return int(available.split()[0]) * 1024 if available else _total_memory()
+
+
+def _total_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _proc_field(file: str, name: str) -> str | None:
+    """The first value of `name` in /proc/`file`; None if it has none, as on other systems."""
+    path = Path("/proc", file)
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in fields if key.strip() == name), None)

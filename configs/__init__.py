@@ -1,0 +1,10 @@
+"""Presets of training runs: one file each, with its command, its cost and its expected score."""
+
+from configs import demo, student, teacher
+from dvmsr_jax.config import TrainConfig
+
+# preset -> phase -> configuration
+PRESETS: dict[str, dict[str, TrainConfig]] = {
+    "paper": {"teacher": teacher.CONFIG, "student": student.CONFIG},
+    "demo": {"teacher": demo.TEACHER, "student": demo.STUDENT},
+}

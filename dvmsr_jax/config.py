@@ -1,0 +1,111 @@
+"""Every setting of a model and of a training run, as frozen dataclasses; `configs/` fills them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kernels.selective_scan import Implementation
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the weights belong to. The defaults are the paper's student."""
+
+    scale: Literal[2, 3, 4] = 4
+    """Upscaling factor."""
+    channels: int = 60
+    """Width c of the residual stream."""
+    rssbs: int = 4
+    """Number of RSSBs (residual state-space blocks)."""
+    vimms_per_rssb: int = 2
+    """ViMMs (Vision-Mamba modules) in each RSSB."""
+    states: int = 16
+    """Scan states n of each inner channel."""
+    expand: int = 2
+    """Inner channels d of a ViMM, as a multiple of c."""
+    conv_width: int = 4
+    """Taps of the ViMM's causal convolution."""
+    bidirectional: bool = False
+    """Scan the tokens in both directions, as Vision Mamba does; the published DVMSR does not."""
+    drop_path: float = 0.1
+    """Chance of dropping the last ViMM's input in training; it grows linearly from 0 over depth."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the training pictures come from and how batches are cut from them."""
+
+    hr_dirs: tuple[Path, ...] = ()
+    """Folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K."""
+    data_dir: Path = Path("~/tensorflow_datasets")
+    """Where TFDS keeps prepared records (and downloads)."""
+    val_images: int = 20
+    """Pictures kept apart from training for validation."""
+    lr_crop: int = 64
+    """Side of the square low-resolution training crops, in pixels."""
+    batch_size: int = 128
+    """Crops a step, over all devices."""
+    workers: int = 2
+    """Threads that load and augment ahead of the training step."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam, its learning rate over time, and the average of the weights."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["halving", "cosine"] = "halving"
+    """halving: the paper's, at 50, 80, 90 and 95% of the steps. cosine: to zero at the end."""
+    warmup: float = 0.0
+    """Share of the steps in which the learning rate rises from zero."""
+    b1: float = 0.9
+    """Adam's decay of the gradient's mean."""
+    b2: float = 0.99
+    """Adam's decay of its square's."""
+    clip: float = 1.0
+    """Largest global norm of a gradient; larger ones are scaled down to it."""
+    ema_decay: float = 0.999
+    """Decay of the weights' moving average, which validation and export use."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The student phase's second loss: L1 between student and teacher."""
+
+    teacher: Path | None = None
+    """Teacher checkpoint. None: the teacher phase's under the same workdir."""
+    weight: float = 1.0
+    """Factor lambda of the distillation loss."""
+    level: Literal["output", "mid"] = "output"
+    """output: compare the pictures. mid: compare the outputs of `rssbs`, projected to fit."""
+    rssbs: tuple[tuple[int, int], ...] = ()
+    """For level mid: (student's, teacher's) RSSBs to pair, counted from 0. None: evenly."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training phase."""
+
+    phase: Literal["teacher", "student"] = "student"
+    """teacher: L1 to the HR pictures. student: the same plus distillation."""
+    workdir: Path = Path("runs/dvmsr")
+    """Checkpoints, metrics and samples go to WORKDIR/PHASE."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    steps: int = 500_000
+    """Optimizer steps; learning-rate milestones scale with it."""
+    seed: int = 0
+    """Seed of the initial weights, the batches and drop-path."""
+    scan: Implementation = "auto"
+    """Implementation of the selective scan; see kernels/selective_scan."""
+    log_every: int = 100
+    """Steps between lines of metrics."""
+    val_every: int = 5_000
+    """Steps between validations."""
+    checkpoint_every: int = 5_000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints to keep."""

@@ -1,0 +1,39 @@
+"""What a model costs, counted from its configuration."""
+
+import math
+from typing import NamedTuple
+
+from dvmsr_jax.config import ModelConfig
+
+
+class Cost(NamedTuple):
+    """Of one upscaled image."""
+
+    macs: int
+    """Multiply-adds of all convolutions and projections."""
+    scan_flops: int
+    """Floating-point operations of the scans, nine for each token, channel and state."""
+    usual_macs: int
+    """What the counter that papers use (fvcore) reports for the published code: it does not see
+    into the fused mixer (the causal convolution, W_x, W_dt, W_out and the scan), and counts five
+    operations for each number that a LayerNorm touches."""
+
+
+def cost(config: ModelConfig, height: int, width: int) -> Cost:
+    """The cost of upscaling a `height` x `width` low-resolution image."""
+    c, n = config.channels, config.states
+    d, rank = config.expand * c, math.ceil(c / 16)
+    vimms = config.rssbs * config.vimms_per_rssb
+    directions = 2 if config.bidirectional else 1
+
+    convolutions = 9 * (3 * c + config.rssbs * c * c + c * c + c * 3 * config.scale**2)
+    in_proj, out_proj = c * 2 * d, d * c
+    direction = config.conv_width * d + d * (rank + 2 * n) + rank * d
+    norms = 5 * c * (vimms + 2)
+
+    tokens = height * width
+    return Cost(
+        macs=tokens * (convolutions + vimms * (in_proj + out_proj + directions * direction)),
+        scan_flops=tokens * vimms * directions * 9 * d * n,
+        usual_macs=tokens * (convolutions + vimms * in_proj + norms),
+    )

@@ -1,0 +1,181 @@
+"""Benchmarks, folders of test pictures, and a model's scores on them."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from dvmsr_jax import bicubic
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.images import SAMPLES, ImageError, find_images, read_rgb, write_png
+from dvmsr_jax.metrics import psnr_y, ssim_y
+
+
+class Example(NamedTuple):
+    """A picture to upscale and what should come out."""
+
+    name: str
+    lr: np.ndarray  # (h, w, 3) uint8
+    hr: np.ndarray  # (h * scale, w * scale, 3) uint8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An example's files."""
+
+    name: str
+    hr: Path
+    lr: Path | None
+    """None: the LR picture is made from the HR one."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Examples, each read from its files when its turn comes, every time again."""
+
+    pairs: tuple[Pair, ...]
+    scale: int
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (load_pair(pair, self.scale) for pair in self.pairs)
+
+
+def find_benchmarks(dirs: Sequence[Path], scale: int) -> dict[str, Benchmark]:
+    """The benchmarks in these folders, by name, which is the benchmark's folder's.
+
+    Each folder is a benchmark, with pictures in HR/ and, if they are not to be made, their
+    low-resolution versions in LR/ (STEM.png or, as in DIV2K, STEMx{scale}.png for HR/STEM.png), or
+    it is a folder of benchmarks. Raises ImageError, naming the file or folder, for a folder that is
+    neither, for two benchmarks or two pictures of one name, and for HR and LR files that do not
+    pair up.
+    """
+    folders: dict[str, Path] = {}
+    for folder in (benchmark for parent in dirs for benchmark in _benchmark_folders(parent)):
+        name = folder.resolve().name
+        if name in folders:
+            raise ImageError(f"{folder}: the name {name} is taken by {folders[name]}; rename one")
+        folders[name] = folder
+    return {name: Benchmark(_pair_up(folder, scale), scale) for name, folder in folders.items()}
+
+
+def sample_pairs(scale: int) -> Benchmark:
+    """The demo's pictures, `images.SAMPLES`."""
+    return Benchmark(tuple(Pair(path.stem, path, None) for path in SAMPLES), scale)
+
+
+def load_pair(pair: Pair, scale: int) -> Example:
+    """Reads a pair, crops HR to a multiple of the scale, and makes LR if there is no file of it.
+
+    Raises ImageError, naming the file, if one cannot be read or their sizes do not fit.
+    """
+    hr = read_rgb(pair.hr)
+    try:
+        hr = bicubic.modcrop(hr, scale)
+    except ValueError as error:
+        raise ImageError(f"{pair.hr}: {error}") from error
+    if pair.lr is None:
+        return Example(pair.name, bicubic.downscale(hr, scale), hr)
+    lr = read_rgb(pair.lr)
+    width, height = hr.shape[1] // scale, hr.shape[0] // scale
+    if lr.shape[:2] != (height, width):
+        raise ImageError(
+            f"{pair.lr}: has {lr.shape[1]}x{lr.shape[0]} pixels, but 1/{scale} of {pair.hr} is"
+            f" {width}x{height}"
+        )
+    return Example(pair.name, lr, hr)
+
+
+def evaluate(
+    upscale: Callable[[np.ndarray], np.ndarray],
+    examples: Iterable[Example],
+    scale: int,
+    *,
+    name: str,
+    save_dir: Path | None = None,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Scores `upscale`, a function from LR to SR pictures, uint8 both, and bicubic beside it.
+
+    Returns the scores, {"psnr_y", "ssim_y", "bicubic": {"psnr_y", "ssim_y"}, "images": {NAME:
+    {"psnr_y", "ssim_y"}}} with means over the examples outside "images", and the seconds that each
+    picture took. The first of each size is upscaled once more beforehand, so that compiling does
+    not count.
+
+    Progress goes to stderr if that is a terminal, under the benchmark's `name`. With `save_dir`,
+    SR pictures are written to SAVE_DIR/NAME/PICTURE.png. Raises UserError if there are no
+    examples, and naming the picture if one cannot be scored (see `metrics`).
+    """
+    images: dict[str, dict[str, float]] = {}
+    baseline: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    compiled: set[tuple[int, ...]] = set()
+    for picture, lr, hr in tqdm(examples, desc=name, unit="picture", disable=None):
+        if lr.shape not in compiled:
+            upscale(lr)
+            compiled.add(lr.shape)
+        start = time.perf_counter()
+        sr = upscale(lr)
+        seconds[picture] = time.perf_counter() - start
+        if save_dir is not None:
+            write_png(save_dir / name / f"{picture}.png", sr)
+        try:
+            images[picture] = _score(sr, hr, scale)
+            baseline[picture] = _score(bicubic.upscale(lr, scale), hr, scale)
+        except ValueError as error:
+            raise UserError(f"{name}/{picture}: {error}") from error
+    if not images:
+        raise UserError(f"{name}: no pictures to score")
+    return {**_mean(images), "bicubic": _mean(baseline), "images": images}, seconds
+
+
+def _score(sr: np.ndarray, hr: np.ndarray, border: int) -> dict[str, float]:
+    return {"psnr_y": psnr_y(sr, hr, border), "ssim_y": ssim_y(sr, hr, border)}
+
+
+def _mean(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {
+        metric: float(np.mean([score[metric] for score in scores.values()]))
+        for metric in ("psnr_y", "ssim_y")
+    }
+
+
+def _benchmark_folders(folder: Path) -> list[Path]:
+    if (folder / "HR").is_dir():
+        return [folder]
+    if not folder.is_dir():
+        raise ImageError(f"{folder}: no such folder")
+    found = sorted(sub for sub in folder.iterdir() if (sub / "HR").is_dir())
+    if not found:
+        raise ImageError(f"{folder}: neither it nor a folder in it has an HR/ folder of pictures")
+    return found
+
+
+def _pair_up(folder: Path, scale: int) -> tuple[Pair, ...]:
+    hrs = _by_stem(folder / "HR")
+    if not (folder / "LR").is_dir():
+        return tuple(Pair(stem, hr, None) for stem, hr in hrs.items())
+    lrs = _by_stem(folder / "LR")
+    pairs = []
+    for stem, hr in hrs.items():
+        lr = lrs.pop(stem, None) or lrs.pop(f"{stem}x{scale}", None)
+        if lr is None:
+            raise ImageError(f"{hr}: no {stem} or {stem}x{scale} in {folder / 'LR'}")
+        pairs.append(Pair(stem, hr, lr))
+    for lr in lrs.values():
+        raise ImageError(f"{lr}: no picture in {folder / 'HR'} belongs to it")
+    return tuple(pairs)
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in find_images(folder):
+        if path.stem in files:
+            raise ImageError(f"{path}: the name {path.stem} is taken by {files[path.stem]}")
+        files[path.stem] = path
+    return files

@@ -1,0 +1,85 @@
+"""Reading and writing pictures: uint8 RGB arrays in memory, files by Pillow."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+from dvmsr_jax.errors import UserError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+"""What `find_images` takes for a picture, in lower case."""
+
+SAMPLES = tuple(
+    Path(skimage.data.__file__).parent / name
+    for name in ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+)
+"""The colour photographs inside scikit-image's wheel, so there without a download."""
+
+
+class ImageError(UserError):
+    """A picture, or a folder of them, that cannot be used; the message names it."""
+
+
+def read_rgb(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture as RGB, upright by its EXIF orientation.
+
+    Grey becomes three equal channels, 16-bit grey is scaled to 8 bits, transparency is dropped, and
+    of several frames the first is taken. Raises ImageError for a file that is missing, is no
+    picture, is damaged or truncated, is larger than Pillow's limit against decompression bombs
+    (`PIL.Image.MAX_IMAGE_PIXELS` sets it), or has 32-bit pixels, whose range nothing tells.
+    """
+    if not Path(path).is_file():
+        raise ImageError(f"{path}: no such file")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            image.info.pop("transparency", None)  # Pillow warns about dropping it
+            if image.mode.startswith("I;16"):  # convert() would saturate all above 255
+                grey = np.rint(np.asarray(image) / 257).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
+            if image.mode in ("I", "F"):
+                raise ValueError("32-bit pixels; save it with 8 or 16 bits")
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise whatever they trip over
+        raise ImageError(f"{path}: not a readable picture ({error})") from error
+
+
+def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Writes an RGB picture, making its folder; whatever happens, PATH is whole or untouched."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        Image.fromarray(image).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """The pictures in a folder and its subfolders, by suffix and sorted; hidden ones are skipped.
+
+    Raises ImageError if the folder is missing or holds none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ImageError(f"{folder}: no such folder")
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+    )
+    if not found:
+        raise ImageError(f"{folder}: no pictures ({' '.join(sorted(SUFFIXES))}) in it")
+    return found
+
+
+def to_uint8(image: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Values in [0, 1] to the nearest of 0 .. 255; what leaves that range is clamped."""
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)

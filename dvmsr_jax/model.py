@@ -1,0 +1,152 @@
+"""DVMSR (arXiv 2405.03008, figure 2): shallow features, RSSBs of ViMMs, reconstruction.
+
+Legend of the shapes, used by every signature of this package:
+
+    b  batch       h w  low-resolution height and width     l = h w  tokens in raster order
+    c  channels    d    inner channels of a ViMM            s        scale
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
+
+# Mean colour of DIV2K, taken off before the first convolution and added after the last.
+RGB_MEAN = (0.4488, 0.4371, 0.4040)
+
+
+class Features(NamedTuple):
+    """What the body computes on the way, with each block's skip connection added."""
+
+    shallow: Array  # (b, h, w, c), the first convolution's output
+    rssbs: tuple[Array, ...]  # (b, h, w, c) each
+    body: Array  # (b, h, w, c), the last convolution's output before the long skip
+
+
+class RSSB(nnx.Module):
+    """Residual state-space block: ViMMs in a row and a 3x3 convolution, around a skip."""
+
+    def __init__(
+        self, config: ModelConfig, drop_paths: tuple[float, ...], scan: str, *, rngs: nnx.Rngs
+    ):
+        self.vimms = nnx.List([ViMM(config, rate, scan, rngs=rngs) for rate in drop_paths])
+        self.conv = conv3x3(config.channels, config.channels, rngs)
+
+    def __call__(
+        self, features: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b h w c"]:
+        """Refines the features."""
+        b, h, w, c = features.shape
+        tokens = features.reshape(b, h * w, c)
+        for vimm in self.vimms:
+            tokens = vimm(tokens, rngs=rngs)
+        return self.conv(tokens.reshape(b, h, w, c)) + features
+
+
+class DVMSR(nnx.Module):
+    """The network. `scan` names the selective scan's implementation and changes no result."""
+
+    def __init__(self, config: ModelConfig, *, scan: str = "auto", rngs: nnx.Rngs):
+        c, s, depth = config.channels, config.scale, config.rssbs * config.vimms_per_rssb
+        rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.config = config
+        self.conv_first = conv3x3(3, c, rngs)
+        self.norm_first = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
+        self.rssbs = nnx.List(
+            [
+                RSSB(config, tuple(rates[i : i + config.vimms_per_rssb]), scan, rngs=rngs)
+                for i in range(0, depth, config.vimms_per_rssb)
+            ]
+        )
+        self.norm_last = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
+        self.conv_last = conv3x3(c, c, rngs)
+        self.reconstruct = conv3x3(c, 3 * s * s, rngs)
+
+    def __call__(
+        self, image: Float[Array, "b h w 3"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b hs ws 3"]:
+        """Upscales RGB images in [0, 1]; the result may leave that range slightly.
+
+        With `rngs` (a stream `dropout`) the pass is one of training, with drop-path.
+        """
+        return self.with_features(image, rngs=rngs)[0]
+
+    def with_features(
+        self, image: Float[Array, "b h w 3"], *, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, "b hs ws 3"], Features]:
+        """The upscaled images and the features computed on the way to them."""
+        mean = jnp.asarray(RGB_MEAN, image.dtype).reshape(1, 1, 1, 3)
+        shallow = self.conv_first(image - mean)
+        features = self.norm_first(shallow)
+        outputs = []
+        for rssb in self.rssbs:
+            features = rssb(features, rngs=rngs)
+            outputs.append(features)
+        body = self.conv_last(self.norm_last(features))
+        upscaled = pixel_shuffle(self.reconstruct(body + shallow), self.config.scale) + mean
+        return upscaled, Features(shallow, tuple(outputs), body)
+
+
+def conv3x3(c_in: int, c_out: int, rngs: nnx.Rngs) -> nnx.Conv:
+    """A 3x3 convolution that keeps the size, zeros around the image."""
+    init = torch_uniform(fan_in=9 * c_in)
+    return nnx.Conv(c_in, c_out, (3, 3), kernel_init=init, bias_init=init, rngs=rngs)
+
+
+def pixel_shuffle(x: Float[Array, "b h w c"], scale: int) -> Float[Array, "b hs ws rgb"]:
+    """Moves channels into space, in PyTorch's channel order: colour, then row, then column."""
+    b, h, w, _ = x.shape
+    x = x.reshape(b, h, w, -1, scale, scale)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * scale, w * scale, -1)
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def model_from_parameters(
+    config: ModelConfig, parameters: Mapping[str, Array | np.ndarray], *, scan: str = "auto"
+) -> DVMSR:
+    """A model of these weights, named as `named_parameters` names them.
+
+    Raises:
+        ValueError: parameters are missing, left over, or of another shape than the model's.
+    """
+    # Traced only for the structure: nothing is initialised to be thrown away.
+    model = nnx.eval_shape(lambda: DVMSR(config, scan=scan, rngs=nnx.Rngs(0)))
+    state = nnx.state(model, nnx.Param)
+    expected = {_name(path): variable for path, variable in nnx.to_flat_state(state)}
+    problems = [f"{name} is missing" for name in expected if name not in parameters]
+    problems += [f"{name} is not part of the model" for name in parameters if name not in expected]
+    problems += [
+        f"{name} has shape {parameters[name].shape}, expected {variable.shape}"
+        for name, variable in expected.items()
+        if name in parameters and parameters[name].shape != variable.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError("the weights do not fit the model: " + "; ".join(problems[:3]) + more)
+    leaves = [
+        (path, variable.replace(jnp.asarray(parameters[_name(path)], jnp.float32)))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    nnx.update(model, nnx.from_flat_state(leaves))
+    return model
+
+
+def named_parameters(model: nnx.Module) -> dict[str, Array]:
+    """The parameters by their path, such as "rssbs.0.vimms.1.in_proj.kernel"."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {_name(path): variable[...] for path, variable in state}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))

@@ -1,0 +1,173 @@
+"""Weights in and out: checkpoint directories, `.safetensors`, and the authors' published `.pth`.
+
+python -m dvmsr_jax.pretrained IN OUT.safetensors
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tyro
+
+from dvmsr_jax import checkpoint, pth
+from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+
+
+class PretrainedError(UserError):
+    """A weights file that cannot be used; the message names it and says why."""
+
+
+def load_model(path: Path, *, scan: str = "auto") -> DVMSR:
+    """The model in a checkpoint directory (its averaged weights), `.safetensors` or `.pth` file.
+
+    Raises:
+        PretrainedError: the path does not exist, is none of the three, is damaged or unsafe, or its
+            weights do not fit a DVMSR.
+    """
+    try:
+        config, parameters = _read(path)
+        return model_from_parameters(config, parameters, scan=scan)
+    except (checkpoint.CheckpointError, pth.UnsafeFileError) as error:
+        raise PretrainedError(str(error)) from error
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        reason = str(error)
+        raise PretrainedError(reason if str(path) in reason else f"{path}: {reason}") from error
+
+
+def save_safetensors(model: DVMSR, path: Path, facts: dict[str, str] | None = None) -> None:
+    """Writes the weights in float32, the configuration and further `facts` in the metadata."""
+    metadata = {"format": "dvmsr_jax", "config": json.dumps(dataclasses.asdict(model.config))}
+    arrays = {name: np.asarray(x, np.float32) for name, x in named_parameters(model).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The library would leave a half-written file behind if the disk filled up.
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        safetensors.numpy.save_file(arrays, temporary, metadata | (facts or {}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    if not path.exists():
+        raise PretrainedError(f"{path}: no such file or directory")
+    if path.is_dir():
+        return checkpoint.load_weights(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in (".pth", ".pt"):
+        return _from_published(pth.read_pth(path), path)
+    raise PretrainedError(
+        f"{path}: expected a checkpoint directory, a .safetensors file or a published .pth file"
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        if "config" not in metadata:
+            raise PretrainedError(
+                f"{path}: has no DVMSR configuration in its metadata; write it with "
+                "python -m dvmsr_jax.pretrained"
+            )
+        parameters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return ModelConfig(**json.loads(metadata["config"])), parameters
+
+
+# The published code's names -> ours, each with what becomes of the tensor. PyTorch keeps output
+# channels first, Flax last: all axes turn round, but a 2-d convolution's two spatial ones stay.
+
+_MIXER = r"layers\.(\d+)\.residual_group\.blocks\.(\d+)\."
+_PUBLISHED_NAMES = [
+    (r"conv_first\.(\w+)", r"conv_first.\1"),
+    (r"patch_embed\.norm\.(\w+)", r"norm_first.\1"),
+    (_MIXER + r"mixer\.(A_log|D)", r"rssbs.\1.vimms.\2.forward.\3"),
+    (_MIXER + r"mixer\.conv1d\.(\w+)", r"rssbs.\1.vimms.\2.forward.conv.\3"),
+    (_MIXER + r"mixer\.dt_proj\.bias", r"rssbs.\1.vimms.\2.forward.dt_bias"),
+    (_MIXER + r"mixer\.(x_proj|dt_proj)\.(\w+)", r"rssbs.\1.vimms.\2.forward.\3.\4"),
+    (_MIXER + r"mixer\.(in_proj|out_proj)\.(\w+)", r"rssbs.\1.vimms.\2.\3.\4"),
+    (_MIXER + r"norm\.(\w+)", r"rssbs.\1.vimms.\2.norm.\3"),
+    (r"layers\.(\d+)\.conv\.(\w+)", r"rssbs.\1.conv.\2"),
+    (r"norm_f\.(\w+)", r"norm_last.\1"),
+    (r"conv_after_body\.(\w+)", r"conv_last.\1"),
+    (r"upsample\.0\.(\w+)", r"reconstruct.\1"),
+]
+
+
+def _from_published(contents: Any, path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """Our names and layouts, and the configuration that the shapes imply."""
+    if isinstance(contents, dict):
+        contents = contents.get("params_ema", contents.get("params", contents))
+    if not isinstance(contents, dict) or not all(
+        isinstance(x, np.ndarray) for x in contents.values()
+    ):
+        raise PretrainedError(f"{path}: does not hold a dictionary of tensors")
+    parameters = {}
+    for name, tensor in contents.items():
+        for pattern, template in _PUBLISHED_NAMES:
+            if match := re.fullmatch(pattern, str(name)):
+                ours = match.expand(template)
+                break
+        else:
+            raise PretrainedError(f"{path}: holds {name}, which is not part of a DVMSR")
+        if ours.endswith(".weight"):
+            kind = "scale" if ".norm." in ours or ours.startswith("norm_") else "kernel"
+            ours = ours.removesuffix("weight") + kind
+            tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+        parameters[ours] = tensor
+    return _published_config(parameters, path), parameters
+
+
+def _published_config(parameters: dict[str, np.ndarray], path: Path) -> ModelConfig:
+    try:
+        channels = parameters["conv_first.kernel"].shape[-1]
+        inner, states = parameters["rssbs.0.vimms.0.forward.A_log"].shape
+        return ModelConfig(
+            scale=round((parameters["reconstruct.bias"].size / 3) ** 0.5),
+            channels=channels,
+            rssbs=len({name.split(".")[1] for name in parameters if name.startswith("rssbs")}),
+            vimms_per_rssb=len(
+                {name.split(".")[3] for name in parameters if name.startswith("rssbs.0.vimms")}
+            ),
+            states=states,
+            expand=inner // channels,
+            conv_width=parameters["rssbs.0.vimms.0.forward.conv.kernel"].shape[0],
+        )
+    except KeyError as error:
+        raise PretrainedError(
+            f"{path}: the weights do not fit the model: {error.args[0]} is missing"
+        ) from None
+
+
+def convert(source: Path, target: Path) -> None:
+    """Converts weights into a `.safetensors` file that carries its configuration.
+
+    Args:
+        source: a checkpoint directory, a .safetensors file or a published .pth file.
+        target: the .safetensors file to write; an existing one is not overwritten.
+    """
+    if target.suffix != ".safetensors":
+        raise PretrainedError(f"{target}: the output's name must end in .safetensors")
+    if target.exists():
+        raise PretrainedError(f"{target}: exists already; remove it or choose another name")
+    save_safetensors(load_model(source), target)
+    print(f"{source} -> {target}")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(
+            tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(convert),
+            prog="python -m dvmsr_jax.pretrained",
+        )
+    except (PretrainedError, OSError) as error:
+        sys.exit(f"error: {error}")

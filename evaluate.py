@@ -1,0 +1,101 @@
+"""Scores a model on benchmarks: PSNR-Y and SSIM-Y beside bicubic, parameters, MACs and time.
+
+python evaluate.py --ckpt PATH --data Set5 Set14
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dvmsr_jax import evaluation
+from dvmsr_jax.cost import cost
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import make_upscaler
+from dvmsr_jax.model import parameter_count
+from dvmsr_jax.pretrained import load_model
+from kernels.selective_scan import Implementation
+
+# The size for which papers state the cost of x4 models.
+COST_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to evaluate, on what."""
+
+    ckpt: Path
+    """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file."""
+    data: tuple[Path, ...] = ()
+    """Benchmarks (folders with HR/ and, if its pictures are to be used, LR/), or folders of
+    several. None: photographs that come with scikit-image."""
+    json: Path | None = None
+    """Also write the scores to this file."""
+    save_images: Path | None = None
+    """Write the upscaled pictures under this folder."""
+    scan: Implementation = "auto"
+    """Implementation of the selective scan; see kernels/selective_scan."""
+    self_ensemble: bool = False
+    """Average over the eight flips and turns of each picture."""
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
+    """The command line."""
+    return tyro.cli(Arguments, args=arguments, prog="evaluate.py", description=__doc__)
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Evaluates, prints a table as it goes, and returns what --json writes."""
+    model = load_model(arguments.ckpt, scan=arguments.scan)
+    scale = model.config.scale
+    if arguments.data:
+        benchmarks = evaluation.find_benchmarks(arguments.data, scale)
+    else:
+        benchmarks = {"samples": evaluation.sample_pairs(scale)}
+    upscale = make_upscaler(model, self_ensemble=arguments.self_ensemble)
+
+    row = "{:12} {:>6} {:>10} {:>8} {:>10} {:>8} {:>10}".format
+    print(row("x" + str(scale), "images", "PSNR-Y", "SSIM-Y", "bicubic", "", "s/image"))
+    datasets = {}
+    for name, examples in benchmarks.items():
+        scores, seconds = evaluation.evaluate(
+            upscale, examples, scale, name=name, save_dir=arguments.save_images
+        )
+        datasets[name] = scores
+        numbers = scores["psnr_y"], scores["ssim_y"], *scores["bicubic"].values()
+        formatted = [f"{x:.4f}" if i % 2 else f"{x:.3f}" for i, x in enumerate(numbers)]
+        mean_seconds = statistics.mean(seconds.values())
+        print(row(name, len(seconds), *formatted, f"{mean_seconds:.2f}"), flush=True)
+
+    costs = cost(model.config, COST_SIZE, COST_SIZE)
+    parameters = parameter_count(model)
+    print(
+        f"{parameters:,} parameters; at {COST_SIZE}x{COST_SIZE} {costs.macs / 1e9:.2f} GMACs "
+        f"and {costs.scan_flops / 1e9:.2f} GFLOPs of scans "
+        f"(papers' usual count: {costs.usual_macs / 1e9:.2f} GMACs)"
+    )
+    facts = {"ckpt": str(arguments.ckpt), "parameters": parameters, **costs._asdict()}
+    facts |= {"config": dataclasses.asdict(model.config), "self_ensemble": arguments.self_ensemble}
+    return {"model": facts, "datasets": datasets}
+
+
+def main() -> None:
+    """Evaluates what the command line says."""
+    arguments = parse(sys.argv[1:])
+    try:
+        result = run(arguments)
+        if arguments.json is not None:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Compute kernels of this project. They import nothing of `dvmsr_jax`."""

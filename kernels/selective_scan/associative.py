@@ -1,0 +1,42 @@
+"""The textbook parallel form: `jax.lax.associative_scan` over all (decay, input) pairs.
+
+Logarithmic depth, but it holds several arrays of shape (b, l, d, n): the baseline, not the default.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels.selective_scan.pointwise import readout, step_size
+
+
+def combine(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Composes two steps h -> decay * h + input, `first` then `second`; associative."""
+    decay_1, input_1 = first
+    decay_2, input_2 = second
+    return decay_1 * decay_2, decay_2 * input_1 + input_2
+
+
+def selective_scan(
+    u: Float[Array, "b l d"],
+    delta: Float[Array, "b l d"],
+    A: Float[Array, "d n"],
+    B: Float[Array, "b l n"],
+    C: Float[Array, "b l n"],
+    D: Float[Array, " d"],
+    z: Float[Array, "b l d"] | None,
+    delta_bias: Float[Array, " d"] | None,
+    delta_softplus: bool,
+    initial_state: Float[Array, "b d n"],
+) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
+    """(y, final state); `op.selective_scan` has the contract."""
+    delta = step_size(delta, delta_bias, delta_softplus)
+    B, C = B.astype(jnp.float32), C.astype(jnp.float32)
+
+    decay = jnp.exp(delta[..., None] * A[None, None])
+    inputs = (delta * u.astype(jnp.float32))[..., None] * B[:, :, None, :]
+    total_decay, h = jax.lax.associative_scan(combine, (decay, inputs), axis=1)
+    h = h + total_decay * initial_state[:, None]
+
+    y = jnp.sum(h * C[:, :, None, :], axis=-1)
+    return readout(y, u, D, z), h[:, -1]

@@ -1,0 +1,37 @@
+"""The specification: the recurrence as it is written, one token a step, in float32."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def selective_scan(
+    u: Float[Array, "b l d"],
+    delta: Float[Array, "b l d"],
+    A: Float[Array, "d n"],
+    B: Float[Array, "b l n"],
+    C: Float[Array, "b l n"],
+    D: Float[Array, " d"],
+    z: Float[Array, "b l d"] | None,
+    delta_bias: Float[Array, " d"] | None,
+    delta_softplus: bool,
+    initial_state: Float[Array, "b d n"],
+) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
+    """(y, final state); `op.selective_scan` has the contract."""
+
+    def step(h, token):
+        u_t, delta_t, B_t, C_t, z_t = jax.tree.map(lambda x: x.astype(jnp.float32), token)
+        if delta_bias is not None:
+            delta_t = delta_t + delta_bias[None]
+        if delta_softplus:
+            delta_t = jax.nn.softplus(delta_t)
+        decay = jnp.exp(delta_t[:, :, None] * A[None])
+        h = decay * h + (delta_t * u_t)[:, :, None] * B_t[:, None, :]
+        y_t = jnp.sum(h * C_t[:, None, :], axis=-1) + D[None] * u_t
+        if z_t is not None:
+            y_t = y_t * jax.nn.silu(z_t)
+        return h, y_t.astype(u.dtype)
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, delta, B, C, z))
+    final_state, y = jax.lax.scan(step, initial_state, tokens)
+    return jnp.moveaxis(y, 0, 1), final_state

@@ -1,0 +1,252 @@
+"""Every scan against the specification, and the specification against NumPy in float64."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from kernels.selective_scan import selective_scan
+
+FAST = ["associative", "chunked-carried", "chunked-parallel"]
+LENGTHS = [1, 2, 63, 256, 1000]
+OPTIONS = ["z", "delta_bias", "delta_softplus", "initial_state"]
+ALL_OPTIONS = frozenset(OPTIONS)
+
+
+def make_inputs(l, *, b=2, d=20, n=16, options=ALL_OPTIONS, dtype=jnp.float32, seed=0):
+    """(array arguments, flags) of a call with these options on."""
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+
+    def normal(*shape, dtype=dtype):
+        return jax.random.normal(next(keys), shape).astype(dtype)
+
+    arrays = {
+        "u": normal(b, l, d),
+        "delta": normal(b, l, d),
+        "A": -jnp.exp(normal(d, n, dtype=jnp.float32)),
+        "B": normal(b, l, n),
+        "C": normal(b, l, n),
+        "D": normal(d, dtype=jnp.float32),
+        "z": normal(b, l, d),
+        "delta_bias": normal(d, dtype=jnp.float32) - 1,
+        "initial_state": normal(b, d, n, dtype=jnp.float32),
+    }
+    for name in {"z", "delta_bias", "initial_state"} - options:
+        del arrays[name]
+    if "delta_softplus" not in options:
+        # The contract asks for step sizes that are already positive.
+        arrays["delta"] = abs(arrays["delta"]) * 0.5
+        if "delta_bias" in arrays:
+            arrays["delta_bias"] = abs(arrays["delta_bias"]) * 0.1
+    return arrays, {"delta_softplus": "delta_softplus" in options}
+
+
+def outputs(arrays, flags, implementation):
+    y, state = selective_scan(
+        **arrays, **flags, return_final_state=True, implementation=implementation
+    )
+    return {"y": y, "final_state": state}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _outputs_and_gradients(arrays, delta_softplus, implementation):
+    def loss(arrays):
+        out = outputs(arrays, {"delta_softplus": delta_softplus}, implementation)
+        weighted = (
+            jnp.sum(x.astype(jnp.float32) * jax.random.normal(jax.random.key(7), x.shape))
+            for x in out.values()
+        )
+        return sum(weighted), out
+
+    gradients, out = jax.grad(loss, has_aux=True)(arrays)
+    return out | {f"gradient by {name}": x for name, x in gradients.items()}
+
+
+def outputs_and_gradients(arrays, flags, implementation):
+    """Outputs, and the gradients by every array of a loss that weighs each output differently."""
+    return _outputs_and_gradients(arrays, flags["delta_softplus"], implementation)
+
+
+@functools.cache
+def case(l, options, dtype=jnp.float32):
+    """(arrays, flags, what the specification makes of them)."""
+    arrays, flags = make_inputs(l, options=options, dtype=dtype)
+    return arrays, flags, outputs_and_gradients(arrays, flags, "sequential")
+
+
+def assert_close(actual, expected, tolerance):
+    """Largest difference within `tolerance` of the largest value, for each name."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype, name
+        a = np.asarray(actual[name], np.float64)
+        e = np.asarray(expected[name], np.float64)
+        difference = np.abs(a - e).max() / max(np.abs(e).max(), 1e-30)
+        assert difference <= tolerance, f"{name}: {difference:.2e} > {tolerance:.0e}"
+
+
+def in_numpy(u, delta, A, B, C, D, z=None, delta_bias=None, initial_state=None, *, delta_softplus):
+    """The recurrence unrolled over every index, in float64."""
+    (b, l, d), n = u.shape, A.shape[1]
+    y = np.zeros((b, l, d))
+    h = np.zeros((b, d, n)) if initial_state is None else initial_state.copy()
+    for i, t, j in itertools.product(range(b), range(l), range(d)):
+        step = delta[i, t, j] + (0 if delta_bias is None else delta_bias[j])
+        if delta_softplus:
+            step = np.log1p(np.exp(step))
+        for k in range(n):
+            h[i, j, k] = np.exp(step * A[j, k]) * h[i, j, k] + step * B[i, t, k] * u[i, t, j]
+        y[i, t, j] = sum(C[i, t, k] * h[i, j, k] for k in range(n)) + D[j] * u[i, t, j]
+        if z is not None:
+            y[i, t, j] *= z[i, t, j] / (1 + np.exp(-z[i, t, j]))
+    return {"y": y, "final_state": h}
+
+
+def every_subset(options):
+    sizes = range(len(options) + 1)
+    return [frozenset(chosen) for n in sizes for chosen in itertools.combinations(options, n)]
+
+
+def name_of(options):
+    return "+".join(sorted(options)) or "plain"
+
+
+@pytest.mark.parametrize("options", every_subset(OPTIONS), ids=name_of)
+def test_specification_equals_numpy(options):
+    arrays, flags = make_inputs(9, b=2, d=3, n=4, options=options)
+    expected = in_numpy(**{k: np.asarray(x, np.float64) for k, x in arrays.items()}, **flags)
+    actual = outputs(arrays, flags, "sequential")
+    assert_close(actual, {k: x.astype(np.float32) for k, x in expected.items()}, 2e-6)
+
+
+def test_specification_gradients():
+    arrays, flags = make_inputs(5, b=1, d=3, n=2)
+
+    @jax.jit
+    def function(arrays):
+        # The numerical derivative perturbs in float64.
+        arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+        return outputs(arrays, flags, "sequential")
+
+    check_grads(function, (arrays,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [frozenset(), ALL_OPTIONS], ids=name_of)
+@pytest.mark.parametrize("l", LENGTHS)
+@pytest.mark.parametrize("implementation", FAST)
+def test_equals_specification(implementation, l, options, dtype):
+    arrays, flags, expected = case(l, options, dtype)
+    # Both sides compute in float32; bfloat16 results may round to neighbouring values.
+    tolerance = 2e-5 if dtype == jnp.float32 else 8e-3
+    assert_close(outputs_and_gradients(arrays, flags, implementation), expected, tolerance)
+
+
+@pytest.mark.parametrize("options", [frozenset([name]) for name in OPTIONS], ids=name_of)
+@pytest.mark.parametrize("implementation", FAST)
+def test_each_option_alone_equals_specification(implementation, options):
+    arrays, flags, expected = case(20, options)
+    assert_close(outputs_and_gradients(arrays, flags, implementation), expected, 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "chunked"])
+def test_automatic_choice_equals_specification(implementation):
+    arrays, flags, expected = case(63, ALL_OPTIONS)
+    assert_close(outputs_and_gradients(arrays, flags, implementation), expected, 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sequential", *FAST])
+def test_state_carries_over_any_cut(implementation):
+    """Two calls that hand the state on equal one call, in outputs and gradients."""
+    arrays, flags, _ = case(63, ALL_OPTIONS)
+    tokens = ("u", "delta", "B", "C", "z")
+
+    def cut_at_20(arrays):
+        first = arrays | {k: arrays[k][:, :20] for k in tokens}
+        first = outputs(first, flags, implementation)
+        second = arrays | {k: arrays[k][:, 20:] for k in tokens}
+        second = outputs(second | {"initial_state": first["final_state"]}, flags, implementation)
+        return second | {"y": jnp.concatenate([first["y"], second["y"]], axis=1)}
+
+    def whole(arrays):
+        return outputs(arrays, flags, implementation)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(arrays, function):
+        def loss(arrays):
+            out = function(arrays)
+            return sum(jnp.sum(jnp.sin(x)) for x in out.values()), out
+
+        gradients, out = jax.grad(loss, has_aux=True)(arrays)
+        return out | {f"gradient by {name}": x for name, x in gradients.items()}
+
+    assert_close(run(arrays, cut_at_20), run(arrays, whole), 2e-5)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_large_steps_do_not_overflow(implementation):
+    """Decays that underflow to zero leave finite outputs and gradients."""
+    arrays, flags = make_inputs(256)
+    arrays["delta"] = arrays["delta"] * 100
+    expected = outputs_and_gradients(arrays, flags, "sequential")
+    actual = outputs_and_gradients(arrays, flags, implementation)
+    assert all(jnp.isfinite(x).all() for x in actual.values())
+    assert_close(actual, expected, 2e-5)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_under_vmap(implementation):
+    arrays, flags, expected = case(20, ALL_OPTIONS)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), arrays)
+    actual = jax.vmap(lambda arrays: outputs_and_gradients(arrays, flags, implementation))(stacked)
+    assert_close({k: x[1] for k, x in actual.items()}, expected, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        (
+            "u",
+            np.zeros((2, 3), np.float32),
+            ValueError,
+            r"u has shape \(2, 3\), expected \(b, l, d",
+        ),
+        ("u", np.zeros((2, 0, 20), np.float32), ValueError, "at least one token"),
+        ("A", np.zeros(20, np.float32), ValueError, r"A has shape \(20,\), expected \(d, n\)"),
+        ("B", np.zeros((2, 9, 4), np.float32), ValueError, r"B .*\(2, 9, 4\), .*\(b, l, n\) = \("),
+        ("delta", np.zeros((2, 8, 20), np.float32), ValueError, r"delta .*\(2, 8, 20\), expected"),
+        ("D", np.zeros((1, 20), np.float32), ValueError, r"D has .*\(d\) = \(20,\)"),
+        ("z", np.zeros((2, 9), np.float32), ValueError, "z has shape"),
+        ("initial_state", np.zeros((2, 16, 20), np.float32), ValueError, "initial_state has shape"),
+        ("C", np.zeros((2, 9, 16), np.int32), TypeError, "C has dtype int32, expected float32 or"),
+        (
+            "A",
+            jnp.zeros((20, 16), jnp.bfloat16),
+            TypeError,
+            "A has dtype bfloat16, expected float32",
+        ),
+        ("B", None, ValueError, r"B has shape \(\), expected"),
+    ],
+)
+def test_wrong_arguments_are_named(name, value, error, message):
+    arrays, flags = make_inputs(9)
+    with pytest.raises(error, match=message):
+        selective_scan(**(arrays | {name: value}), **flags)
+
+
+def test_unknown_implementation_is_refused():
+    arrays, flags = make_inputs(9)
+    with pytest.raises(ValueError, match="'fast', expected one of 'auto', 'sequential'"):
+        selective_scan(**arrays, **flags, implementation="fast")
+
+
+def test_chunked_keeps_no_state_of_every_token():
+    """The point of the hand-written VJP: temporary memory far below b l d n floats."""
+    arrays, flags = make_inputs(4096, b=1, d=64, n=16)
+    step = jax.jit(lambda arrays: outputs_and_gradients(arrays, flags, "chunked-carried"))
+    memory = step.lower(arrays).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4096 * 64 * 16 * 4 / 2
