@@ -1,8 +1,8 @@
 """Time and memory of every selective scan, side by side: `python -m benchmarks.scan`.
 
-Each cell is a median, and its ratio to `associative` (above 1: better). The implementations are
-timed in turn, round after round, so that a noisy machine disturbs them alike. Memory is what XLA
-allocates besides arguments and results.
+Each cell is a median and, in parentheses, how many times better than `associative` it is. The
+implementations are timed in turn, round after round, so that a noisy machine disturbs them alike.
+Memory is what XLA allocates besides arguments and results.
 """
 
 import contextlib
@@ -29,8 +29,11 @@ COLUMNS = (
     "memory, forward+backward",
 )
 
-CELL_SECONDS = 3.0
-MIN_REPETITIONS, MAX_REPETITIONS = 2, 20
+# Every program is timed at least MIN_REPETITIONS times, and further, up to MAX_ROUNDS times, until
+# that has taken CELL_SECONDS.
+CELL_SECONDS = 2.0
+MIN_REPETITIONS = 2
+MAX_ROUNDS = 20
 
 
 def make_inputs(l: int, d: int, n: int = 16) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -78,20 +81,25 @@ class Program:
         with self._noting_lack_of_memory():
             self.compiled = jax.jit(function).lower(*inputs).compile()
             sizes = self.compiled.memory_analysis()
-            assert sizes is not None  # every backend in use reports them
+            assert sizes is not None, f"no memory analysis on {jax.default_backend()}"
             self.temp_bytes = sizes.temp_size_in_bytes
             needed = self.temp_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
             # A CPU program that takes too much is killed by the system, without an exception.
             if jax.default_backend() == "cpu" and needed > machine.available_memory():
                 self.obstacle = f"needs {needed / machine.GIB:.0f} GiB"
 
-    def run(self) -> float:
-        """The seconds that a call takes; 0 if it cannot run."""
-        start = time.perf_counter()
-        if not self.obstacle:
-            with self._noting_lack_of_memory():
-                jax.block_until_ready(self.compiled(*self.inputs))
-        return 0.0 if self.obstacle else time.perf_counter() - start
+    def wants_repetition(self) -> bool:
+        """Whether it can run, and has not yet used up the time that a cell gets."""
+        enough = len(self.seconds) >= MIN_REPETITIONS and sum(self.seconds) >= CELL_SECONDS
+        return not (self.obstacle or enough)
+
+    def repeat(self) -> None:
+        """Times one call, after another that makes memory and caches this program's own again."""
+        with self._noting_lack_of_memory():
+            jax.block_until_ready(self.compiled(*self.inputs))
+            start = time.perf_counter()
+            jax.block_until_ready(self.compiled(*self.inputs))
+            self.seconds.append(time.perf_counter() - start)
 
     @contextlib.contextmanager
     def _noting_lack_of_memory(self) -> Iterator[None]:
@@ -108,7 +116,7 @@ class Program:
             return self.obstacle
         seconds = statistics.median(self.seconds)
         cell = f"{_round(seconds * 1e3)} ms"
-        if baseline and baseline.seconds:
+        if baseline and not baseline.obstacle:
             cell += f" ({_round(statistics.median(baseline.seconds) / seconds)}x)"
         return cell
 
@@ -126,20 +134,8 @@ def _round(x: float) -> str:
     return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
-def time_in_turn(programs: list[Program], smoke: bool) -> None:
-    """Fills every program's `seconds`, one call of each in every round, after one to warm up."""
-    repetitions = []
-    for program in programs:
-        wanted = int(CELL_SECONDS / max(program.run(), 1e-6))
-        repetitions.append(1 if smoke else min(max(wanted, MIN_REPETITIONS), MAX_REPETITIONS))
-    for i in range(max(repetitions)):
-        for program, count in zip(programs, repetitions, strict=True):
-            if i < count and not program.obstacle:
-                program.seconds.append(program.run())
-
-
 def compare(
-    implementations: tuple[Implementation, ...], l: int, d: int, smoke: bool
+    implementations: tuple[Implementation, ...], l: int, d: int, max_rounds: int
 ) -> Iterator[list[str]]:
     """The table's rows for l tokens of d channels."""
     inputs = make_inputs(l, d)
@@ -148,7 +144,10 @@ def compare(
         programs = {
             name: Program(functools.partial(function, name), *inputs) for name in implementations
         }
-        time_in_turn(list(programs.values()), smoke)
+        for _ in range(max_rounds):
+            for program in programs.values():
+                if program.wants_repetition():
+                    program.repeat()
         passes.append(programs)
     for name in implementations:
         pairs = [(programs[name], programs.get(BASELINE)) for programs in passes]
@@ -183,7 +182,7 @@ def main(
     _print_row("---" if column == "implementation" else "---:" for column in COLUMNS)
     for l in lengths:
         for d in channels:
-            for row in compare(implementations, l, d, smoke):
+            for row in compare(implementations, l, d, 1 if smoke else MAX_ROUNDS):
                 _print_row(row)
 
 

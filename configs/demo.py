@@ -11,7 +11,7 @@ _OPTIM = OptimConfig(learning_rate=4e-3, schedule="cosine", warmup=0.05, ema_dec
 
 TEACHER = TrainConfig(
     phase="teacher",
-    model=ModelConfig(channels=32, rssbs=2, vimms_per_rssb=2, drop_path=0.0),
+    model=ModelConfig(channels=32, rssbs=2, vimms_per_rssb=1, drop_path=0.0),
     data=_DATA,
     optim=_OPTIM,
     steps=300,
@@ -22,7 +22,7 @@ TEACHER = TrainConfig(
 
 STUDENT = TrainConfig(
     phase="student",
-    model=ModelConfig(channels=24, rssbs=2, vimms_per_rssb=1, drop_path=0.0),
+    model=ModelConfig(channels=24, rssbs=1, vimms_per_rssb=1, drop_path=0.0),
     data=_DATA,
     optim=_OPTIM,
     steps=300,

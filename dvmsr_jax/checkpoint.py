@@ -7,8 +7,10 @@ A run's checkpoints lie under WORKDIR/PHASE/checkpoints/STEP, each with the item
     state   the weights being trained and the optimizer's state: what resuming reads besides
 """
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +70,25 @@ class Checkpoints:
         """(step, ema, state) of the newest checkpoint in the form of the arguments; None if none.
 
         Raises:
-            CheckpointError: it was made with another configuration; the message shows both.
+            CheckpointError: it was made with another configuration, and the message shows both;
+                or it is damaged.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        _check_same(stored["config"], to_json(self.config), self.directory / str(step))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                ema=ocp.args.StandardRestore(ema), state=ocp.args.StandardRestore(state)
-            ),
-        )
-        return step, restored["ema"], restored["state"]
+        path = self.directory / str(step)
+        with _reading(path):
+            args = ocp.args.Composite(config=ocp.args.JsonRestore())
+            stored = self._manager.restore(step, args=args)["config"]
+        _check_same(stored, to_json(self.config), path)
+        with _reading(path):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    ema=ocp.args.StandardRestore(ema), state=ocp.args.StandardRestore(state)
+                ),
+            )
+            return step, restored["ema"], restored["state"]
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is completely written."""
@@ -112,25 +119,26 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     Raises:
         CheckpointError: there is no readable checkpoint at `path`.
     """
-    step = _find_step(path)
-    with ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(
-            config=ocp.JsonCheckpointHandler(), ema=ocp.StandardCheckpointHandler()
-        )
-    ) as reader:
-        try:
-            restored = reader.restore(
-                step.absolute(),
-                args=ocp.args.Composite(
-                    config=ocp.args.JsonRestore(), ema=ocp.args.StandardRestore()
-                ),
-            )
-            config = ModelConfig(**restored["config"]["model"])
-        except Exception as error:  # a damaged checkpoint can fail in any way
-            raise CheckpointError(
-                f"{step}: cannot be read ({type(error).__name__}: {error})"
-            ) from error
-    return config, {name: np.asarray(x) for name, x in restored["ema"].items()}
+    step = _find_step(path).absolute()
+    reader = ocp.PyTreeCheckpointHandler()
+    with _reading(step), contextlib.closing(reader):
+        config = ModelConfig(**ocp.JsonCheckpointHandler().restore(step / "config")["model"])
+        # As NumPy arrays, because the devices that the weights were on need not be here.
+        names = reader.metadata(step / "ema").tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        args = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        return config, reader.restore(step / "ema", args=args)
+
+
+@contextlib.contextmanager
+def _reading(step: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a damaged checkpoint can fail in any way
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{step}: cannot be read ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _find_step(path: Path) -> Path:
@@ -144,7 +152,7 @@ def _find_step(path: Path) -> Path:
     phases = sorted(child for child in path.glob("*") if (child / "checkpoints").is_dir())
     if phases:
         choices = " or ".join(map(str, phases))
-        raise CheckpointError(f"{path}: holds several phases; pass {choices}")
+        raise CheckpointError(f"{path}: holds the checkpoints of phases; pass {choices}")
     raise CheckpointError(f"{path}: holds no checkpoint")
 
 

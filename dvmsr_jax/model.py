@@ -6,6 +6,7 @@ Legend of the shapes, used by every signature of this package:
     c  channels    d    inner channels of a ViMM            s        scale
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.errors import UserError
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
 
 # Mean colour of DIV2K, taken off before the first convolution and added after the last.
@@ -51,9 +53,13 @@ class RSSB(nnx.Module):
 
 
 class DVMSR(nnx.Module):
-    """The network. `scan` names the selective scan's implementation and changes no result."""
+    """The network. `scan` names the selective scan's implementation and changes no result.
+
+    Raises UserError if the configuration, which may come from a file, is of no possible network.
+    """
 
     def __init__(self, config: ModelConfig, *, scan: str = "auto", rngs: nnx.Rngs):
+        _check(config)
         c, s, depth = config.channels, config.scale, config.rssbs * config.vimms_per_rssb
         rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.config = config
@@ -94,6 +100,24 @@ class DVMSR(nnx.Module):
         return upscaled, Features(shallow, tuple(outputs), body)
 
 
+def _check(config: ModelConfig) -> None:
+    sizes = dataclasses.asdict(config)
+    bidirectional, drop_path = sizes.pop("bidirectional"), sizes.pop("drop_path")
+    problems = [
+        f"{name} is {size!r}, not a whole number from 1 up"
+        for name, size in sizes.items()
+        if type(size) is not int or size < 1
+    ]
+    if not problems and config.scale not in (2, 3, 4):
+        problems.append(f"scale is {config.scale!r}, not 2, 3 or 4")
+    if type(bidirectional) is not bool:
+        problems.append(f"bidirectional is {bidirectional!r}, not true or false")
+    if not isinstance(drop_path, int | float) or not 0 <= drop_path < 1:
+        problems.append(f"drop_path is {drop_path!r}, not within [0, 1)")
+    if problems:
+        raise UserError("there is no such model: " + "; ".join(problems))
+
+
 def conv3x3(c_in: int, c_out: int, rngs: nnx.Rngs) -> nnx.Conv:
     """A 3x3 convolution that keeps the size, zeros around the image."""
     init = torch_uniform(fan_in=9 * c_in)
@@ -120,6 +144,12 @@ def model_from_parameters(
     Raises:
         ValueError: parameters are missing, left over, or of another shape than the model's.
     """
+    _check(config)
+    if config.rssbs * config.vimms_per_rssb > len(parameters):  # an absurd depth would take ages
+        raise ValueError(
+            f"the weights do not fit the model: {len(parameters)} of them for {config.rssbs} RSSBs "
+            f"of {config.vimms_per_rssb} ViMMs"
+        )
     # Traced only for the structure: nothing is initialised to be thrown away.
     model = nnx.eval_shape(lambda: DVMSR(config, scan=scan, rngs=nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)

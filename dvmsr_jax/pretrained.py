@@ -38,7 +38,13 @@ def load_model(path: Path, *, scan: str = "auto") -> DVMSR:
         return model_from_parameters(config, parameters, scan=scan)
     except (checkpoint.CheckpointError, pth.UnsafeFileError) as error:
         raise PretrainedError(str(error)) from error
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,  # deeply nested JSON
+        safetensors.SafetensorError,
+    ) as error:
         reason = str(error)
         raise PretrainedError(reason if str(path) in reason else f"{path}: {reason}") from error
 
@@ -48,10 +54,10 @@ def save_safetensors(model: DVMSR, path: Path, facts: dict[str, str] | None = No
     metadata = {"format": "dvmsr_jax", "config": json.dumps(dataclasses.asdict(model.config))}
     arrays = {name: np.asarray(x, np.float32) for name, x in named_parameters(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The library would leave a half-written file behind if the disk filled up.
+    # A half-written file would be left behind if the disk filled up.
     temporary = path.with_name(path.name + ".tmp")
     try:
-        safetensors.numpy.save_file(arrays, temporary, metadata | (facts or {}))
+        temporary.write_bytes(safetensors.numpy.save(arrays, metadata | (facts or {})))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -79,7 +85,12 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
                 f"{path}: has no DVMSR configuration in its metadata; write it with "
                 "python -m dvmsr_jax.pretrained"
             )
-        parameters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        parameters = {}
+        for name in file.keys():  # noqa: SIM118
+            kind = file.get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise PretrainedError(f"{path}: {name} holds numbers of type {kind}")
+            parameters[name] = file.get_tensor(name)
     return ModelConfig(**json.loads(metadata["config"])), parameters
 
 
@@ -122,30 +133,36 @@ def _from_published(contents: Any, path: Path) -> tuple[ModelConfig, dict[str, n
         if ours.endswith(".weight"):
             kind = "scale" if ".norm." in ours or ours.startswith("norm_") else "kernel"
             ours = ours.removesuffix("weight") + kind
+            if tensor.ndim == 3 and tensor.shape[1] == 1:  # the causal convolution, (d, 1, width)
+                tensor = tensor[:, 0]
             tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
         parameters[ours] = tensor
     return _published_config(parameters, path), parameters
 
 
 def _published_config(parameters: dict[str, np.ndarray], path: Path) -> ModelConfig:
-    try:
-        channels = parameters["conv_first.kernel"].shape[-1]
-        inner, states = parameters["rssbs.0.vimms.0.forward.A_log"].shape
-        return ModelConfig(
-            scale=round((parameters["reconstruct.bias"].size / 3) ** 0.5),
-            channels=channels,
-            rssbs=len({name.split(".")[1] for name in parameters if name.startswith("rssbs")}),
-            vimms_per_rssb=len(
-                {name.split(".")[3] for name in parameters if name.startswith("rssbs.0.vimms")}
-            ),
-            states=states,
-            expand=inner // channels,
-            conv_width=parameters["rssbs.0.vimms.0.forward.conv.kernel"].shape[0],
-        )
-    except KeyError as error:
-        raise PretrainedError(
-            f"{path}: the weights do not fit the model: {error.args[0]} is missing"
-        ) from None
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in parameters:
+            problem = "is missing"
+        elif len(parameters[name].shape) != axes or 0 in parameters[name].shape:
+            problem = f"has shape {parameters[name].shape}"
+        else:
+            return parameters[name].shape
+        raise PretrainedError(f"{path}: the weights do not fit the model: {name} {problem}")
+
+    channels = shape("conv_first.kernel", 4)[-1]
+    inner, states = shape("rssbs.0.vimms.0.forward.A_log", 2)
+    return ModelConfig(
+        scale=round((shape("reconstruct.bias", 1)[0] / 3) ** 0.5),
+        channels=channels,
+        rssbs=len({name.split(".")[1] for name in parameters if name.startswith("rssbs")}),
+        vimms_per_rssb=len(
+            {name.split(".")[3] for name in parameters if name.startswith("rssbs.0.vimms")}
+        ),
+        states=states,
+        expand=inner // channels,
+        conv_width=shape("rssbs.0.vimms.0.forward.conv.kernel", 2)[0],
+    )
 
 
 def convert(source: Path, target: Path) -> None:

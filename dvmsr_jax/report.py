@@ -10,8 +10,6 @@ import tensorboardX
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from dvmsr_jax import bicubic
-
 
 class Log:
     """Writes a phase's metrics, to `directory`/metrics.jsonl and as TensorBoard scalars."""
@@ -66,28 +64,18 @@ def side_by_side(
     return np.asarray(canvas)
 
 
-def comparison(
-    lr: UInt8[np.ndarray, "h w 3"],
-    results: Mapping[str, UInt8[np.ndarray, "H W 3"]],
-    hr: UInt8[np.ndarray, "H W 3"],
-) -> UInt8[np.ndarray, "_ _ 3"]:
-    """bicubic | results | HR."""
-    scale = hr.shape[0] // lr.shape[0]
-    return side_by_side({"bicubic": bicubic.upscale(lr, scale), **results, "HR": hr})
-
-
 def plot_training(directories: Sequence[Path], path: Path) -> None:
-    """Loss and validation PSNR-Y over the steps, a curve for each phase directory, as a PNG."""
+    """L1 to HR and validation PSNR-Y over the steps, a curve for each phase directory, as a PNG."""
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     loss_axes, psnr_axes = figure.subplots(1, 2)
     for directory in directories:
         lines = read_metrics(directory / "metrics.jsonl")
-        for axes, key in ((loss_axes, "loss"), (psnr_axes, "val_psnr_y")):
+        for axes, key in ((loss_axes, "pixel_loss"), (psnr_axes, "val_psnr_y")):
             points = [(line["step"], line[key]) for line in lines if key in line]
             axes.plot(*zip(*points, strict=True), label=directory.name)
     bicubic_scores = [line["val_bicubic_psnr_y"] for line in lines if "val_bicubic_psnr_y" in line]
     psnr_axes.axhline(bicubic_scores[-1], color="grey", linestyle="--", label="bicubic")
-    loss_axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    loss_axes.set(xlabel="step", ylabel="L1 to HR in training", yscale="log")
     psnr_axes.set(xlabel="step", ylabel="validation PSNR-Y, dB")
     for axes in (loss_axes, psnr_axes):
         axes.legend()

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 from tqdm import tqdm
 
-from dvmsr_jax import data, images, losses, metrics, parallel, report
+from dvmsr_jax import bicubic, data, images, losses, metrics, parallel, report
 from dvmsr_jax.checkpoint import Checkpoints, phase_directory
 from dvmsr_jax.config import ModelConfig, OptimConfig, TrainConfig
 from dvmsr_jax.errors import UserError
@@ -93,18 +93,20 @@ def init_state(
     config: TrainConfig, optimizer: optax.GradientTransformation, teacher: Teacher | None
 ) -> TrainState:
     """The state before the first step."""
-    key = jax.random.key(config.seed)
-    model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key)))
-    params = {"model": model, "projections": {}}
-    if teacher is not None and config.distill.level == "mid":
-        shape = (config.model.channels, teacher.config.channels)
-        init = nnx.initializers.lecun_normal()
-        params["projections"] = {
-            f"{i}": init(jax.random.fold_in(key, i), shape)
-            for i in range(len(rssb_pairs(config, teacher.config)))
-        }
-    ema = jax.tree.map(jnp.copy, model)  # a buffer of its own: the step donates both
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+    @jax.jit  # to compile once rather than operation by operation
+    def init():
+        key = jax.random.key(config.seed)
+        model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key)))
+        params = {"model": model, "projections": {}}
+        if teacher is not None and config.distill.level == "mid":
+            shape = (config.model.channels, teacher.config.channels)
+            for i in range(len(rssb_pairs(config, teacher.config))):
+                projection = nnx.initializers.lecun_normal()(jax.random.fold_in(key, i), shape)
+                params["projections"][f"{i}"] = projection
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), model)
+
+    return init()
 
 
 def loss_function(
@@ -120,7 +122,7 @@ def loss_function(
     output, features = model.with_features(lr, rngs=rngs)
     pixel = losses.l1(output, hr)
     if teacher is None:
-        return pixel, {"loss": pixel}
+        return pixel, {"loss": pixel, "pixel_loss": pixel}
 
     teacher_model = model_from_parameters(teacher.config, teacher.parameters, scan=config.scan)
     target, target_features = jax.lax.stop_gradient(teacher_model.with_features(lr))
@@ -205,9 +207,8 @@ class Validator:
             return model(lr.astype(jnp.float32) / 255)
 
         self._forward = forward
-        self.bicubic_psnr_y = self._mean_psnr_y(
-            [data.bicubic.upscale(record["lr"], self._scale) for record in self._records]
-        )
+        self._bicubic = [bicubic.upscale(record["lr"], self._scale) for record in self._records]
+        self.bicubic_psnr_y = self._mean_psnr_y(self._bicubic)
 
     def __call__(self, parameters: dict[str, Array]) -> tuple[float, np.ndarray]:
         """(mean PSNR-Y, a sample picture bicubic | ours | HR)."""
@@ -215,9 +216,8 @@ class Validator:
             images.to_uint8(np.asarray(self._forward(parameters, record["lr"][None])[0]))
             for record in self._records
         ]
-        first = self._records[0]
-        sample = report.comparison(first["lr"], {"ours": results[0]}, first["hr"])
-        return self._mean_psnr_y(results), sample
+        panels = {"bicubic": self._bicubic[0], "ours": results[0], "HR": self._records[0]["hr"]}
+        return self._mean_psnr_y(results), report.side_by_side(panels)
 
     def _mean_psnr_y(self, results: list[np.ndarray]) -> float:
         pairs = zip(results, self._records, strict=True)

@@ -14,6 +14,27 @@ LAYER_NORM_EPSILON = 1e-5
 dense_init = nnx.initializers.truncated_normal(0.02)
 
 
+class CausalConv(nnx.Module):
+    """Depthwise convolution along the tokens; each sees itself and the `width - 1` before it.
+
+    Written as shifted multiply-adds: XLA's grouped convolution takes 40 times as long on CPUs.
+    """
+
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+        init = torch_uniform(fan_in=width)
+        self.kernel = nnx.Param(init(rngs.params(), (width, channels)))
+        self.bias = nnx.Param(init(rngs.params(), (channels,)))
+
+    def __call__(self, u: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        """The convolution, zeros before the first token."""
+        kernel, length = self.kernel[...], u.shape[1]
+        padded = jnp.pad(u, ((0, 0), (kernel.shape[0] - 1, 0), (0, 0)))
+        out = jnp.broadcast_to(self.bias[...], u.shape)
+        for i, tap in enumerate(kernel):
+            out = out + tap[None, None] * padded[:, i : i + length]
+        return out
+
+
 class Direction(nnx.Module):
     """Causal convolution and selective scan along the tokens, one way.
 
@@ -25,16 +46,7 @@ class Direction(nnx.Module):
         n = config.states
         self.rank = math.ceil(config.channels / 16)
         self.scan = scan
-        self.conv = nnx.Conv(
-            d,
-            d,
-            config.conv_width,
-            padding="CAUSAL",
-            feature_group_count=d,
-            kernel_init=torch_uniform(fan_in=config.conv_width),
-            bias_init=torch_uniform(fan_in=config.conv_width),
-            rngs=rngs,
-        )
+        self.conv = CausalConv(d, config.conv_width, rngs=rngs)
         self.x_proj = nnx.Linear(
             d, self.rank + 2 * n, use_bias=False, kernel_init=dense_init, rngs=rngs
         )

@@ -1,0 +1,58 @@
+"""`make demo`: trains a small teacher, distils a small student, and compares both with bicubic.
+
+The photographs come with scikit-image: one is kept apart and shown, the others are trained on.
+"""
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+import evaluate
+from configs import PRESETS
+from dvmsr_jax import bicubic, evaluation, images, report
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import make_upscaler
+from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.training import train
+
+FOLDER = Path("demo")
+HELD_OUT = "astronaut"
+# The part of the held-out picture that is shown: rows, columns.
+SHOWN = slice(40, 260), slice(120, 340)
+
+
+def main() -> None:
+    """Leaves its results in FOLDER; a run that was interrupted goes on."""
+    photos, benchmark = FOLDER / "photos", FOLDER / "held-out"
+    for path in images.SAMPLES:
+        folder = benchmark / "HR" if path.stem == HELD_OUT else photos
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+
+    phases = {}
+    for phase, preset in PRESETS["demo"].items():
+        data = dataclasses.replace(preset.data, hr_dirs=(photos,), data_dir=FOLDER / "data")
+        phases[phase] = train(dataclasses.replace(preset, workdir=FOLDER, data=data))
+
+    for phase, directory in phases.items():
+        print(f"\n{phase}, on a photograph that it was not trained on:")
+        evaluate.run(evaluate.Arguments(ckpt=directory, data=(benchmark,)))
+
+    (example,) = evaluation.find_benchmarks([benchmark], scale=4)["held-out"]
+    panels = {
+        "bicubic": bicubic.upscale(example.lr, 4),
+        **{phase: make_upscaler(load_model(path))(example.lr) for phase, path in phases.items()},
+        "HR": example.hr,
+    }
+    panels = {label: picture[SHOWN] for label, picture in panels.items()}
+    images.write_png(FOLDER / "side_by_side.png", report.side_by_side(panels))
+    report.plot_training(list(phases.values()), FOLDER / "training_curve.png")
+    print(f"\nLook at {FOLDER / 'side_by_side.png'} and {FOLDER / 'training_curve.png'}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
