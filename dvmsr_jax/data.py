@@ -1,19 +1,23 @@
 """Training data: pictures -> records of aligned sub-images -> batches of aligned crops.
 
-Pictures are decoded once, by a TFDS builder that cuts them into equal sub-images with their LR by
-bicubic and stores the raw pixels in ArrayRecord files. Grain reads those at random: batch i is a
-function of the seed and i alone, so a run that is continued sees what it would have seen.
+Pictures are decoded once, cut into equal sub-images with their LR by bicubic, and written as a
+TFDS dataset of raw pixels in ArrayRecord files. Grain reads those at random: batch i is a function
+of the seed and i alone, so a run that is continued sees what it would have seen.
 """
 
 import hashlib
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
+from tqdm import tqdm
 
 from dvmsr_jax import bicubic, images
 from dvmsr_jax.config import DataConfig
@@ -22,6 +26,7 @@ from dvmsr_jax.errors import UserError
 # Side of a stored HR sub-image, rounded down to a multiple of the scale. Large enough for the
 # paper's 256x256 crops to move in, small enough to be read quickly for one crop.
 SUB_IMAGE = 320
+_NAME = "sr_sub_images"
 
 
 class DataError(UserError):
@@ -64,15 +69,10 @@ def load_records(config: DataConfig, scale: int) -> Records:
     else:
         fingerprint, train, val = _from_div2k(config, scale)
     key = hashlib.sha256(f"{fingerprint} x{scale} {side} {config.val_images}".encode())
-    builder = _SubImages(
-        train,
-        val,
-        scale=scale,
-        side=side,
-        data_dir=config.data_dir.expanduser(),
-        config=tfds.core.BuilderConfig(name=key.hexdigest()[:16]),
-    )
-    builder.download_and_prepare()
+    folder = config.data_dir.expanduser() / _NAME / key.hexdigest()[:16]
+    if not folder.exists():
+        _prepare(folder, {"train": train, "val": val}, side, scale)
+    builder = tfds.builder_from_directory(folder)
     return Records(builder.as_data_source("train"), builder.as_data_source("val"))
 
 
@@ -124,8 +124,7 @@ def sub_images(
 ) -> Iterator[tuple[UInt8[np.ndarray, "_ _ 3"], UInt8[np.ndarray, "_ _ 3"]]]:
     """(LR, HR) squares of `side` HR pixels that cover the picture, overlapping as needed.
 
-    A picture smaller than that is continued by its mirror image, as bicubic resizing itself does at
-    the border, which keeps LR and HR consistent.
+    A picture smaller than that is continued by its mirror image.
     """
     lr_side = side // scale
     pad = [(0, max(lr_side - size, 0)) for size in lr.shape[:2]]
@@ -187,50 +186,49 @@ def _from_div2k(config: DataConfig, scale: int) -> tuple[str, list[Picture], lis
     return f"div2k {builder.version}", pictures("train"), val[: config.val_images]
 
 
-class _SubImages(tfds.core.GeneratorBasedBuilder):
-    """Sub-images of pictures given from outside; the configuration's name identifies them."""
+def _prepare(folder: Path, splits: dict[str, list[Picture]], side: int, scale: int) -> None:
+    """Writes the sub-images as a TFDS dataset; the folder appears when it is complete.
 
-    VERSION = tfds.core.Version("1.0.0")
-    name = "sr_sub_images"
+    TFDS's `GeneratorBasedBuilder` would shuffle the records, for which it needs TensorFlow as soon
+    as they exceed a gigabyte; Grain shuffles at reading, so they are written as they come.
+    """
 
-    def __init__(
-        self, train: list[Picture], val: list[Picture], *, scale: int, side: int, **kwargs
-    ):
-        self._pictures = {"train": train, "val": val}
-        self._scale, self._side = scale, side
-        super().__init__(file_format="array_record", **kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        def square(side):
-            # Raw bytes: decoding a PNG would take several times longer than all the rest.
-            return tfds.features.Tensor(
-                shape=(side, side, 3), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-            )
-
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Aligned low- and high-resolution sub-images.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "lr": square(self._side // self._scale),
-                    "hr": square(self._side),
-                    "name": tfds.features.Text(),
-                }
-            ),
+    def square(side):
+        # Raw bytes: decoding a PNG would take several times longer than all the rest.
+        return tfds.features.Tensor(
+            shape=(side, side, 3), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
         )
 
-    def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split) for split in self._pictures}
-
-    def _generate_examples(self, split):
-        for picture in self._pictures[split]:
+    features = {"lr": square(side // scale), "hr": square(side), "name": tfds.features.Text()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".incomplete-") as unfinished:
+        identity = tfds.core.DatasetIdentity(
+            name=_NAME, version="1.0.0", data_dir=unfinished, module_name=__name__
+        )
+        writer = tfds.core.SequentialWriter(
+            tfds.core.DatasetInfo(
+                builder=identity,
+                description="Aligned low- and high-resolution sub-images.",
+                features=tfds.features.FeaturesDict(features),
+            ),
+            max_examples_per_shard=1000,
+            file_format="array_record",
+        )
+        writer.initialize_splits(list(splits))
+        pictures = [(split, picture) for split in splits for picture in splits[split]]
+        for split, picture in tqdm(pictures, desc="preparing pictures", unit="picture"):
             hr, lr = picture.load()
-            hr = bicubic.modcrop(hr, self._scale)
+            hr = bicubic.modcrop(hr, scale)
             if lr is None:
-                lr = bicubic.downscale(hr, self._scale)
-            squares = list(sub_images(lr, hr, self._side, self._scale))
+                lr = bicubic.downscale(hr, scale)
+            squares = list(sub_images(lr, hr, side, scale))
             if split == "val":
                 squares = [squares[len(squares) // 2]]
-            for i, (lr_square, hr_square) in enumerate(squares):
-                key = f"{picture.name}#{i}"
-                yield key, {"lr": lr_square, "hr": hr_square, "name": key}
+            records = [
+                {"lr": lr_square, "hr": hr_square, "name": picture.name}
+                for lr_square, hr_square in squares
+            ]
+            writer.add_examples({split: records})
+        writer.close_all()
+        os.rename(unfinished, folder)
+        Path(unfinished).mkdir()  # for TemporaryDirectory to remove

@@ -36,7 +36,7 @@ class Log:
         self._tensorboard.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, int | float]]:
     """The lines of a metrics.jsonl, none if there is no such file; a half-written last one is not
     counted."""
     if not path.exists():

@@ -184,7 +184,7 @@ def make_train_step(
         decay = jnp.minimum(config.optim.ema_decay, (1 + t) / (10 + t))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params["model"])
         parts |= {
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, ema), parts

@@ -1,11 +1,12 @@
 """Settings that every test runs under, and the files that some need."""
 
 import os
-
-# Before JAX starts. Most of the tests' time is XLA compiling many small programs that run once.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-
+import shutil
+import tempfile
 from pathlib import Path
+
+# Before JAX starts a backend. Most of the time of tests is XLA compiling what runs once.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax
 import pytest
@@ -23,6 +24,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the reference files in {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_each_program_once():
+    """Training compiles the same programs in several tests."""
+    folder = tempfile.mkdtemp(prefix="dvmsr-jax-test-")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    yield
+    shutil.rmtree(folder)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,158 @@
+"""The command lines: README's commands parse, mistakes are answered, scores have their form."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from flax import nnx
+
+import demo
+import evaluate
+import train
+from benchmarks import scan
+from configs import PRESETS
+from dvmsr_jax import images
+from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.model import DVMSR
+from dvmsr_jax.pretrained import save_safetensors
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = sorted(
+    {
+        line.split("  #")[0].strip()
+        for path in (ROOT / "README.md", *(ROOT / "configs").glob("*.py"))
+        for line in path.read_text().splitlines()
+        if re.match(r" *python (\S+\.py|-m) ", line)
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_commands_parse(command, monkeypatch):
+    _, *words = shlex.split(command)
+    program, arguments = (words[0], words[1:]) if words[0] != "-m" else (words[1], words[2:])
+    if program == "train.py":
+        assert train.parse(arguments).phase in command
+    elif program == "evaluate.py":
+        assert evaluate.parse(arguments).ckpt
+    elif program == "benchmarks.scan":
+        assert tyro.extras.get_parser(scan.main).parse_args(arguments)
+    else:
+        assert program == "dvmsr_jax.pretrained"
+        assert len(arguments) == 2
+
+
+def test_the_readme_shows_commands():
+    assert len(COMMANDS) >= 5
+
+
+def test_phase_and_preset_choose_the_defaults():
+    assert train.parse(["--phase=teacher"]) == PRESETS["paper"]["teacher"]
+    assert train.parse(["--phase", "student"]) == PRESETS["paper"]["student"]
+    config = train.parse(["--phase=teacher", "--preset=demo", "--optim.learning-rate", "1e-3"])
+    assert config.model == PRESETS["demo"]["teacher"].model
+    assert config.optim.learning_rate == 1e-3
+    config = train.parse(["--phase=student", "--data.hr-dirs", "a", "b", "--distill.level=mid"])
+    assert config.data.hr_dirs == (Path("a"), Path("b"))
+    assert config.distill.level == "mid"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--optim.learning-rat", "1"], "--optim.learning-rate"),
+        (["--steps", "many"], "--steps"),
+        (["--distill.level", "input"], "mid"),
+        (["--scan", "fast"], "chunked"),
+        (["--phase=students"], "student"),
+    ],
+)
+def test_mistakes_are_answered(arguments, answer, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse(arguments)
+    assert stop.value.code != 0
+    assert answer in capsys.readouterr().err
+
+
+def run_main(module, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def test_errors_are_one_line(monkeypatch, tmp_path):
+    def error_of(module, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            run_main(module, monkeypatch, *arguments)
+        return stop.value.code
+
+    message = error_of(evaluate, "--ckpt", tmp_path / "nothing.pth")
+    assert re.match(r"error: .*nothing\.pth: no such file", message)
+    message = error_of(train, "--phase=student", "--workdir", tmp_path)
+    assert message.startswith("error: there is no teacher in")
+    folders = ("--workdir", tmp_path / "run", "--data.hr-dirs", tmp_path / "none")
+    message = error_of(train, "--phase=teacher", "--preset=demo", *folders)
+    assert re.match(r"error: .*none: no such folder", message)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of tiny random weights."""
+    config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+    path = tmp_path / "tiny.safetensors"
+    save_safetensors(DVMSR(config, rngs=nnx.Rngs(0)), path)
+    return path
+
+
+def test_evaluation_prints_and_writes_scores(weights, tmp_path, monkeypatch, capsys):
+    picture = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    images.write_png(tmp_path / "Mine" / "HR" / "one.png", picture)
+    result, saved = tmp_path / "out" / "scores.json", tmp_path / "sr"
+    arguments = ("--ckpt", weights, "--data", tmp_path / "Mine", "--json", result)
+    run_main(evaluate, monkeypatch, *arguments, "--save-images", saved, "--scan", "sequential")
+
+    written = json.loads(result.read_text())
+    scores = written["datasets"]["Mine"]
+    assert written["model"]["parameters"] > 0
+    assert scores["images"].keys() == {"one"}
+    for group in (scores, scores["bicubic"], scores["images"]["one"]):
+        assert 0 < group["psnr_y"] < 100
+        assert -1 < group["ssim_y"] < 1
+    assert images.read_rgb(saved / "Mine" / "one.png").shape == picture.shape
+    printed = capsys.readouterr().out
+    assert f"{scores['psnr_y']:.3f}" in printed
+    assert f"{scores['bicubic']['ssim_y']:.4f}" in printed
+    assert "GMACs" in printed
+
+
+def test_self_ensemble_changes_the_scores(weights, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    images.write_png(tmp_path / "Mine" / "HR" / "one.png", picture)
+    plain, ensemble = (
+        evaluate.run(evaluate.Arguments(ckpt=weights, data=(tmp_path / "Mine",), self_ensemble=on))[
+            "datasets"
+        ]["Mine"]["psnr_y"]
+        for on in (False, True)
+    )
+    assert ensemble > plain  # the mean of eight answers of a random model errs less
+
+
+def test_scores_of_the_published_weights(shared, tmp_path):
+    """Every image of Set5; Set14's take minutes here and are checked by evaluate.py itself."""
+    expected = json.loads((shared / "reference" / "team07_scores.json").read_text())["Set5"]
+    arguments = evaluate.Arguments(
+        ckpt=shared / "reference" / "team07_DVMSR.pth", data=(shared / "data/benchmark/Set5",)
+    )
+    scores = evaluate.run(arguments)["datasets"]["Set5"]["images"]
+    for name, (psnr_y, ssim_y) in expected.items():
+        if name != "mean":
+            assert abs(scores[name]["psnr_y"] - psnr_y) < 1e-3
+            assert abs(scores[name]["ssim_y"] - ssim_y) < 2e-4
+
+
+def test_demo_shows_a_picture_that_it_does_not_train_on():
+    assert demo.HELD_OUT in {path.stem for path in images.SAMPLES}
+    assert len(images.SAMPLES) - 1 > PRESETS["demo"]["teacher"].data.val_images

@@ -1,0 +1,363 @@
+"""The network against its description: counts, shapes, order, initial weights, gradients."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import PRESETS
+from dvmsr_jax import losses
+from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import average_over_symmetries, make_upscaler
+from dvmsr_jax.model import (
+    DVMSR,
+    model_from_parameters,
+    named_parameters,
+    parameter_count,
+    pixel_shuffle,
+)
+from dvmsr_jax.vimm import ViMM
+
+TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
+SMALLEST = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+BIDIRECTIONAL = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4, bidirectional=True)
+
+
+@functools.cache
+def weights(config, seed=0):
+    """Random weights, larger than the initial ones, so that each part bears on the output."""
+    shapes = jax.eval_shape(lambda: named_parameters(DVMSR(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+    return {name: (rng.normal(size=x.shape) * 0.3).astype(np.float32) for name, x in shapes.items()}
+
+
+@functools.cache
+def compiled(config, scan="auto"):
+    """f(parameters, images) -> images."""
+    return jax.jit(lambda parameters, x: model_from_parameters(config, parameters, scan=scan)(x))
+
+
+def images(b, h, w, seed=0):
+    return np.random.default_rng(seed).random((b, h, w, 3), np.float32)
+
+
+def make_vimm(config, drop_path=0.0):
+    """A ViMM of random weights."""
+    vimm = nnx.eval_shape(lambda: ViMM(config, drop_path, "auto", rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(1)
+    state = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.5, jnp.float32),
+        nnx.state(vimm, nnx.Param),
+    )
+    nnx.update(vimm, state)
+    return vimm
+
+
+@nnx.jit
+def run(vimm, tokens, dropout_key=None):
+    rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
+    return vimm(tokens, rngs=rngs)
+
+
+def make_tokens(b=1, l=9):
+    return jax.random.normal(jax.random.key(2), (b, l, 8))
+
+
+@pytest.mark.parametrize(("phase", "count"), [("student", 424_428), ("teacher", 7_107_312)])
+def test_parameter_counts(phase, count):
+    config = PRESETS["paper"][phase].model
+    assert parameter_count(nnx.eval_shape(lambda: DVMSR(config, rngs=nnx.Rngs(0)))) == count
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (dataclasses.replace(SMALLEST, scale=2), [(5, 3)]),
+        (dataclasses.replace(SMALLEST, scale=3), [(5, 3)]),
+        (SMALLEST, [(1, 1), (1, 7), (5, 3)]),
+        (BIDIRECTIONAL, [(1, 1), (1, 7), (5, 3)]),
+    ],
+    ids=["x2", "x3", "x4", "bidirectional"],
+)
+def test_any_size(config, sizes):
+    for h, w in sizes:
+        y = compiled(config)(weights(config), images(2, h, w))
+        assert y.shape == (2, h * config.scale, w * config.scale, 3)
+        assert np.isfinite(y).all()
+
+
+def test_pixel_shuffle_has_pytorchs_order():
+    b, h, w, s = 2, 3, 4, 2
+    x = np.arange(b * h * w * 3 * s * s).reshape(b, h, w, 3 * s * s).astype(np.float32)
+    y = np.asarray(pixel_shuffle(jnp.asarray(x), s))
+    assert y.shape == (b, h * s, w * s, 3)
+    for row, column, colour in np.ndindex(h * s, w * s, 3):
+        channel = colour * s * s + (row % s) * s + column % s
+        np.testing.assert_array_equal(
+            y[:, row, column, colour], x[:, row // s, column // s, channel]
+        )
+
+
+def test_vimm_has_no_skip():
+    vimm, tokens = make_vimm(SMALLEST), make_tokens()
+    assert np.abs(run(vimm, tokens)).min() > 0
+    vimm.out_proj.kernel[...] = jnp.zeros((16, 8))
+    np.testing.assert_array_equal(run(vimm, tokens), np.zeros_like(tokens))
+
+
+@pytest.mark.parametrize("config", [SMALLEST, BIDIRECTIONAL], ids=["causal", "bidirectional"])
+def test_what_a_token_reaches(config):
+    vimm, tokens = make_vimm(config), make_tokens()
+    before = run(vimm, tokens)
+    by_first = np.abs(run(vimm, tokens.at[:, 0, 0].add(1.0)) - before).max(axis=(0, 2))
+    by_last = np.abs(run(vimm, tokens.at[:, -1, 0].add(1.0)) - before).max(axis=(0, 2))
+    assert by_first.min() > 1e-5
+    if config.bidirectional:
+        assert by_last.min() > 1e-5
+    else:
+        np.testing.assert_array_equal(by_last[:-1], 0)
+        assert by_last[-1] > 1e-2
+
+
+def test_directions_mirror_each_other():
+    vimm, tokens = make_vimm(BIDIRECTIONAL), make_tokens()
+    there = run(vimm, tokens)
+    assert np.abs(run(vimm, tokens[:, ::-1])[:, ::-1] - there).max() > 0.1
+    vimm.forward, vimm.backward = vimm.backward, vimm.forward
+    np.testing.assert_allclose(run(vimm, tokens[:, ::-1])[:, ::-1], there, atol=1e-5)
+
+
+def test_drop_path_rates_grow_linearly():
+    config = ModelConfig(channels=8, rssbs=3, vimms_per_rssb=2, states=4, drop_path=0.2)
+    model = nnx.eval_shape(lambda: DVMSR(config, rngs=nnx.Rngs(0)))
+    rates = [vimm.drop_path.rate for rssb in model.rssbs for vimm in rssb.vimms]
+    np.testing.assert_allclose(rates, np.linspace(0, 0.2, 6))
+
+
+def test_drop_path_drops_the_input_of_whole_samples():
+    vimm = make_vimm(SMALLEST, drop_path=0.25)
+    # Small enough for LayerNorm's epsilon to matter, which would hide the scaling otherwise.
+    tokens = 2e-3 * make_tokens(b=64)
+    kept, dropped = run(vimm, tokens / 0.75), run(vimm, jnp.zeros_like(tokens))
+    out = run(vimm, tokens, jax.random.key(0))
+
+    def same(x, y):
+        return np.abs(x - y).max(axis=(1, 2)) < 1e-6
+
+    assert not same(kept, dropped).any()
+    assert not same(kept, run(vimm, tokens)).any()
+    assert (same(out, kept) ^ same(out, dropped)).all()
+    assert 5 <= same(out, dropped).sum() <= 28  # of 64; outside once in a thousand seeds
+    assert np.any(out != run(vimm, tokens, jax.random.key(1)))
+
+
+def test_drop_path_is_for_training_only():
+    config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=2, states=4, drop_path=0.9)
+    parameters, x = weights(config), images(4, 3, 3)
+    never = compiled(dataclasses.replace(config, drop_path=0.0))(parameters, x)
+    np.testing.assert_array_equal(compiled(config)(parameters, x), never)
+
+    @jax.jit
+    def train(parameters, x):
+        return model_from_parameters(config, parameters)(x, rngs=nnx.Rngs(dropout=0))
+
+    assert np.abs(train(parameters, x) - never).max() > 1e-2
+
+
+def uniform(bound):
+    def check(x):
+        n = x.size
+        assert bound * 1e-3 ** (1 / n) < np.abs(x).max() <= bound  # once in a thousand seeds not
+        assert abs(x.mean()) < 4 * bound / (3 * n) ** 0.5  # four standard deviations
+
+    return check
+
+
+def constant(value):
+    return lambda x: np.testing.assert_array_equal(x, value)
+
+
+def dense(x):
+    # Cut off at two standard deviations, which leaves 0.8796 of the deviation.
+    assert np.abs(x).max() <= 0.04
+    np.testing.assert_allclose(x.std(), 0.8796 * 0.02, rtol=0.1)
+
+
+def states(x):
+    np.testing.assert_allclose(x, np.tile(np.log([1, 2, 3, 4, 5]), (64, 1)), rtol=1e-6)
+
+
+def step_sizes(x):
+    steps = np.log1p(np.exp(x.astype(np.float64)))
+    assert 1e-3 * (1 - 1e-4) <= steps.min() < 2e-3
+    assert 0.05 < steps.max() <= 0.1 * (1 + 1e-4)
+    assert abs(np.log10(steps).mean() + 2) < 0.3
+
+
+def test_initial_weights():
+    config = ModelConfig(channels=32, rssbs=1, vimms_per_rssb=1, states=5, conv_width=3)
+    expected = {
+        r"conv_first\.(kernel|bias)": uniform(27**-0.5),
+        r"(rssbs\.0\.conv|conv_last|reconstruct)\.(kernel|bias)": uniform((9 * 32) ** -0.5),
+        r".*norm(_first|_last)?\.scale": constant(1),
+        r".*norm(_first|_last)?\.bias": constant(0),
+        r".*\.(in_proj|x_proj|out_proj)\.kernel": dense,
+        r".*\.forward\.conv\.(kernel|bias)": uniform(3**-0.5),
+        r".*\.dt_proj\.kernel": uniform(2**-0.5),  # r = 32 / 16
+        r".*\.dt_bias": step_sizes,
+        r".*\.A_log": states,
+        r".*\.D": constant(1),
+    }
+    init = jax.jit(lambda key: named_parameters(DVMSR(config, rngs=nnx.Rngs(key))))
+    for name, x in init(jax.random.key(0)).items():
+        (check,) = [check for pattern, check in expected.items() if re.fullmatch(pattern, name)]
+        check(np.asarray(x))
+
+
+def test_features():
+    @jax.jit
+    def both(parameters, x):
+        model = model_from_parameters(TINY, parameters)
+        y, features = model.with_features(x)
+        body = model.conv_last(model.norm_last(features.rssbs[-1]))
+        return model(x), y, features, body, model.rssbs[1](features.rssbs[0])
+
+    x = images(2, 3, 5)
+    alone, y, features, body, last = both(weights(TINY), x)
+    np.testing.assert_array_equal(y, alone)
+    assert features.shallow.shape == features.body.shape == (2, 3, 5, 8)
+    assert [f.shape for f in features.rssbs] == [(2, 3, 5, 8)] * 2
+    np.testing.assert_allclose(features.body, body, atol=1e-5)
+    np.testing.assert_allclose(features.rssbs[1], last, atol=1e-5)
+
+
+def test_gradients_reach_every_parameter():
+    config = dataclasses.replace(TINY, bidirectional=True)
+    weight = np.random.default_rng(3).normal(size=(1, 16, 20, 3)).astype(np.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradients(parameters, x):
+        return jnp.sum(weight * model_from_parameters(config, parameters)(x))
+
+    for name, gradient in gradients(weights(config), images(1, 4, 5)).items():
+        assert np.isfinite(gradient).all(), name
+        assert np.all(np.abs(gradient) > 0), name
+
+
+def test_parameters_round_trip():
+    parameters = weights(TINY)
+    again = named_parameters(model_from_parameters(TINY, parameters))
+    assert again.keys() == parameters.keys()
+    for name, x in again.items():
+        np.testing.assert_array_equal(x, parameters[name], err_msg=name)
+
+
+def test_parameters_that_do_not_fit():
+    good = weights(TINY)
+    without = {name: x for name, x in good.items() if name != "conv_first.bias"}
+    with pytest.raises(ValueError, match=r"do not fit the model: conv_first\.bias is missing$"):
+        model_from_parameters(TINY, without)
+    with pytest.raises(ValueError, match=r"model: more is not part of the model$"):
+        model_from_parameters(TINY, good | {"more": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match=r"conv_first\.bias has shape \(9,\), expected \(8,\)$"):
+        model_from_parameters(TINY, good | {"conv_first.bias": np.zeros(9, np.float32)})
+    with pytest.raises(ValueError, match=rf"\(and {len(good) - 2 - 3} more\)$"):
+        model_from_parameters(TINY, dict(list(good.items())[:2]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("channels", 0), ("rssbs", -1), ("conv_width", 0), ("drop_path", 1.0), ("drop_path", np.nan)],
+)
+def test_impossible_configurations(field, value):
+    config = dataclasses.replace(TINY, **{field: value})
+    with pytest.raises(UserError, match=f"{field} is {value}"):
+        DVMSR(config, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=f"{field} is {value}"):
+        model_from_parameters(config, weights(TINY))
+
+
+def test_an_absurd_depth_is_refused_at_once():
+    with pytest.raises(ValueError, match="for 1000000000 RSSBs"):
+        model_from_parameters(dataclasses.replace(TINY, rssbs=10**9), weights(TINY))
+
+
+@pytest.mark.parametrize("scan", ["associative", "chunked-carried", "chunked-parallel", "auto"])
+def test_scans_agree(scan):
+    parameters, x = weights(SMALLEST), images(1, 20, 15)
+    expected = compiled(SMALLEST, "sequential")(parameters, x)
+    # The scan bears on the output, so that another result would show.
+    slower = parameters | {"rssbs.0.vimms.0.forward.A_log": np.zeros((16, 4), np.float32)}
+    assert np.abs(compiled(SMALLEST, "sequential")(slower, x) - expected).max() > 1e-2
+    np.testing.assert_allclose(compiled(SMALLEST, scan)(parameters, x), expected, atol=1e-5)
+
+
+def test_average_over_symmetries():
+    parameters = weights(SMALLEST)
+
+    @jax.jit
+    def average(parameters, x):
+        return average_over_symmetries(model_from_parameters(SMALLEST, parameters), x)
+
+    x = jnp.asarray(images(1, 4, 4))
+    expected = average(parameters, x)
+    turn = functools.partial(jnp.rot90, axes=(1, 2))
+    for symmetry in (lambda x: x[:, ::-1], lambda x: x[:, :, ::-1], turn):
+        np.testing.assert_allclose(
+            average(parameters, symmetry(x)), symmetry(expected), atol=1e-5, rtol=0
+        )
+    model = compiled(SMALLEST)
+    assert np.abs(model(parameters, turn(x)) - turn(model(parameters, x))).max() > 1e-2
+
+
+def upscale(parameters, picture):
+    x = np.asarray(picture[None], np.float32) / 255
+    return np.asarray(compiled(SMALLEST)(parameters, x)[0])
+
+
+@pytest.mark.parametrize("self_ensemble", [False, True])
+def test_upscaler(self_ensemble):
+    parameters = weights(SMALLEST)
+    picture = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    expected = upscale(parameters, picture)
+    if self_ensemble:
+        outputs = []
+        for k in range(4):
+            for axes in ((0, 1, 2), (1, 0, 2)):
+                x = np.rot90(picture, k).transpose(axes)
+                outputs.append(np.rot90(upscale(parameters, x).transpose(axes), -k))
+        assert np.abs(outputs[0] - outputs[1]).max() > 0.1
+        expected = np.mean(outputs, axis=0)
+    assert 0.1 < np.mean((expected > 0) & (expected < 1)) < 0.9  # some are clamped, some not
+    model = model_from_parameters(SMALLEST, parameters)
+    upscaled = make_upscaler(model, self_ensemble=self_ensemble)(picture)
+    assert upscaled.shape == (16, 20, 3)
+    # Rounding to the nearest of 0 .. 255, but for rounding errors beforehand.
+    np.testing.assert_allclose(upscaled, np.clip(expected, 0, 1) * 255, atol=0.501, rtol=0)
+
+
+def test_losses():
+    rng = np.random.default_rng(0)
+    x, y = rng.random((2, 2, 3, 4, 3), np.float32)
+    expected = np.mean(np.abs(x.astype(np.float64) - y))
+    np.testing.assert_allclose(losses.l1(jnp.asarray(x), jnp.asarray(y)), expected, rtol=1e-6)
+
+    student = rng.random((2, 1, 3, 4, 5), np.float32)
+    teacher = rng.random((2, 1, 3, 4, 6), np.float32)
+    projections = rng.random((2, 5, 6), np.float32)
+    expected = [
+        np.mean(np.abs(np.einsum("bhwc,ck->bhwk", s, p, dtype=np.float64) - t))
+        for s, t, p in zip(student, teacher, projections, strict=True)
+    ]
+    student, teacher, projections = (list(jnp.asarray(x)) for x in (student, teacher, projections))
+    loss = losses.mid_level(student, teacher, projections)
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"shorter"):
+        losses.mid_level(student, teacher[:1], projections)

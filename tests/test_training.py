@@ -1,0 +1,295 @@
+"""Both phases learn, the teacher stays as it is, and an interrupted run ends like any other."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dvmsr_jax import images, parallel, report, training
+from dvmsr_jax.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, TrainConfig
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.model import DVMSR, named_parameters
+from dvmsr_jax.pretrained import load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+TEACHER = ModelConfig(channels=12, rssbs=2, vimms_per_rssb=1, states=4)
+STUDENT = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes_dtypes():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three smooth pictures."""
+    folder = tmp_path_factory.mktemp("photos")
+    y, x = np.mgrid[:72, :80] / 10
+    for i in range(3):
+        waves = [np.sin(x * (i + 1) / 2 + c) + np.cos(y + c + i) for c in range(3)]
+        images.write_png(folder / f"{i}.png", images.to_uint8(np.stack(waves, -1) / 4 + 0.5))
+    return folder
+
+
+@pytest.fixture
+def config(photos, tmp_path):
+    """A teacher phase of six steps."""
+    return TrainConfig(
+        phase="teacher",
+        workdir=tmp_path / "run",
+        model=TEACHER,
+        data=DataConfig(
+            hr_dirs=(photos,),
+            data_dir=photos.parent / "records",
+            val_images=1,
+            lr_crop=8,
+            batch_size=2,
+        ),
+        optim=OptimConfig(learning_rate=5e-3),
+        steps=6,
+        log_every=1,
+        val_every=3,
+        checkpoint_every=2,
+    )
+
+
+def student_of(config, **distill):
+    return dataclasses.replace(
+        config, phase="student", model=STUDENT, distill=DistillConfig(**distill)
+    )
+
+
+def step_repeatedly(config, teacher, steps):
+    """Metrics of steps on one fixed batch, and the state after them."""
+    mesh = parallel.make_mesh(config.data.batch_size)
+    optimizer = training.make_optimizer(config.optim, 100)
+    state = parallel.replicate(training.init_state(config, optimizer, teacher), mesh)
+    step = training.make_train_step(config, optimizer, mesh, teacher)
+    rng = np.random.default_rng(0)
+    lr = rng.integers(0, 256, (2, 8, 8, 3), np.uint8)
+    batch = parallel.shard_batch({"lr": lr, "hr": lr.repeat(4, 1).repeat(4, 2)}, mesh)
+    log = []
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        log.append(jax.device_get(metrics))
+    return log, state
+
+
+def random_teacher():
+    model = DVMSR(TEACHER, rngs=nnx.Rngs(1))
+    return training.Teacher(TEACHER, named_parameters(model))
+
+
+def test_teacher_step_lowers_the_loss(config):
+    log, state = step_repeatedly(config, None, 3)
+    assert log[2]["loss"] < log[1]["loss"] < log[0]["loss"]
+    assert int(state.step) == 3
+
+
+@pytest.mark.parametrize("level", ["output", "mid"])
+def test_student_step_lowers_the_loss_and_leaves_the_teacher(config, level):
+    teacher = random_teacher()
+    before = jax.tree.map(np.array, teacher.parameters)
+    log, state = step_repeatedly(student_of(config, level=level, weight=0.5), teacher, 3)
+    assert log[2]["loss"] < log[1]["loss"] < log[0]["loss"]
+    for metrics in log:
+        expected = metrics["pixel_loss"] + 0.5 * metrics["distill_loss"]
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+        assert metrics["distill_loss"] > 0
+    for name, value in before.items():
+        np.testing.assert_array_equal(teacher.parameters[name], value)
+    assert state.ema.keys() == named_parameters(DVMSR(STUDENT, rngs=nnx.Rngs(0))).keys()
+
+
+def test_output_distillation_is_the_distance_to_the_teacher(config):
+    """A student that is its own teacher has nothing to learn from it."""
+    config = dataclasses.replace(
+        config, phase="student", model=dataclasses.replace(TEACHER, drop_path=0.0)
+    )
+    optimizer = training.make_optimizer(config.optim, 10)
+    state = training.init_state(config, optimizer, random_teacher())
+    lr = jnp.linspace(0, 1, 2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
+    hr = jnp.zeros((2, 32, 32, 3))
+    teacher = training.Teacher(config.model, state.params["model"])
+    _, parts = training.loss_function(config, state.params, teacher, lr, hr, nnx.Rngs(0))
+    assert parts["distill_loss"] < 1e-6
+
+
+def test_ema_follows_the_weights(config):
+    _, first = step_repeatedly(config, None, 1)
+    optimizer = training.make_optimizer(config.optim, 100)
+    start = training.init_state(config, optimizer, None).ema
+    for name, ema in first.ema.items():  # the decay of the first step is 1 / 10
+        expected = 0.1 * start[name] + 0.9 * first.params["model"][name]
+        np.testing.assert_allclose(ema, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_learning_rate_schedules():
+    halving = training.learning_rate(OptimConfig(), 500_000)
+    for step, factor in [(0, 1), (250_001, 2), (400_001, 4), (450_001, 8), (475_001, 16)]:
+        np.testing.assert_allclose(halving(step), 2e-4 / factor, rtol=1e-6)
+    np.testing.assert_allclose(halving(249_999), 2e-4, rtol=1e-6)
+    cosine = training.learning_rate(OptimConfig(schedule="cosine", warmup=0.1), 1000)
+    np.testing.assert_allclose([cosine(s) for s in (0, 50, 100)], [0, 1e-4, 2e-4], rtol=1e-6)
+    np.testing.assert_allclose([cosine(s) for s in (550, 1000)], [1e-4, 0], rtol=1e-5, atol=1e-9)
+
+
+def parameters_of(directory):
+    return {k: np.asarray(x) for k, x in named_parameters(load_model(directory)).items()}
+
+
+def interrupt_at(step, monkeypatch, number):
+    """Sends a signal when this step's metrics are written."""
+    scalars = report.Log.scalars
+
+    def spy(self, at, values):
+        scalars(self, at, values)
+        if at == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(report.Log, "scalars", spy)
+
+
+def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkeypatch, capsys):
+    whole = parameters_of(training.train(config))
+    cut = dataclasses.replace(config, workdir=tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch, signal.SIGTERM)
+        directory = training.train(cut)
+    assert "the same command goes on" in capsys.readouterr().out
+    logged = [line["step"] for line in report.read_metrics(directory / "metrics.jsonl")]
+    assert max(logged) == 4  # the step under way when the signal came is finished
+    training.train(cut)
+    for name, value in parameters_of(directory).items():
+        np.testing.assert_array_equal(value, whole[name], err_msg=name)
+    assert "steps 4 to 6" in capsys.readouterr().out
+
+
+def test_both_phases_leave_what_they_promise(config, monkeypatch):
+    teacher_directory = training.train(config)
+    before = parameters_of(teacher_directory)
+    student = student_of(config)
+    directory = training.train(student)
+    assert directory == config.workdir / "student"
+    assert load_model(directory).config == STUDENT
+    for name, value in parameters_of(teacher_directory).items():
+        np.testing.assert_array_equal(value, before[name])
+
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "val_psnr_y" in line] == [3, 6]
+    assert list((directory / "tensorboard").glob("events*"))
+    sample = images.read_rgb(directory / "samples" / "0000006.png")
+    assert sample.shape[1] > 3 * 300
+    assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == ["2", "4", "6"]
+
+    training.train(student)  # finished: nothing happens
+    with pytest.raises(UserError, match=r"optim\.b1: 0\.9 there, 0\.8 now"):
+        training.train(dataclasses.replace(student, optim=OptimConfig(learning_rate=5e-3, b1=0.8)))
+
+
+def test_student_without_teacher_says_what_to_do(config):
+    with pytest.raises(UserError, match=r"no teacher in .*--distill\.teacher"):
+        training.train(student_of(config))
+
+
+def test_teacher_of_another_scale_is_refused(config):
+    teacher = dataclasses.replace(config, model=dataclasses.replace(TEACHER, scale=2), steps=1)
+    directory = training.train(teacher)
+    with pytest.raises(UserError, match="teacher for x2, the student is to be x4"):
+        training.train(student_of(config, teacher=directory))
+
+
+def test_rssb_pairs():
+    config = TrainConfig(model=ModelConfig(rssbs=4))
+    teacher = ModelConfig(rssbs=8)
+    assert training.rssb_pairs(config, teacher) == ((0, 1), (1, 3), (2, 5), (3, 7))
+    chosen = dataclasses.replace(config, distill=DistillConfig(rssbs=((0, 7),)))
+    assert training.rssb_pairs(chosen, teacher) == ((0, 7),)
+    wrong = dataclasses.replace(config, distill=DistillConfig(rssbs=((4, 0),)))
+    with pytest.raises(UserError, match=r"names \(4, 0\), but the student has 4"):
+        training.rssb_pairs(wrong, teacher)
+
+
+def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
+    """The message names the step and the last checkpoint, and no later one is written."""
+    make = training.make_train_step
+
+    def poisoned(*args):
+        step = make(*args)
+
+        def run(state, batch):
+            state, parts = step(state, batch)
+            return state, parts | {"loss": jnp.where(state.step == 4, jnp.nan, parts["loss"])}
+
+        return run
+
+    monkeypatch.setattr(training, "make_train_step", poisoned)
+    config = dataclasses.replace(config, log_every=6)
+    with pytest.raises(
+        UserError, match=r"loss is nan at step 4; the last good checkpoint is .*/2\."
+    ):
+        training.train(config)
+    steps = [p.name for p in (config.workdir / "teacher" / "checkpoints").iterdir()]
+    assert steps == ["2"]
+
+
+def test_batch_must_split_over_the_devices(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with pytest.raises(UserError, match="batch_size is 12, which 8 devices cannot share"):
+        parallel.make_mesh(12)
+
+
+DEVICES = """
+import sys
+import jax, numpy as np
+from dvmsr_jax import parallel, training
+from dvmsr_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    phase="teacher",
+    model=ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4, drop_path=0.0),
+    data=DataConfig(batch_size=8), optim=OptimConfig(learning_rate=5e-3), steps=5,
+)
+mesh = parallel.make_mesh(8)
+optimizer = training.make_optimizer(config.optim, 5)
+state = parallel.replicate(training.init_state(config, optimizer, None), mesh)
+step = training.make_train_step(config, optimizer, mesh, None)
+rng = np.random.default_rng(0)
+for _ in range(5):
+    batch = {"lr": rng.integers(0, 256, (8, 6, 6, 3), np.uint8)}
+    batch["hr"] = batch["lr"].repeat(4, 1).repeat(4, 2)
+    state, metrics = step(state, parallel.shard_batch(batch, mesh))
+np.savez(sys.argv[1], loss=metrics["loss"], devices=jax.device_count(), **state.params["model"])
+"""
+
+
+def test_any_number_of_devices_gives_the_same_result(tmp_path):
+    results = []
+    for devices in (1, 8):
+        flags = (
+            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        )
+        path = tmp_path / f"{devices}.npz"
+        subprocess.run(
+            [sys.executable, "-c", DEVICES, path],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            check=True,
+        )
+        results.append(dict(np.load(path)))
+    one, eight = results
+    assert (one.pop("devices"), eight.pop("devices")) == (1, 8)
+    for name, value in one.items():
+        np.testing.assert_allclose(eight[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
