@@ -1,98 +1,201 @@
-"""Checkpoints come back as they were, and only under the configuration that made them."""
+"""Checkpoints come back as they were, wherever they were made, and damaged ones are refused."""
 
 import dataclasses
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
+from dvmsr_jax import checkpoint
 from dvmsr_jax.checkpoint import CheckpointError, Checkpoints, load_weights
-from dvmsr_jax.config import ModelConfig, OptimConfig, TrainConfig
-from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import DVMSR, named_parameters
-from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.config import ModelConfig, TrainConfig
+from dvmsr_jax.pretrained import PretrainedError, load_model
 
-MODEL = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+WEIGHTS = {"a.kernel": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float32)}
+STATE = {"step": np.int32(7), "mean": WEIGHTS["b"]}
+
+
+def save(config, *steps):
+    checkpoints = Checkpoints(config)
+    for step in steps:
+        as_jax = {name: jnp.asarray(x) for name, x in WEIGHTS.items()}
+        checkpoints.save(step, as_jax, {name: jnp.asarray(x) for name, x in STATE.items()})
+    checkpoints.close()
+    return checkpoints.directory
+
+
+def restore(config):
+    checkpoints = Checkpoints(config)
+    try:
+        return checkpoints.restore(
+            {name: jnp.zeros_like(x) for name, x in WEIGHTS.items()},
+            {name: jnp.zeros_like(x) for name, x in STATE.items()},
+        )
+    finally:
+        checkpoints.close()
+
+
+def assert_weights(found):
+    assert found.keys() == WEIGHTS.keys()
+    for name, x in WEIGHTS.items():
+        np.testing.assert_array_equal(found[name], x)
 
 
 @pytest.fixture
 def config(tmp_path):
-    return TrainConfig(phase="teacher", workdir=tmp_path, model=MODEL, keep_checkpoints=2)
+    return TrainConfig(workdir=tmp_path / "run", model=ModelConfig(channels=8, states=4))
 
 
-@pytest.fixture
-def saved(config):
-    """A run with checkpoints of steps 1 to 3; the weights of step 3."""
-    checkpoints = Checkpoints(config)
-    for step in (1, 2, 3):
-        weights = named_parameters(DVMSR(MODEL, rngs=nnx.Rngs(step)))
-        checkpoints.save(step, weights, {"step": jnp.asarray(step)})
+def test_the_newest_are_kept_and_come_back(config):
+    config = dataclasses.replace(config, keep_checkpoints=2)
+    assert restore(config) is None
+    directory = save(config, 1, 2, 3)
+    assert sorted(step.name for step in directory.iterdir()) == ["2", "3"]
+    step, ema, state = restore(config)
+    assert step == 3
+    assert_weights(ema)
+    assert int(state["step"]) == 7
+    np.testing.assert_array_equal(state["mean"], STATE["mean"])
+
+
+def test_weights_from_more_devices_than_there_are_here(tmp_path, config):
+    program = f"""
+import jax
+from pathlib import Path
+from dvmsr_jax import parallel
+from dvmsr_jax.checkpoint import Checkpoints
+from dvmsr_jax.config import TrainConfig
+mesh = parallel.make_mesh(3)
+assert mesh.size == 3
+weights = {{"a": jax.numpy.arange(12.0), "b": jax.numpy.ones((3, 4))}}
+checkpoints = Checkpoints(TrainConfig(workdir=Path({str(tmp_path)!r})))
+checkpoints.save(1, parallel.replicate(weights, mesh), parallel.replicate(weights, mesh))
+checkpoints.close()
+"""
+    flags = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+        "PYTHONPATH": os.getcwd(),
+    }
+    subprocess.run([sys.executable, "-c", program], env=flags, check=True)
+    _, weights = load_weights(tmp_path / "student")
+    np.testing.assert_array_equal(weights["a"], np.arange(12))
+    np.testing.assert_array_equal(weights["b"], np.ones((3, 4)))
+
+    checkpoints = Checkpoints(TrainConfig(workdir=tmp_path))
+    empty = {"a": jnp.zeros(12), "b": jnp.zeros((3, 4))}
+    _, ema, state = checkpoints.restore(empty, empty)
     checkpoints.close()
-    return weights
+    np.testing.assert_array_equal(ema["a"], np.arange(12))
+    np.testing.assert_array_equal(state["a"], np.arange(12))
 
 
-def test_weights_come_back(config, saved):
-    phase = config.workdir / "teacher"
-    assert sorted(p.name for p in (phase / "checkpoints").iterdir()) == ["2", "3"]
-    for path in (phase, phase / "checkpoints", phase / "checkpoints" / "3"):
-        model, weights = load_weights(path)
-        assert model == MODEL
-        assert weights.keys() == saved.keys()
-        for name, value in saved.items():
-            np.testing.assert_array_equal(weights[name], value)
-    _, older = load_weights(phase / "checkpoints" / "2")
-    assert any((older[name] != saved[name]).any() for name in saved)
-    assert load_model(phase).config == MODEL
+def test_any_damaged_file(tmp_path, config):
+    """Whichever file is missing, cut or changed: refused by name, or the weights are whole."""
+    directory = save(config, 7)
+    whole = tmp_path / "whole"
+    shutil.copytree(directory, whole)
+    messages = []
+    files = [f for f in sorted((whole / "7").rglob("*")) if f.is_file() and "/state/" not in str(f)]
+    for file in files:
+        contents = file.read_bytes()
+        flipped = bytearray(contents)
+        flipped[len(flipped) // 2 :][:1] = b"\xff"
+        for damaged in (
+            None,
+            b"",
+            contents[: len(contents) // 2],
+            bytes(len(contents)),
+            b"{}",
+            bytes(flipped),
+        ):
+            shutil.rmtree(directory)
+            shutil.copytree(whole, directory)
+            path = directory / file.relative_to(whole)
+            if damaged is None:
+                path.unlink()
+            else:
+                path.write_bytes(damaged)
+            try:
+                model, weights = load_weights(config.workdir / "student")
+            except CheckpointError as error:
+                messages.append(str(error))
+            else:
+                assert model == config.model
+                assert_weights(weights)
+    assert len(messages) > len(files)
+    assert all(message.startswith(f"{directory / '7'}: cannot be read (") for message in messages)
+    assert all("\n" not in message for message in messages)
 
 
-def test_state_comes_back(config, saved):
-    checkpoints = Checkpoints(config)
-    step, ema, state = checkpoints.restore(saved, {"step": jnp.asarray(0)})
-    checkpoints.close()
-    assert step == int(state["step"]) == 3
-    for name, value in saved.items():
-        np.testing.assert_array_equal(ema[name], value)
-
-
-def test_nothing_to_restore(config, saved):
-    fresh = Checkpoints(dataclasses.replace(config, phase="student"))
-    assert fresh.restore(saved, {"step": jnp.asarray(0)}) is None
-    fresh.close()
-
-
-def test_another_configuration_is_refused(config, saved):
-    other = dataclasses.replace(config, seed=1, optim=OptimConfig(learning_rate=1e-3))
-    checkpoints = Checkpoints(other)
-    with pytest.raises(CheckpointError) as refused:
-        checkpoints.restore(saved, {"step": jnp.asarray(0)})
-    checkpoints.close()
-    assert "optim.learning_rate: 0.0002 there, 0.001 now" in str(refused.value)
-    assert "seed: 0 there, 1 now" in str(refused.value)
-    assert "channels" not in str(refused.value)
-
-
-def test_free_fields_may_change(config, saved):
-    checkpoints = Checkpoints(dataclasses.replace(config, log_every=1, scan="sequential"))
-    assert checkpoints.restore(saved, {"step": jnp.asarray(0)}) is not None
-    checkpoints.close()
-
-
-def test_a_workdir_of_phases_is_refused_by_name(config, saved):
-    with pytest.raises(UserError, match=str(config.workdir / "teacher")):
-        load_model(config.workdir)
-
-
-@pytest.mark.parametrize("item", ["config", "ema"])
-def test_damaged_checkpoint_is_named(config, saved, item):
-    step = config.workdir / "teacher" / "checkpoints" / "3"
-    for path in (step / item).rglob("*"):
+@pytest.mark.parametrize("item", ["config", "ema", "state"])
+def test_a_damaged_checkpoint_is_not_continued(config, item):
+    directory = save(config, 7)
+    for path in (directory / "7" / item).rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(UserError, match=str(step)):
-        load_model(config.workdir / "teacher")
-    shutil.rmtree(step / item)
-    with pytest.raises(UserError, match=str(step)):
-        load_model(Path(step))
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(directory / '7'))}: cannot be"):
+        restore(config)
+
+
+def test_every_free_field_may_differ(config):
+    save(config, 7)
+    changed = {
+        "scan": "sequential",
+        "log_every": 1,
+        "val_every": 1,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 1,
+        "data": dataclasses.replace(config.data, data_dir=Path("elsewhere"), workers=9),
+        "distill": dataclasses.replace(config.distill, teacher=Path("teacher")),
+    }
+    step, ema, state = restore(dataclasses.replace(config, **changed))
+    assert step == 7
+    assert_weights(ema)
+    assert int(state["step"]) == 7
+    moved = config.workdir.rename(config.workdir.with_name("moved"))
+    assert restore(dataclasses.replace(config, workdir=moved))[0] == 7
+    tried = {"workdir", "data.data_dir", "data.workers", "distill.teacher", *changed}
+    assert tried >= checkpoint.FREE_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"steps": 9}, "  steps: 500000 there, 9 now"),
+        ({"model": ModelConfig(channels=8)}, "  model.states: 4 there, 16 now"),
+        ({"seed": 3}, "  seed: 0 there, 3 now"),
+    ],
+)
+def test_other_fields_may_not(config, change, line):
+    directory = save(config, 7)
+    with pytest.raises(CheckpointError) as caught:
+        restore(dataclasses.replace(config, **change))
+    assert str(caught.value).splitlines()[:-1] == [
+        f"{directory / '7'} was made with another configuration:",
+        line,
+    ]
+
+
+def test_paths(tmp_path, config):
+    teacher = save(dataclasses.replace(config, phase="teacher"), 1)
+    with pytest.raises(
+        CheckpointError, match=f"{config.workdir}: .*pass {config.workdir}/teacher$"
+    ):
+        load_weights(config.workdir)
+    student = save(config, 9, 10, 11)
+    with pytest.raises(CheckpointError, match=f"pass {student.parent} or {teacher.parent}$"):
+        load_weights(config.workdir)
+    for path in (student.parent, student, student / "11", student / "9"):
+        assert_weights(load_weights(path)[1])
+    shutil.rmtree(student / "11" / "ema")  # "11" is the newest, though "9" sorts last as text
+    with pytest.raises(CheckpointError, match=f"^{student}/11: cannot be read"):
+        load_weights(student)
+    with pytest.raises(PretrainedError, match=f"^{student}/11: cannot be read"):
+        load_model(student.parent)
