@@ -92,13 +92,9 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is completely written."""
-        self.wait()
+        self._manager.wait_until_finished()
         step = self._manager.latest_step()
         return None if step is None else self.directory / str(step)
-
-    def wait(self) -> None:
-        """Until all that was saved is on disk."""
-        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and releases the directory."""

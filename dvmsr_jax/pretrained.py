@@ -49,15 +49,15 @@ def load_model(path: Path, *, scan: str = "auto") -> DVMSR:
         raise PretrainedError(reason if str(path) in reason else f"{path}: {reason}") from error
 
 
-def save_safetensors(model: DVMSR, path: Path, facts: dict[str, str] | None = None) -> None:
-    """Writes the weights in float32, the configuration and further `facts` in the metadata."""
+def save_safetensors(model: DVMSR, path: Path) -> None:
+    """Writes the weights in float32, with the configuration in the metadata."""
     metadata = {"format": "dvmsr_jax", "config": json.dumps(dataclasses.asdict(model.config))}
     arrays = {name: np.asarray(x, np.float32) for name, x in named_parameters(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     # A half-written file would be left behind if the disk filled up.
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(safetensors.numpy.save(arrays, metadata | (facts or {})))
+        temporary.write_bytes(safetensors.numpy.save(arrays, metadata))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
