@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -220,21 +221,78 @@ def test_initial_weights():
         check(np.asarray(x))
 
 
-def test_features():
-    @jax.jit
-    def both(parameters, x):
-        model = model_from_parameters(TINY, parameters)
-        y, features = model.with_features(x)
-        body = model.conv_last(model.norm_last(features.rssbs[-1]))
-        return model(x), y, features, body, model.rssbs[1](features.rssbs[0])
+def by_the_paper(config, p, image):
+    """DVMSR in NumPy and float64, (output, shallow, RSSBs', body features) of one image."""
+    p = {name: x.astype(np.float64) for name, x in p.items()}
 
-    x = images(2, 3, 5)
-    alone, y, features, body, last = both(weights(TINY), x)
-    np.testing.assert_array_equal(y, alone)
-    assert features.shallow.shape == features.body.shape == (2, 3, 5, 8)
-    assert [f.shape for f in features.rssbs] == [(2, 3, 5, 8)] * 2
-    np.testing.assert_allclose(features.body, body, atol=1e-5)
-    np.testing.assert_allclose(features.rssbs[1], last, atol=1e-5)
+    def norm(x, name):
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5)
+        return x * p[f"{name}.scale"] + p[f"{name}.bias"]
+
+    def conv(x, name):
+        h, w, _ = x.shape
+        x = np.pad(x, ((1, 1), (1, 1), (0, 0)))
+        taps = [x[i : i + h, j : j + w] @ p[f"{name}.kernel"][i, j] for i, j in np.ndindex(3, 3)]
+        return sum(taps) + p[f"{name}.bias"]
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def scan(u, z, name):
+        kernel = p[f"{name}.conv.kernel"]
+        width, rank, n = len(kernel), math.ceil(config.channels / 16), config.states
+        padded = np.pad(u, ((width - 1, 0), (0, 0)))
+        u = sum(kernel[i] * padded[i : i + len(u)] for i in range(width))
+        u = silu(u + p[f"{name}.conv.bias"])
+        delta, B, C = np.split(u @ p[f"{name}.x_proj.kernel"], [rank, rank + n], axis=-1)
+        delta = np.log1p(np.exp(delta @ p[f"{name}.dt_proj.kernel"] + p[f"{name}.dt_bias"]))
+        A, state, y = -np.exp(p[f"{name}.A_log"]), 0.0, []
+        for t in range(len(u)):
+            state = np.exp(delta[t, :, None] * A) * state + np.outer(delta[t] * u[t], B[t])
+            y.append(state @ C[t] + p[f"{name}.D"] * u[t])
+        return np.array(y) * silu(z)
+
+    def vimm(tokens, name):
+        u, z = np.split(norm(tokens, f"{name}.norm") @ p[f"{name}.in_proj.kernel"], 2, axis=-1)
+        y = scan(u, z, f"{name}.forward")
+        if config.bidirectional:
+            y = y + scan(u[::-1], z[::-1], f"{name}.backward")[::-1]
+        return y @ p[f"{name}.out_proj.kernel"]
+
+    mean = np.array([0.4488, 0.4371, 0.4040])
+    shallow = conv(image - mean, "conv_first")
+    x, rssbs = norm(shallow, "norm_first"), []
+    for i in range(config.rssbs):
+        tokens = x.reshape(-1, config.channels)
+        for j in range(config.vimms_per_rssb):
+            tokens = vimm(tokens, f"rssbs.{i}.vimms.{j}")
+        x = conv(tokens.reshape(x.shape), f"rssbs.{i}.conv") + x
+        rssbs.append(x)
+    body = conv(norm(x, "norm_last"), "conv_last")
+    small = jnp.asarray(conv(body + shallow, "reconstruct"), jnp.float32)
+    output = np.asarray(pixel_shuffle(small[None], config.scale)[0]) + mean
+    return output, shallow, rssbs, body
+
+
+def test_against_the_papers_formulas():
+    config = ModelConfig(
+        scale=2, channels=20, rssbs=2, vimms_per_rssb=2, states=4, bidirectional=True
+    )
+    parameters, image = weights(config), images(1, 3, 5)
+
+    @jax.jit
+    def run(parameters, image):
+        model = model_from_parameters(config, parameters)
+        return model(image), *model.with_features(image)
+
+    alone, output, features = run(parameters, image)
+    np.testing.assert_array_equal(output, alone)
+    expected = by_the_paper(config, parameters, image[0].astype(np.float64))
+    found = (output, *features)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert x[0].shape == y.shape
+        np.testing.assert_allclose(x[0], y, atol=1e-5 * np.abs(y).max(), rtol=0)
 
 
 def test_gradients_reach_every_parameter():
