@@ -51,15 +51,19 @@ class DataConfig:
     hr_dirs: tuple[Path, ...] = ()
     """Folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K."""
     data_dir: Path = Path("~/tensorflow_datasets")
-    """Where TFDS keeps prepared records (and downloads)."""
+    """Where pictures are prepared once, and TFDS keeps its downloads."""
+    prepared: Path | None = None
+    """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
     val_images: int = 20
-    """Pictures kept apart from training for validation."""
+    """Pictures kept apart from training for validation, if they are prepared now."""
     lr_crop: int = 64
     """Side of the square low-resolution training crops, in pixels."""
     batch_size: int = 128
     """Crops a step, over all devices."""
     workers: int = 2
     """Threads that load and augment ahead of the training step."""
+    cache: Literal["none", "device"] = "none"
+    """none: stream crops from disk. device: keep all sub-images in device memory and crop there."""
 
 
 @dataclass(frozen=True)
