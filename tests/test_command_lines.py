@@ -1,6 +1,7 @@
 """The command lines: README's commands parse, mistakes are answered, scores have their form."""
 
 import functools
+import importlib
 import json
 import re
 import shlex
@@ -14,9 +15,8 @@ from flax import nnx
 import demo
 import evaluate
 import train
-from benchmarks import scan
 from configs import PRESETS
-from dvmsr_jax import images
+from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
@@ -37,11 +37,12 @@ def test_documented_commands_parse(command, monkeypatch):
     _, *words = shlex.split(command)
     program, arguments = (words[0], words[1:]) if words[0] != "-m" else (words[1], words[2:])
     if program == "train.py":
-        assert train.parse(arguments).phase in command
+        assert train.parse(arguments).config.phase in command
     elif program == "evaluate.py":
         assert evaluate.parse(arguments).ckpt
-    elif program == "benchmarks.scan":
-        parse_only = functools.wraps(scan.main)(lambda **options: options)
+    elif program.startswith("benchmarks."):
+        main = importlib.import_module(program).main
+        parse_only = functools.wraps(main)(lambda **options: options)
         assert tyro.cli(parse_only, args=arguments)
     else:
         assert program == "dvmsr_jax.pretrained"
@@ -53,12 +54,15 @@ def test_the_readme_shows_commands():
 
 
 def test_phase_and_preset_choose_the_defaults():
-    assert train.parse(["--phase=teacher"]) == PRESETS["paper"]["teacher"]
-    assert train.parse(["--phase", "student"]) == PRESETS["paper"]["student"]
-    config = train.parse(["--phase=teacher", "--preset=demo", "--optim.learning-rate", "1e-3"])
+    def parse(*arguments):
+        return train.parse(arguments).config
+
+    assert parse("--phase=teacher") == PRESETS["paper"]["teacher"]
+    assert parse("--phase", "student") == PRESETS["paper"]["student"]
+    config = parse("--phase=teacher", "--preset=demo", "--optim.learning-rate", "1e-3")
     assert config.model == PRESETS["demo"]["teacher"].model
     assert config.optim.learning_rate == 1e-3
-    config = train.parse(["--phase=student", "--data.hr-dirs", "a", "b", "--distill.level=mid"])
+    config = parse("--phase=student", "--data.hr-dirs", "a", "b", "--distill.level=mid")
     assert config.data.hr_dirs == (Path("a"), Path("b"))
     assert config.distill.level == "mid"
 
@@ -91,6 +95,7 @@ def test_errors_are_one_line(monkeypatch, tmp_path):
             run_main(module, monkeypatch, *arguments)
         return stop.value.code
 
+    monkeypatch.setattr(parallel, "start", lambda cluster: None)  # JAX is running already
     message = error_of(evaluate, "--ckpt", tmp_path / "nothing.pth")
     assert re.match(r"error: .*nothing\.pth: no such file", message)
     message = error_of(train, "--phase=student", "--workdir", tmp_path)
