@@ -64,7 +64,7 @@ def prepare(
 
     The folder appears when it is complete. Until then finished shards are kept in `unfinished`, by
     default .incomplete-NAME beside it, to go on from there. The records do not depend on the number
-    of cores. Does nothing if the folder is there already.
+    of cores. Does nothing if the folder holds them already.
 
     TFDS's `GeneratorBasedBuilder` would shuffle the records, for which it needs TensorFlow as soon
     as they exceed a gigabyte; Grain shuffles at reading, so they are written as they come.
@@ -72,12 +72,21 @@ def prepare(
     Raises:
         DataError: more than `MAX_BAD` of the pictures cannot be read (fewer are left out), or the
             folder holds something else.
+        OSError: the disk is full, say.
     """
     if unfinished is None:
         unfinished = folder.with_name(f".incomplete-{folder.name}")
     shards = [shard for split in splits for shard in _shards(split, splits[split], scale)]
     with _claim(unfinished, folder) as needed:
         if not needed:
+            there = records.read_preparation(folder)["shards"]
+            if {name: info["key"] for name, info in there.items()} != {
+                s.name: s.key for s in shards
+            }:
+                raise DataError(
+                    f"{folder}: holds records of other pictures, or made with other settings; "
+                    "remove it or choose another folder"
+                )
             return
         infos = _write_shards(shards, scale, unfinished)
         sizes = {

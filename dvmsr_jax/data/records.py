@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import UInt8
 
@@ -35,6 +36,21 @@ class Records(NamedTuple):
     train: Sequence[dict[str, Any]]
     val: Sequence[dict[str, Any]]
     folder: Path
+
+
+class SubImages(Sequence[dict[str, Any]]):
+    """A split's records, read from disk as they are used."""
+
+    def __init__(self, source: Sequence[bytes] | ArrayRecordDataSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return _decode(self._source[index])
 
 
 def hr_side(scale: int) -> int:
@@ -97,6 +113,43 @@ class ShardWriter:
         self._writer.close()
 
 
+def open_shard(path: Path) -> SubImages:
+    """The records in one file."""
+    return SubImages(ArrayRecordDataSource(os.fspath(path)))
+
+
+def _decode(record: bytes) -> dict[str, Any]:
+    """{"hr", "lr", "name"} of a serialized tf.train.Example, without a copy of the pixels.
+
+    protobuf's own parser makes two, which takes longer than reading the record.
+    """
+    (features,) = _messages(memoryview(record))
+    values: dict[str, Any] = {}
+    for entry in _messages(features):
+        key, feature = _messages(entry)
+        (bytes_list,) = _messages(feature)
+        (values[bytes(key).decode()],) = _messages(bytes_list)
+    for name in ("lr", "hr"):
+        pixels = np.frombuffer(values[name], np.uint8)
+        side = math.isqrt(len(pixels) // 3)
+        values[name] = pixels.reshape(side, side, 3)
+    return values | {"name": bytes(values["name"])}
+
+
+def _messages(message: memoryview) -> Iterator[memoryview]:
+    """The fields of a protobuf message that holds nothing but strings and messages."""
+    position = 0
+    while position < len(message):
+        position += 1  # the field's number and kind
+        length, shift, more = 0, 0, True
+        while more:
+            length |= (message[position] & 0x7F) << shift
+            more = message[position] >= 0x80
+            position, shift = position + 1, shift + 7
+        yield message[position : position + length]
+        position += length
+
+
 def shard_name(split: str, index: int, count: int) -> str:
     """TFDS's name for a file of a split."""
     return f"{NAME}-{split}.array_record-{index:05}-of-{count:05}"
@@ -140,6 +193,12 @@ def read_preparation(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def read_counts(folder: Path) -> dict[str, int]:
+    """Numbers of records by split, as TFDS has them."""
+    splits = tfds.builder_from_directory(folder).info.splits
+    return {split: info.num_examples for split, info in splits.items()}
+
+
 def open_records(folder: Path) -> Records:
     """The records in a folder that was prepared.
 
@@ -150,4 +209,9 @@ def open_records(folder: Path) -> Records:
     if missing:
         raise DataError(f"{folder}: {missing[0]} is missing; remove the folder and prepare it anew")
     builder = tfds.builder_from_directory(folder)
-    return Records(builder.as_data_source("train"), builder.as_data_source("val"), folder)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    train, val = (
+        SubImages(builder.as_data_source(split, deserialize_method=raw))
+        for split in ("train", "val")
+    )
+    return Records(train, val, folder)
