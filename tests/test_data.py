@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -214,6 +216,27 @@ def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypa
         assert read == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "photos", "whole"]
     assert files_of(cut) == files_of(whole)
+
+
+def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
+    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    read_rgb, read, waiting = images.read_rgb, [], threading.Event()
+    monkeypatch.setattr("builtins.print", lambda *words, **_: waiting.set())
+
+    def slow(path):
+        assert waiting.wait(60)
+        read.append(path)
+        return read_rgb(path)
+
+    monkeypatch.setattr(images, "read_rgb", slow)
+    with ThreadPoolExecutor(2) as pool:
+        for future in [
+            pool.submit(prepare.prepare, pictures, 4, tmp_path / "out") for _ in range(2)
+        ]:
+            future.result()
+    assert len(read) == 6
+    assert check(tmp_path / "out") == []
+    assert not list(tmp_path.glob(".incomplete*"))
 
 
 def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch, capsys):

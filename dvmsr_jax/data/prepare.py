@@ -75,7 +75,7 @@ def prepare(
         OSError: the disk is full, say.
     """
     if unfinished is None:
-        unfinished = folder.with_name(f".incomplete-{folder.name}")
+        unfinished = folder.absolute().with_name(f".incomplete-{folder.absolute().name}")
     shards = [shard for split in splits for shard in _shards(split, splits[split], scale)]
     with _claim(unfinished, folder) as needed:
         if not needed:
@@ -98,10 +98,9 @@ def prepare(
                 raise DataError(f"none of the pictures for {split!r} can be read")
         records.write_metadata(unfinished, scale, sizes)
         _write_json(unfinished / records.PREPARATION, {"scale": scale, "shards": infos})
-        for shard in shards:
-            shard.info_path(unfinished).unlink()
         os.rename(unfinished, folder)
-        (folder / _LOCK).unlink()
+        for path in [folder / _LOCK, *(shard.info_path(folder) for shard in shards)]:
+            path.unlink()
 
 
 def is_prepared(folder: Path) -> bool:
@@ -124,11 +123,11 @@ class _Shard:
 
     def read_info(self, folder: Path) -> dict[str, Any] | None:
         """What was written, None if it was not finished or of other pictures."""
-        path = self.info_path(folder)
-        if not path.exists():
+        try:
+            info = json.loads(self.info_path(folder).read_text())
+        except (FileNotFoundError, ValueError):
             return None
-        info = json.loads(path.read_text())
-        return info if info["key"] == self.key else None
+        return info if info["key"] == self.key and (folder / self.name).exists() else None
 
 
 def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
@@ -235,6 +234,7 @@ def _write_shard(
         return None
     with unfinished.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())  # before anything says that it is finished
     info = {
         "key": shard.key,
         "split": shard.split,

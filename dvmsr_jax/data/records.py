@@ -3,6 +3,7 @@
 A folder of them holds TFDS's own files and PREPARATION, which says what each shard was made of.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -97,7 +98,7 @@ def _features(scale: int) -> tfds.features.FeaturesDict:
 
 
 class ShardWriter:
-    """Writes records to one file of a split."""
+    """Writes records to one file of a split. Raises OSError if the disk is full."""
 
     def __init__(self, path: Path, scale: int):
         self._features = _features(scale)
@@ -106,11 +107,22 @@ class ShardWriter:
 
     def write(self, lr: np.ndarray, hr: np.ndarray, name: str) -> None:
         """Appends a record."""
-        self._writer.write(self._features.serialize_example({"lr": lr, "hr": hr, "name": name}))
+        record = self._features.serialize_example({"lr": lr, "hr": hr, "name": name})
+        with _as_os_error():
+            self._writer.write(record)
 
     def close(self) -> None:
         """The file is whole after this."""
-        self._writer.close()
+        with _as_os_error():
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def open_shard(path: Path) -> SubImages:
@@ -194,24 +206,33 @@ def read_preparation(folder: Path) -> dict[str, Any]:
 
 
 def read_counts(folder: Path) -> dict[str, int]:
-    """Numbers of records by split, as TFDS has them."""
-    splits = tfds.builder_from_directory(folder).info.splits
-    return {split: info.num_examples for split, info in splits.items()}
+    """Numbers of records by split, as TFDS has them. Raises DataError if its files are damaged."""
+    return {split: info.num_examples for split, info in _builder(folder).info.splits.items()}
 
 
 def open_records(folder: Path) -> Records:
     """The records in a folder that was prepared.
 
     Raises:
-        DataError: it is none, or files of it are missing.
+        DataError: it is none, or files of it are missing or damaged.
     """
     missing = [name for name in read_preparation(folder)["shards"] if not (folder / name).exists()]
     if missing:
         raise DataError(f"{folder}: {missing[0]} is missing; remove the folder and prepare it anew")
-    builder = tfds.builder_from_directory(folder)
+    builder = _builder(folder)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     train, val = (
         SubImages(builder.as_data_source(split, deserialize_method=raw))
         for split in ("train", "val")
     )
     return Records(train, val, folder)
+
+
+def _builder(folder: Path) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # whatever TFDS stumbles over
+        raise DataError(
+            f"{folder}: TFDS cannot read it ({type(error).__name__}: {error}); remove the folder "
+            "and prepare it anew"
+        ) from error
