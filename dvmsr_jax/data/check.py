@@ -63,7 +63,7 @@ def _check_shard(path: Path, shard: dict[str, Any], scale: int) -> Iterator[str]
     for count, record in enumerate(records.open_shard(path), start=1):
         if count > len(pictures):
             continue
-        picture, name = pictures[count - 1], record["name"].decode()
+        picture, name = pictures[count - 1], os.fsdecode(record["name"])
         if name != picture["name"]:
             yield f"{path}: record {count - 1} is of {name}, not of {picture['name']}"
         seen = (picture["lr_height"], picture["lr_width"])

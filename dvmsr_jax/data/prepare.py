@@ -142,7 +142,7 @@ def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
 
 def _key(pictures: list[Picture], scale: int, *more: str) -> str:
     parts = [f"x{scale} {records.hr_side(scale)}", *more, *(p.fingerprint for p in pictures)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
 
 
 def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, dict[str, Any]]:
@@ -201,7 +201,7 @@ def _write_shard(
 ) -> dict[str, Any] | None:
     """Writes a shard and what it holds; None if `advance`, called for each picture, says stop."""
     unfinished = folder / f"{shard.name}.unfinished"
-    writer = records.ShardWriter(unfinished, scale)
+    writer = records.ShardWriter(unfinished)
     pictures, left_out = [], []
     for picture in shard.pictures:
         try:

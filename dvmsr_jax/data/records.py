@@ -4,7 +4,6 @@ A folder of them holds TFDS's own files and PREPARATION, which says what each sh
 """
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import UInt8
+from tensorflow_datasets.proto import tf_example_pb2
 
 from dvmsr_jax.errors import UserError
 
@@ -83,7 +83,6 @@ def sub_images(
             )
 
 
-@functools.cache
 def _features(scale: int) -> tfds.features.FeaturesDict:
     def square(side):
         # Raw bytes: decoding a PNG would take several times longer than all the rest.
@@ -100,14 +99,20 @@ def _features(scale: int) -> tfds.features.FeaturesDict:
 class ShardWriter:
     """Writes records to one file of a split. Raises OSError if the disk is full."""
 
-    def __init__(self, path: Path, scale: int):
-        self._features = _features(scale)
+    def __init__(self, path: Path):
         # Photographs' raw pixels are compressed to half, but take three times as long to read then.
         self._writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
 
-    def write(self, lr: np.ndarray, hr: np.ndarray, name: str) -> None:
+    def write(
+        self, lr: UInt8[np.ndarray, "h w 3"], hr: UInt8[np.ndarray, "H W 3"], name: str
+    ) -> None:
         """Appends a record."""
-        record = self._features.serialize_example({"lr": lr, "hr": hr, "name": name})
+        values = {"hr": hr.tobytes(), "lr": lr.tobytes(), "name": os.fsencode(name)}
+        example = tf_example_pb2.Example()
+        for key, value in values.items():
+            example.features.feature[key].bytes_list.value.append(value)
+        # TFDS's own `serialize_example` writes the fields in another order in every process.
+        record = example.SerializeToString(deterministic=True)
         with _as_os_error():
             self._writer.write(record)
 
