@@ -1,6 +1,12 @@
 """Crops are aligned, batches are a function of seed and step, pictures are prepared once."""
 
+import dataclasses
+import hashlib
+import json
+import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -10,7 +16,9 @@ import tensorflow_datasets as tfds
 from dvmsr_jax import data, images
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import prepare
+from dvmsr_jax.data.check import check
 from dvmsr_jax.data.pictures import find_pictures
+from dvmsr_jax.data.records import ShardWriter, open_shard
 from dvmsr_jax.errors import UserError
 
 
@@ -210,6 +218,27 @@ def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypa
     assert files_of(cut) == files_of(whole)
 
 
+def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
+    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    read_rgb, read, waiting = images.read_rgb, [], threading.Event()
+    monkeypatch.setattr("builtins.print", lambda *words, **_: waiting.set())
+
+    def slow(path):
+        assert waiting.wait(60)
+        read.append(path)
+        return read_rgb(path)
+
+    monkeypatch.setattr(images, "read_rgb", slow)
+    with ThreadPoolExecutor(2) as pool:
+        for future in [
+            pool.submit(prepare.prepare, pictures, 4, tmp_path / "out") for _ in range(2)
+        ]:
+            future.result()
+    assert len(read) == 6
+    assert check(tmp_path / "out") == []
+    assert not list(tmp_path.glob(".incomplete*"))
+
+
 def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch, capsys):
     bad = photos / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
@@ -276,3 +305,108 @@ def test_div2k_goes_through_the_same_preparation(tmp_path, monkeypatch):
     assert len(records.train) == 3 * 2
     assert len(records.val) == 2
     np.testing.assert_array_equal(records.train[0]["lr"], lr[:80])
+
+
+def test_records_are_a_tfds_dataset(photos, tmp_path):
+    """TFDS reads what our own reader does."""
+    prepare.prepare(
+        find_pictures(DataConfig(hr_dirs=(photos,), val_images=2), 4), 4, tmp_path / "r"
+    )
+    records = data.load_records(DataConfig(prepared=tmp_path / "r"), 4)
+    source = tfds.builder_from_directory(tmp_path / "r").as_data_source("train")
+    assert len(source) == len(records.train)
+    for ours, theirs in zip(records.train, source, strict=True):
+        assert list(ours) == ["hr", "lr", "name"]  # whatever the process, for equal bytes
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_an_explicit_folder(photos, tmp_path):
+    folder = tmp_path / "prepared"
+    config = DataConfig(prepared=folder)
+    with pytest.raises(UserError, match=rf"prepare --hr-dirs DIR .* --out {folder}"):
+        data.load_records(config, 4)
+    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    prepare.prepare(pictures, 4, folder)
+    assert len(data.load_records(config, 4).train) == 5
+    with pytest.raises(UserError, match="was prepared for x4, the model is to be x2"):
+        data.load_records(config, 2)
+    with pytest.raises(UserError, match=r"data\.prepared and data\.hr_dirs exclude each other"):
+        data.load_records(DataConfig(prepared=folder, hr_dirs=(photos,)), 4)
+    with pytest.raises(UserError, match="prepared: holds records of other pictures"):
+        prepare.prepare({"train": pictures["train"][1:], "val": pictures["val"]}, 4, folder)
+    with pytest.raises(UserError, match="photos: holds something else"):
+        prepare.prepare(pictures, 4, photos)
+    assert len(images.find_images(photos)) == 6
+
+
+def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
+    """And a changed one is another, whatever its size and time."""
+    config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1)
+    before = data.load_records(config, 4).folder
+    moved = dataclasses.replace(config, hr_dirs=(photos.rename(tmp_path / "moved"),))
+    path = tmp_path / "moved" / "3.png"
+    os.utime(path, (0, 0))
+    assert data.load_records(moved, 4).folder == before
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(prepare, "MAX_BAD", 1)
+    assert data.load_records(moved, 4).folder != before
+
+
+@pytest.fixture
+def prepared(photos, tmp_path):
+    """A folder with a file of three pictures and one of two, and a picture for validation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PICTURES_PER_SHARD", 3)
+        pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+        prepare.prepare(pictures, 4, tmp_path / "prepared")
+    return tmp_path / "prepared"
+
+
+def test_check_finds_no_fault_in_good_records(prepared):
+    assert check(prepared) == []
+
+
+@pytest.mark.parametrize("file", ["train.array_record-00001-of-00002", "val.array_record-00000"])
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "checksum"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"lr", b"rl")), "checksum"),
+    ],
+)
+def test_check_finds_damaged_files(prepared, file, damage, problem):
+    (path,) = prepared.glob(f"*{file}*")
+    damage(path)
+    (found,) = check(prepared)
+    assert re.search(rf"{path.name}: .*{problem}", found)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda pairs: [(np.roll(lr, 1, 1), hr, n) for lr, hr, n in pairs], "LR is not HR"),
+        (lambda pairs: pairs[:-1], "holds 2 records, 3 were written"),
+        (lambda pairs: [*pairs, pairs[0]], "holds 4 records, 3 were written"),
+        (lambda pairs: [pairs[1], pairs[0], pairs[2]], "record [01] is of .*, not of"),
+    ],
+)
+def test_check_finds_wrong_records(prepared, change, problem):
+    """Though the checksum is theirs."""
+    (path,) = prepared.glob("*train.array_record-00000*")
+    pairs = [(record["lr"], record["hr"], record["name"].decode()) for record in open_shard(path)]
+    writer = ShardWriter(path)
+    for pair in change(pairs):
+        writer.write(*pair)
+    writer.close()
+    preparation = json.loads((prepared / "preparation.json").read_text())
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    preparation["shards"][path.name]["sha256"] = checksum
+    (prepared / "preparation.json").write_text(json.dumps(preparation))
+    found = check(prepared)
+    assert found
+    assert all(re.search(problem, line) for line in found)

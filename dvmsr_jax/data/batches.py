@@ -4,6 +4,8 @@ Either way a batch follows a plan: which record, which square of it, and which o
 and turns for each of its crops.
 """
 
+import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -135,19 +137,32 @@ _FIELDS = ("index", "top", "left", "symmetry")
 def _plans(
     records: Sequence[dict[str, Any]], config: DataConfig, seed: int, shard: tuple[int, int]
 ) -> grain.MapDataset:
+    n, b = len(records), config.batch_size
     height, width = records[0]["lr"].shape[:2]
     part, parts = shard
-    rows = slice(config.batch_size * part // parts, config.batch_size * (part + 1) // parts)
+    rows = slice(b * part // parts, b * (part + 1) // parts)
 
-    def choose(indices: np.ndarray, rng: np.random.Generator) -> Plan:
-        n = len(indices)  # numbers for all rows, whatever the part
-        top = rng.integers(height - config.lr_crop + 1, size=n)
-        left = rng.integers(width - config.lr_crop + 1, size=n)
-        plan = zip(_FIELDS, (indices, top, left, rng.integers(8, size=n)), strict=True)
-        return {name: values[rows].astype(np.int32) for name, values in plan}
+    @functools.lru_cache(maxsize=4)  # threads may be in two epochs at once
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, _ORDER, epoch)).permutation(n)
 
-    dataset = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
-    return dataset.batch(config.batch_size).random_map(choose)
+    def plan(i: int) -> Plan:
+        rng = np.random.default_rng((seed, _CROPS, i))
+        position = range(i * b, (i + 1) * b)
+        values = (
+            np.array([order(p // n)[p % n] for p in position]),
+            rng.integers(height - config.lr_crop + 1, size=b),
+            rng.integers(width - config.lr_crop + 1, size=b),
+            rng.integers(8, size=b),
+        )
+        # Numbers for all rows were drawn, so that these do not depend on the number of parts.
+        return {name: x[rows].astype(np.int32) for name, x in zip(_FIELDS, values, strict=True)}
+
+    return grain.MapDataset.range(sys.maxsize).map(plan)
+
+
+# What a stream of random numbers is for.
+_ORDER, _CROPS = 0, 1
 
 
 def _factor(name: str, scale: int) -> int:

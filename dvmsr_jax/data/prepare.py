@@ -64,7 +64,7 @@ def prepare(
 
     The folder appears when it is complete. Until then finished shards are kept in `unfinished`, by
     default .incomplete-NAME beside it, to go on from there. The records do not depend on the number
-    of cores. Does nothing if the folder is there already.
+    of cores. Does nothing if the folder holds them already.
 
     TFDS's `GeneratorBasedBuilder` would shuffle the records, for which it needs TensorFlow as soon
     as they exceed a gigabyte; Grain shuffles at reading, so they are written as they come.
@@ -72,12 +72,21 @@ def prepare(
     Raises:
         DataError: more than `MAX_BAD` of the pictures cannot be read (fewer are left out), or the
             folder holds something else.
+        OSError: the disk is full, say.
     """
     if unfinished is None:
-        unfinished = folder.with_name(f".incomplete-{folder.name}")
+        unfinished = folder.absolute().with_name(f".incomplete-{folder.absolute().name}")
     shards = [shard for split in splits for shard in _shards(split, splits[split], scale)]
     with _claim(unfinished, folder) as needed:
         if not needed:
+            there = records.read_preparation(folder)["shards"]
+            if {name: info["key"] for name, info in there.items()} != {
+                s.name: s.key for s in shards
+            }:
+                raise DataError(
+                    f"{folder}: holds records of other pictures, or made with other settings; "
+                    "remove it or choose another folder"
+                )
             return
         infos = _write_shards(shards, scale, unfinished)
         sizes = {
@@ -89,10 +98,9 @@ def prepare(
                 raise DataError(f"none of the pictures for {split!r} can be read")
         records.write_metadata(unfinished, scale, sizes)
         _write_json(unfinished / records.PREPARATION, {"scale": scale, "shards": infos})
-        for shard in shards:
-            shard.info_path(unfinished).unlink()
         os.rename(unfinished, folder)
-        (folder / _LOCK).unlink()
+        for path in [folder / _LOCK, *(shard.info_path(folder) for shard in shards)]:
+            path.unlink()
 
 
 def is_prepared(folder: Path) -> bool:
@@ -115,11 +123,11 @@ class _Shard:
 
     def read_info(self, folder: Path) -> dict[str, Any] | None:
         """What was written, None if it was not finished or of other pictures."""
-        path = self.info_path(folder)
-        if not path.exists():
+        try:
+            info = json.loads(self.info_path(folder).read_text())
+        except (FileNotFoundError, ValueError):
             return None
-        info = json.loads(path.read_text())
-        return info if info["key"] == self.key else None
+        return info if info["key"] == self.key and (folder / self.name).exists() else None
 
 
 def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
@@ -134,7 +142,7 @@ def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
 
 def _key(pictures: list[Picture], scale: int, *more: str) -> str:
     parts = [f"x{scale} {records.hr_side(scale)}", *more, *(p.fingerprint for p in pictures)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
 
 
 def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, dict[str, Any]]:
@@ -193,7 +201,7 @@ def _write_shard(
 ) -> dict[str, Any] | None:
     """Writes a shard and what it holds; None if `advance`, called for each picture, says stop."""
     unfinished = folder / f"{shard.name}.unfinished"
-    writer = records.ShardWriter(unfinished, scale)
+    writer = records.ShardWriter(unfinished)
     pictures, left_out = [], []
     for picture in shard.pictures:
         try:
@@ -226,6 +234,7 @@ def _write_shard(
         return None
     with unfinished.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())  # before anything says that it is finished
     info = {
         "key": shard.key,
         "split": shard.split,

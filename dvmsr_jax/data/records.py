@@ -3,7 +3,7 @@
 A folder of them holds TFDS's own files and PREPARATION, which says what each shard was made of.
 """
 
-import functools
+import contextlib
 import json
 import math
 import os
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import UInt8
+from tensorflow_datasets.proto import tf_example_pb2
 
 from dvmsr_jax.errors import UserError
 
@@ -35,6 +37,21 @@ class Records(NamedTuple):
     train: Sequence[dict[str, Any]]
     val: Sequence[dict[str, Any]]
     folder: Path
+
+
+class SubImages(Sequence[dict[str, Any]]):
+    """A split's records, read from disk as they are used."""
+
+    def __init__(self, source: Sequence[bytes] | ArrayRecordDataSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return _decode(self._source[index])
 
 
 def hr_side(scale: int) -> int:
@@ -66,7 +83,6 @@ def sub_images(
             )
 
 
-@functools.cache
 def _features(scale: int) -> tfds.features.FeaturesDict:
     def square(side):
         # Raw bytes: decoding a PNG would take several times longer than all the rest.
@@ -81,20 +97,74 @@ def _features(scale: int) -> tfds.features.FeaturesDict:
 
 
 class ShardWriter:
-    """Writes records to one file of a split."""
+    """Writes records to one file of a split. Raises OSError if the disk is full."""
 
-    def __init__(self, path: Path, scale: int):
-        self._features = _features(scale)
+    def __init__(self, path: Path):
         # Photographs' raw pixels are compressed to half, but take three times as long to read then.
         self._writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
 
-    def write(self, lr: np.ndarray, hr: np.ndarray, name: str) -> None:
+    def write(
+        self, lr: UInt8[np.ndarray, "h w 3"], hr: UInt8[np.ndarray, "H W 3"], name: str
+    ) -> None:
         """Appends a record."""
-        self._writer.write(self._features.serialize_example({"lr": lr, "hr": hr, "name": name}))
+        values = {"hr": hr.tobytes(), "lr": lr.tobytes(), "name": os.fsencode(name)}
+        example = tf_example_pb2.Example()
+        for key, value in values.items():
+            example.features.feature[key].bytes_list.value.append(value)
+        # TFDS's own `serialize_example` writes the fields in another order in every process.
+        record = example.SerializeToString(deterministic=True)
+        with _as_os_error():
+            self._writer.write(record)
 
     def close(self) -> None:
         """The file is whole after this."""
-        self._writer.close()
+        with _as_os_error():
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def open_shard(path: Path) -> SubImages:
+    """The records in one file."""
+    return SubImages(ArrayRecordDataSource(os.fspath(path)))
+
+
+def _decode(record: bytes) -> dict[str, Any]:
+    """{"hr", "lr", "name"} of a serialized tf.train.Example, without a copy of the pixels.
+
+    protobuf's own parser makes two, which takes longer than reading the record.
+    """
+    (features,) = _messages(memoryview(record))
+    values: dict[str, Any] = {}
+    for entry in _messages(features):
+        key, feature = _messages(entry)
+        (bytes_list,) = _messages(feature)
+        (values[bytes(key).decode()],) = _messages(bytes_list)
+    for name in ("lr", "hr"):
+        pixels = np.frombuffer(values[name], np.uint8)
+        side = math.isqrt(len(pixels) // 3)
+        values[name] = pixels.reshape(side, side, 3)
+    return values | {"name": bytes(values["name"])}
+
+
+def _messages(message: memoryview) -> Iterator[memoryview]:
+    """The fields of a protobuf message that holds nothing but strings and messages."""
+    position = 0
+    while position < len(message):
+        position += 1  # the field's number and kind
+        length, shift, more = 0, 0, True
+        while more:
+            length |= (message[position] & 0x7F) << shift
+            more = message[position] >= 0x80
+            position, shift = position + 1, shift + 7
+        yield message[position : position + length]
+        position += length
 
 
 def shard_name(split: str, index: int, count: int) -> str:
@@ -140,14 +210,34 @@ def read_preparation(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def read_counts(folder: Path) -> dict[str, int]:
+    """Numbers of records by split, as TFDS has them. Raises DataError if its files are damaged."""
+    return {split: info.num_examples for split, info in _builder(folder).info.splits.items()}
+
+
 def open_records(folder: Path) -> Records:
     """The records in a folder that was prepared.
 
     Raises:
-        DataError: it is none, or files of it are missing.
+        DataError: it is none, or files of it are missing or damaged.
     """
     missing = [name for name in read_preparation(folder)["shards"] if not (folder / name).exists()]
     if missing:
         raise DataError(f"{folder}: {missing[0]} is missing; remove the folder and prepare it anew")
-    builder = tfds.builder_from_directory(folder)
-    return Records(builder.as_data_source("train"), builder.as_data_source("val"), folder)
+    builder = _builder(folder)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    train, val = (
+        SubImages(builder.as_data_source(split, deserialize_method=raw))
+        for split in ("train", "val")
+    )
+    return Records(train, val, folder)
+
+
+def _builder(folder: Path) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # whatever TFDS stumbles over
+        raise DataError(
+            f"{folder}: TFDS cannot read it ({type(error).__name__}: {error}); remove the folder "
+            "and prepare it anew"
+        ) from error

@@ -28,14 +28,27 @@ PER_SHARD = 256
 class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
     """The targets in a folder, in the order of the records, read from disk as they are used."""
 
-    def __init__(self, folder: Path, count: int):
+    def __init__(self, folder: Path, count: int, side: int):
         self._count = count
-        self._shards = [np.load(path, mmap_mode="r") for path in _shard_paths(folder, count)]
+        self._shards = []
+        for i, path in enumerate(_shard_paths(folder, count)):
+            expected = (min(PER_SHARD, count - i * PER_SHARD), side, side, 3)
+            try:
+                shard = np.load(path, mmap_mode="r")
+            except (ValueError, OSError, EOFError) as error:
+                raise DataError(
+                    f"{path}: is damaged ({error}); remove it and distil again"
+                ) from error
+            if shard.shape != expected or shard.dtype != np.uint8:
+                raise DataError(f"{path}: holds {shard.dtype} {shard.shape}, expected {expected}")
+            self._shards.append(shard)
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W 3"]:  # type: ignore[override]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
         return self._shards[index // PER_SHARD][index % PER_SHARD]
 
 
@@ -54,17 +67,17 @@ def load_targets(folder: Path, teacher: str, *, self_ensemble: bool) -> Targets:
     Raises:
         DataError: not all of it is there; the message says how to make it.
     """
-    count = len(open_records(folder).train)
+    records = open_records(folder).train
     path = targets_folder(folder, teacher, self_ensemble)
-    there = sum(shard.exists() for shard in _shard_paths(path, count))
-    if there < len(_shard_paths(path, count)):
+    shards = _shard_paths(path, len(records))
+    there = sum(shard.exists() for shard in shards)
+    if there < len(shards):
         option = " --self-ensemble" if self_ensemble else ""
         raise DataError(
-            f"{path}: {f'only {there} of the' if there else 'none of the'} "
-            f"{len(_shard_paths(path, count))} files of the teacher's outputs are there; make them "
-            f"with\n  python -m dvmsr_jax.data distill --ckpt TEACHER --data {folder}{option}"
+            f"{path}: {there} of the {len(shards)} files of the teacher's outputs are there; make "
+            f"them with\n  python -m dvmsr_jax.data distill --ckpt TEACHER --data {folder}{option}"
         )
-    return Targets(path, count)
+    return Targets(path, len(records), len(records[0]["hr"]))
 
 
 def targets_folder(folder: Path, teacher: str, self_ensemble: bool) -> Path:
