@@ -206,14 +206,18 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         CheckpointError: there is no readable checkpoint at `path`.
     """
     step = _find_step(path).absolute()
-    reader = ocp.PyTreeCheckpointHandler()
-    with _reading(step), contextlib.closing(reader):
+    with _reading(step):
         config = ModelConfig(**ocp.JsonCheckpointHandler().restore(step / "config")["model"])
-        # As NumPy arrays, because the devices that the weights were on need not be here.
-        names = reader.metadata(step / "ema").tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-        args = ocp.args.PyTreeRestore(restore_args=as_numpy)
-        return config, reader.restore(step / "ema", args=args)
+        return config, read_arrays(step / "ema")
+
+
+def read_arrays(item: Path) -> Any:
+    """An item of a checkpoint as NumPy arrays: the devices that they were on need not be here."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).tree
+        )
+        return reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 @contextlib.contextmanager

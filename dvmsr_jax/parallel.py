@@ -35,6 +35,8 @@ def start(cluster: Cluster) -> None:
             "cluster.coordinator-address, cluster.num-processes and cluster.process-id belong "
             "together: pass all three or none"
         )
+    # It would swallow a SIGTERM that comes before the training loop, which has its own way to stop.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             cluster.coordinator_address,

@@ -1,48 +1,61 @@
 """What a run tells: metrics.jsonl, TensorBoard, sample pictures and curves."""
 
 import json
+import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
-import tensorboardX
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dvmsr_jax import images
 
 
 class Log:
-    """Writes a phase's metrics, to `directory`/metrics.jsonl and as TensorBoard scalars."""
+    """Writes what a phase tells into its directory.
+
+    TensorBoard's events are written at once, not by tensorboardX's thread, in which a full disk
+    would go unnoticed. Raises OSError where something cannot be written.
+    """
 
     def __init__(self, directory: Path, start: int):
         """Continues at step `start`; what was logged after it, in a run cut short, is dropped."""
         self._directory = directory
         self._path = directory / "metrics.jsonl"
-        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(directory / "tensorboard"), purge_step=start + 1
-        )
+        prefix = directory / "tensorboard" / "events"
+        self._events = EventsWriter(str(prefix), filename_suffix=f".{os.getpid()}")
+        self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of the file, one point of each curve."""
+        """One line of metrics.jsonl, one point of each of TensorBoard's curves."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._write_event(step, summary=summary.scalar(name, value))
+        self._events.flush()
 
     def sample(self, step: int, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """A picture in `directory`/samples and in TensorBoard; redraws `directory`/curves.png."""
+        """A picture in samples/ and in TensorBoard; redraws curves.png."""
         images.write_png(self._directory / "samples" / f"{step:07d}.png", picture)
-        self._tensorboard.add_image("sample", picture, step, dataformats="HWC")
+        self._write_event(step, summary=summary.image("sample", picture, dataformats="HWC"))
         plot_training([self._directory], self._directory / "curves.png")
 
     def close(self) -> None:
         """Flushes what is still buffered."""
-        self._tensorboard.close()
+        self._events.close()
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def read_metrics(path: Path) -> list[dict[str, int | float]]:

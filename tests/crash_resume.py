@@ -16,13 +16,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from dvmsr_jax.checkpoint import read_arrays  # noqa: E402
+
 OPTIONS = (
     "--phase=teacher --preset=demo --model.channels 8 --model.rssbs 1 --model.states 4 "
     "--model.drop-path 0.2 --data.lr-crop 8 --data.batch-size 2 "
@@ -80,22 +82,8 @@ class Run:
     def arrays(self) -> dict[str, np.ndarray]:
         """All that its last checkpoint holds."""
         step = (self.folder / "checkpoints" / str(self._steps)).absolute()
-        reader = ocp.PyTreeCheckpointHandler()
-        arrays = dict(leaves({item: reader.restore(step / item) for item in ("ema", "state")}))
-        reader.close()
-        return arrays
-
-
-def leaves(tree: Any, path: str = "") -> Any:
-    """(path, array) of nested dictionaries and lists."""
-    if isinstance(tree, dict):
-        for name, child in tree.items():
-            yield from leaves(child, f"{path}/{name}")
-    elif isinstance(tree, list | tuple):
-        for i, child in enumerate(tree):
-            yield from leaves(child, f"{path}/{i}")
-    elif tree is not None:
-        yield path, np.asarray(tree)
+        items = {item: read_arrays(step / item) for item in ("ema", "state")}
+        return {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(items)}
 
 
 def main(work: Path, kills: int, steps: int, seed: int) -> None:

@@ -127,9 +127,9 @@ def test_two_processes_are_like_one(start, tmp_path):
     """In both phases, the first one stopped by a signal to one of them and started again."""
     finish(start("teacher", "one", 4))
     both = pair(start, "teacher", "two")
-    while not (tmp_path / "two/teacher/metrics.jsonl").exists():
+    while not read_metrics(tmp_path / "two/teacher/metrics.jsonl"):
         assert both[0].poll() is None, both[0].communicate()[0]
-        time.sleep(0.05)
+        time.sleep(0.01)
     both[1].send_signal(signal.SIGTERM)  # the one that logs learns of it from the other
     first, second = finish(*both)
     assert re.search(r"stopped after step [1-5]; the same command goes on", first), first

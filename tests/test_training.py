@@ -1,8 +1,10 @@
 """Both phases learn, the teacher stays as it is, and an interrupted run ends like any other."""
 
 import dataclasses
+import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from flax import nnx
 
 from dvmsr_jax import images, parallel, report, step, training
 from dvmsr_jax.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, TrainConfig
+from dvmsr_jax.data import targets
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import load_model
@@ -196,6 +199,54 @@ def test_both_phases_leave_what_they_promise(config, monkeypatch):
     training.train(student)  # finished: nothing happens
     with pytest.raises(UserError, match=r"optim\.b1: 0\.9 there, 0\.8 now"):
         training.train(dataclasses.replace(student, optim=OptimConfig(learning_rate=5e-3, b1=0.8)))
+
+
+def test_dry_run_tells_the_cost_and_leaves_nothing(config, capsys):
+    training.dry_run(config)
+    printed = capsys.readouterr().out
+    for pattern in (r"3,\d+ parameters, 6 steps of 2 crops", r"GMACs", r"[1-9]\d* MiB", r"steps/s"):
+        assert re.search(pattern, printed), printed
+    assert not config.workdir.exists()
+
+
+def test_profile_and_pictures(config):
+    directory = training.train(dataclasses.replace(config, steps=8, val_every=8), profile=1)
+    (trace,) = directory.glob("profile/**/perfetto_trace.json.gz")
+    assert b"train_step" in gzip.decompress(trace.read_bytes())
+    assert images.read_rgb(directory / "curves.png").std() > 0
+
+
+def test_precomputed_targets_distil_like_the_teacher_itself(config):
+    """The first step's losses differ by the rounding to 8 bits only."""
+    training.train(config)
+    online = dataclasses.replace(student_of(config), steps=1)
+    precomputed = dataclasses.replace(
+        student_of(config, targets="precomputed"), steps=1, workdir=config.workdir / "other"
+    )
+    precomputed = dataclasses.replace(
+        precomputed,
+        distill=dataclasses.replace(precomputed.distill, teacher=config.workdir / "teacher"),
+        # Whole sub-images, because a crop's border looks different to the teacher.
+        data=dataclasses.replace(config.data, lr_crop=80),
+    )
+    online = dataclasses.replace(online, data=precomputed.data)
+    with pytest.raises(UserError, match=r"dvmsr_jax\.data distill"):
+        training.train(precomputed)
+    records = data.load_records(config.data, 4)
+    targets.distill(config.workdir / "teacher", records.folder, self_ensemble=False, batch_size=1)
+    losses = [
+        report.read_metrics(training.train(run) / "metrics.jsonl")[0]
+        for run in (online, precomputed)
+    ]
+    assert losses[0]["pixel_loss"] == pytest.approx(losses[1]["pixel_loss"], rel=1e-5)
+    assert losses[0]["distill_loss"] == pytest.approx(losses[1]["distill_loss"], abs=1 / 255)
+    assert losses[0]["distill_loss"] != losses[1]["distill_loss"]
+
+
+@pytest.mark.parametrize("options", [{"targets": "precomputed"}, {"self_ensemble": True}])
+def test_mid_level_distillation_needs_the_teacher_online(config, options):
+    with pytest.raises(UserError, match=r"for distill\.level=output only"):
+        training.train(student_of(config, level="mid", **options))
 
 
 def test_student_without_teacher_says_what_to_do(config):
