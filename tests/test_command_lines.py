@@ -1,6 +1,7 @@
 """The command lines: README's commands parse, mistakes are answered, scores have their form."""
 
 import functools
+import importlib
 import json
 import re
 import shlex
@@ -14,9 +15,8 @@ from flax import nnx
 import demo
 import evaluate
 import train
-from benchmarks import loader, scan
 from configs import PRESETS
-from dvmsr_jax import images
+from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
@@ -43,11 +43,11 @@ def test_documented_commands_parse(command, monkeypatch):
     _, *words = shlex.split(command)
     program, arguments = (words[0], words[1:]) if words[0] != "-m" else (words[1], words[2:])
     if program == "train.py":
-        assert train.parse(arguments).phase in command
+        assert train.parse(arguments).config.phase in command
     elif program == "evaluate.py":
         assert evaluate.parse(arguments).ckpt
     elif program.startswith("benchmarks."):
-        main = {"benchmarks.scan": scan, "benchmarks.loader": loader}[program].main
+        main = importlib.import_module(program).main
         assert tyro.cli(parse_only(main), args=arguments)
     elif program == "dvmsr_jax.data":
         commands = {name: parse_only(command) for name, command in data_commands.COMMANDS.items()}
@@ -62,12 +62,15 @@ def test_the_readme_shows_commands():
 
 
 def test_phase_and_preset_choose_the_defaults():
-    assert train.parse(["--phase=teacher"]) == PRESETS["paper"]["teacher"]
-    assert train.parse(["--phase", "student"]) == PRESETS["paper"]["student"]
-    config = train.parse(["--phase=teacher", "--preset=demo", "--optim.learning-rate", "1e-3"])
+    def parse(*arguments):
+        return train.parse(arguments).config
+
+    assert parse("--phase=teacher") == PRESETS["paper"]["teacher"]
+    assert parse("--phase", "student") == PRESETS["paper"]["student"]
+    config = parse("--phase=teacher", "--preset=demo", "--optim.learning-rate", "1e-3")
     assert config.model == PRESETS["demo"]["teacher"].model
     assert config.optim.learning_rate == 1e-3
-    config = train.parse(["--phase=student", "--data.hr-dirs", "a", "b", "--distill.level=mid"])
+    config = parse("--phase=student", "--data.hr-dirs", "a", "b", "--distill.level=mid")
     assert config.data.hr_dirs == (Path("a"), Path("b"))
     assert config.distill.level == "mid"
 
@@ -100,6 +103,7 @@ def test_errors_are_one_line(monkeypatch, tmp_path):
             run_main(module, monkeypatch, *arguments)
         return stop.value.code
 
+    monkeypatch.setattr(parallel, "start", lambda cluster: None)  # JAX is running already
     message = error_of(evaluate, "--ckpt", tmp_path / "nothing.pth")
     assert re.match(r"error: .*nothing\.pth: no such file", message)
     message = error_of(train, "--phase=student", "--workdir", tmp_path)
