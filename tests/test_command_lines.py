@@ -15,6 +15,7 @@ from flax import nnx
 import demo
 import evaluate
 import train
+from benchmarks import loader
 from configs import PRESETS
 from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig

@@ -71,9 +71,10 @@ def distill(ckpt: Path, data: Path, self_ensemble: bool = False, batch_size: int
         self_ensemble: average over the eight flips and turns; a better teacher, eight times slower.
         batch_size: sub-images at a time, over all devices.
     """
-    print(
-        targets.distill(ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size)
+    folder = targets.distill(
+        ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size
     )
+    print(f"the teacher's outputs are in {folder}")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"prepare": prepare, "check": check, "distill": distill}

@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from dvmsr_jax.pretrained import load_model
 
 # Targets in a file; how much work an interruption can lose.
 PER_SHARD = 256
+_READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
@@ -103,17 +105,22 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
     path = targets_folder(folder, teacher_id(model.config, named_parameters(model)), self_ensemble)
     path.mkdir(parents=True, exist_ok=True)
     upscale = _make_upscaler(model, self_ensemble, batch_size)
+
+    def read(indices: range) -> np.ndarray:
+        return np.stack([records[i]["lr"] for i in indices])
+
     with tqdm(total=len(records), desc="distilling", unit="sub-image") as bar:
         for i, shard in enumerate(_shard_paths(path, len(records))):
             indices = range(i * PER_SHARD, min((i + 1) * PER_SHARD, len(records)))
             if shard.exists():
                 bar.update(len(indices))
                 continue
+            batches = [indices[j : j + batch_size] for j in range(0, len(indices), batch_size)]
+            dataset = grain.MapDataset.source(batches).map(read).to_iter_dataset(_READ_AHEAD)
             outputs = []
-            for start in range(0, len(indices), batch_size):
-                lr = np.stack([records[j]["lr"] for j in indices[start : start + batch_size]])
-                outputs.append(upscale(lr))
-                bar.update(len(lr))
+            for output in upscale(dataset):
+                outputs.append(output)
+                bar.update(len(output))
             temporary = shard.with_name(f"{shard.name}.{os.getpid()}")
             try:
                 with temporary.open("wb") as file:
@@ -126,8 +133,8 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
 
 def _make_upscaler(
     model: DVMSR, self_ensemble: bool, batch_size: int
-) -> Callable[[UInt8[np.ndarray, "_ h w 3"]], UInt8[np.ndarray, "_ H W 3"]]:
-    """A function of at most `batch_size` pictures, which the devices share."""
+) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
+    """A function from batches of at most `batch_size` LR pictures to their SR pictures, uint8."""
     mesh = parallel.make_mesh(batch_size)
 
     def forward(parameters, lr):
@@ -147,10 +154,22 @@ def _make_upscaler(
     )
     parameters = parallel.replicate(named_parameters(model), mesh)
 
-    def upscale(lr):
+    def start(lr):
         padded = np.pad(lr, ((0, batch_size - len(lr)), (0, 0), (0, 0), (0, 0)))
-        output = forward(parameters, parallel.shard_batch(padded, mesh))
-        return images.to_uint8(np.asarray(output)[: len(lr)])
+        return forward(parameters, parallel.shard_batch(padded, mesh)), len(lr)
+
+    def finish(output, count):
+        return images.to_uint8(np.asarray(output)[:count])
+
+    def upscale(batches):
+        under_way = None
+        for lr in batches:
+            following = start(lr)  # so that the devices have work while this one is fetched
+            if under_way is not None:
+                yield finish(*under_way)
+            under_way = following
+        if under_way is not None:
+            yield finish(*under_way)
 
     return upscale
 
