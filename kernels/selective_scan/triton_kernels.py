@@ -1,22 +1,22 @@
-"""The selective scan as Triton kernels: NVIDIA GPUs' own form of the formulas in README.md.
+"""The selective scan as Triton kernels: the formulas of README.md on NVIDIA GPUs.
 
 Each kernel follows a tile of channels through a chunk of tokens, one token after the other:
 
-    forward                                         backward
-    1 chunk_ends: each chunk from a zero state      1 chunk_start_gradients: the same, reversed
-    2 chunk_borders: compose the chunks             2 chunk_borders, reversed
-    3 outputs: y, from the true start states        3 gradients
+    phase   forward                                     backward
+    1       chunk_ends: each chunk from a zero state    chunk_start_gradients: the same, reversed
+    2       chunk_borders: composes the chunks          chunk_borders, reversed
+    3       outputs: y, from the true start states      gradients
 
-A sequence of one chunk needs the third only. A program is one warp, and a lane of it one channel
-(from 17 states on, a part of one): it keeps the channel's states in its registers, so that sums over
-states need no other lane. Its loads of u, delta, z and y are 32 neighbouring channels of a token.
+A sequence that is one chunk needs phase 3 alone. A program is one warp and has a channel for each
+lane (with more than 16 states, for several lanes), so that the states stay in registers, a sum over
+states stays in its lane, and a load of u, delta or z is one row of neighbouring channels.
 
-    d, n            channels, states; compile-time constants, as are names in capitals
-    l, chunk        tokens of a sequence, and of a chunk (a multiple of BLOCK)
-    h, g            the state and its gradient, (TILE_N, TILE_D)
-    decay           exp(delta A), computed as 2^(delta A log2(e)): the hardware's own power
+    d, n            channels and states; compile-time constants, like all names in capitals
+    l, chunk        tokens of a sequence; of a chunk, a multiple of BLOCK
+    h, g            the state and the gradient by it, (TILE_N, TILE_D)
+    decay           exp(delta A), taken as 2^(delta A log2(e)), which is one instruction
 
-Everything is computed in float32, whatever the inputs' type, and offsets in 64 bits.
+All arithmetic is float32, whatever the type of the inputs, and offsets of tokens have 64 bits.
 """
 
 import inspect
@@ -51,17 +51,18 @@ def position(chunks, d: tl.constexpr, TILE_D: tl.constexpr):
 
 @jit
 def tile_channels(tile, d: tl.constexpr, TILE_D: tl.constexpr):
-    """(this tile's channels, which of them exist); the others repeat the last channel."""
-    channel = tile * TILE_D + tl.arange(0, TILE_D)
-    # To Triton the channels are not contiguous, so that it gives each lane one, and not four.
-    return tl.max_contiguous(tl.minimum(channel, d - 1), 1), channel < d
+    """(a tile's channels, which of them no earlier tile has); d is at least TILE_D."""
+    first = tile * TILE_D
+    channel = tl.minimum(first, d - TILE_D) + tl.arange(0, TILE_D)
+    # Told of no alignment, Triton gives each lane one channel, and not four.
+    return tl.multiple_of(channel, 1), channel >= first
 
 
 @jit
-def tile_states(channel, exists, d: tl.constexpr, n: tl.constexpr, TILE_N: tl.constexpr):
-    """(offsets of these channels' states in (n, d), which of them exist)."""
+def tile_states(channel, own, d: tl.constexpr, n: tl.constexpr, TILE_N: tl.constexpr):
+    """(offsets of these channels' states in (n, d), which of them are this tile's own)."""
     k = tl.arange(0, TILE_N)[:, None]
-    return tl.minimum(k, n - 1) * d + channel[None, :], (k < n) & exists[None, :]
+    return tl.minimum(k, n - 1) * d + channel[None, :], (k < n) & own[None, :]
 
 
 @jit
@@ -82,6 +83,15 @@ def load_tokens(x, sequence, t, l, channel, d: tl.constexpr, COUNT: tl.constexpr
         row = sequence * l + tl.minimum(t + i, l - 1)
         tokens += (tl.load(x + row * d + channel).to(tl.float32),)
     return tokens
+
+
+@jit
+def all_loads_out():
+    """A point before which all loads so far are under way, so that they are waited for together.
+
+    The compiler would move each close to its use, and the program would wait for every token.
+    """
+    tl.debug_barrier()
 
 
 # The maps of single tokens (pointwise.py), each with its derivative.
@@ -170,8 +180,8 @@ def chunk_ends(
     """Phase 1: ends (b, chunks, n, d), the states after whole chunks that start from zero, and
     delta_sums (b, chunks, d)."""
     sequence, c, tile = position(chunks, d, TILE_D)
-    channel, exists = tile_channels(tile, d, TILE_D)
-    state, real = tile_states(channel, exists, d, n, TILE_N)
+    channel, own = tile_channels(tile, d, TILE_D)
+    state, real = tile_states(channel, own, d, n, TILE_N)
     weights = sequence // sharing
     A_log2 = tl.load(A + weights * n * d + state) * LOG2_E
     bias = tl.load(delta_bias + weights * d + channel)
@@ -181,6 +191,7 @@ def chunk_ends(
     for t in range(c * chunk, c * chunk + chunk, BLOCK):
         us = load_tokens(u, sequence, t, l, channel, d, BLOCK)
         deltas = load_tokens(delta, sequence, t, l, channel, d, BLOCK)
+        all_loads_out()
         for i in tl.static_range(BLOCK):
             B_t = load_states(B, sequence * l + t + i, n, TILE_N)
             delta_t, _ = step_size(deltas[i] + bias, SOFTPLUS)
@@ -189,7 +200,7 @@ def chunk_ends(
 
     at = sequence * chunks + c
     tl.store(ends + at * n * d + state, h, mask=real)
-    tl.store(delta_sums + at * d + channel, delta_sum, mask=exists)
+    tl.store(delta_sums + at * d + channel, delta_sum, mask=own)
 
 
 @jit
@@ -204,8 +215,8 @@ def chunk_start_gradients(
     gradients by the states before chunks if those by the states after them are zero, and
     delta_sums (b, chunks, d)."""
     sequence, c, tile = position(chunks, d, TILE_D)
-    channel, exists = tile_channels(tile, d, TILE_D)
-    state, real = tile_states(channel, exists, d, n, TILE_N)
+    channel, own = tile_channels(tile, d, TILE_D)
+    state, real = tile_states(channel, own, d, n, TILE_N)
     weights = sequence // sharing
     A_log2 = tl.load(A + weights * n * d + state) * LOG2_E
     bias = tl.load(delta_bias + weights * d + channel)
@@ -220,6 +231,7 @@ def chunk_start_gradients(
         dys = load_tokens(dout, sequence, t, l, channel, d, BLOCK)
         if GATE:
             zs = load_tokens(z, sequence, t, l, channel, d, BLOCK)
+        all_loads_out()
         for i in tl.static_range(BLOCK - 1, -1, -1):
             inside = t + i < l
             C_t = load_states(C, sequence * l + tl.minimum(t + i, l - 1), n, TILE_N)
@@ -234,7 +246,7 @@ def chunk_start_gradients(
 
     at = sequence * chunks + c
     tl.store(starts + at * n * d + state, g, mask=real)
-    tl.store(delta_sums + at * d + channel, delta_sum, mask=exists)
+    tl.store(delta_sums + at * d + channel, delta_sum, mask=own)
 
 
 @jit
@@ -248,17 +260,15 @@ def chunk_borders(
     """Phase 2: borders (b, chunks + 1, n, d), what enters each chunk and what leaves the last, from
     what leaves chunks that `from_zero` enters, and what enters the first (the last in reverse)."""
     sequence, k, tile = position(n, d, TILE_D)
-    channel, exists = tile_channels(tile, d, TILE_D)
+    channel, own = tile_channels(tile, d, TILE_D)
     A_log2 = tl.load(A + (sequence // sharing * n + k) * d + channel) * LOG2_E
     carry = tl.load(first + (sequence * n + k) * d + channel)
 
     end = chunks if REVERSE else 0
-    tl.store(
-        borders + ((sequence * (chunks + 1) + end) * n + k) * d + channel, carry, mask=exists
-    )
+    tl.store(borders + ((sequence * (chunks + 1) + end) * n + k) * d + channel, carry, mask=own)
     for c0 in range(0, chunks, TILE_C):
         row = tl.arange(0, TILE_C)[:, None]
-        real = (c0 + row < chunks) & exists[None, :]
+        real = (c0 + row < chunks) & own[None, :]
         c = chunks - 1 - c0 - row if REVERSE else c0 + row
         entered = c if REVERSE else c + 1
         at = sequence * chunks + c
@@ -282,8 +292,8 @@ def outputs(
     """Phase 3: y and the final state, from starts (b, chunks, n, d). With SAVE also the states
     before every BLOCK tokens, saved (b, ceil(l / BLOCK), n, d)."""
     sequence, c, tile = position(chunks, d, TILE_D)
-    channel, exists = tile_channels(tile, d, TILE_D)
-    state, real = tile_states(channel, exists, d, n, TILE_N)
+    channel, own = tile_channels(tile, d, TILE_D)
+    state, real = tile_states(channel, own, d, n, TILE_N)
     weights = sequence // sharing
     A_log2 = tl.load(A + weights * n * d + state) * LOG2_E
     skip = tl.load(D + weights * d + channel)
@@ -298,6 +308,7 @@ def outputs(
         deltas = load_tokens(delta, sequence, t, l, channel, d, BLOCK)
         if GATE:
             zs = load_tokens(z, sequence, t, l, channel, d, BLOCK)
+        all_loads_out()
         ys = ()
         for i in tl.static_range(BLOCK):
             row = sequence * l + tl.minimum(t + i, l - 1)
@@ -313,7 +324,7 @@ def outputs(
             ys += (y_t,)
         for i in tl.static_range(BLOCK):
             at = (sequence * l + t + i) * d + channel
-            tl.store(y + at, ys[i].to(y.dtype.element_ty), mask=tl.where(t + i < l, exists, False))
+            tl.store(y + at, ys[i].to(y.dtype.element_ty), mask=tl.where(t + i < l, own, False))
 
     if c == chunks - 1:
         tl.store(final_state + sequence * n * d + state, h, mask=real)
@@ -331,8 +342,8 @@ def gradients(
     the chunks: those by u, delta, z and the initial state; the parts of dA (b, chunks, n, d), dD
     and ddelta_bias (b, chunks, d) of each chunk, and of dB, dC (b, tiles, l, n) of each tile."""
     sequence, c, tile = position(chunks, d, TILE_D)
-    channel, exists = tile_channels(tile, d, TILE_D)
-    state, real = tile_states(channel, exists, d, n, TILE_N)
+    channel, own = tile_channels(tile, d, TILE_D)
+    state, real = tile_states(channel, own, d, n, TILE_N)
     weights = sequence // sharing
     skip = tl.load(D + weights * d + channel)
     bias = tl.load(delta_bias + weights * d + channel)
@@ -353,6 +364,7 @@ def gradients(
         for part_before in range(block * BLOCK, t, HELD):
             us = load_tokens(u, sequence, part_before, l, channel, d, HELD)
             deltas = load_tokens(delta, sequence, part_before, l, channel, d, HELD)
+            all_loads_out()
             for i in tl.static_range(HELD):
                 row = sequence * l + tl.minimum(part_before + i, l - 1)
                 delta_t, _ = step_size(deltas[i] + bias, SOFTPLUS)
@@ -364,10 +376,11 @@ def gradients(
         douts = load_tokens(dout, sequence, t, l, channel, d, HELD)
         if GATE:
             zs = load_tokens(z, sequence, t, l, channel, d, HELD)
+        all_loads_out()
         hs, deltas, slopes, dys = (), (), (), ()
         for i in tl.static_range(HELD):
             row = sequence * l + tl.minimum(t + i, l - 1)
-            inside = tl.where(t + i < l, exists, False)
+            inside = tl.where(t + i < l, own, False)
             delta_t, slope = step_size(raws[i] + bias, SOFTPLUS)
             delta_t = tl.where(inside, delta_t, 0.0)
             dy_t = tl.where(inside, douts[i], 0.0)
@@ -389,7 +402,7 @@ def gradients(
         A_part = tl.load(A + weights * n * d + state)
         for i in tl.static_range(HELD - 1, -1, -1):
             row = sequence * l + tl.minimum(t + i, l - 1)
-            inside = tl.where(t + i < l, exists, False)
+            inside = tl.where(t + i < l, own, False)
             B_t = load_states(B, row, n, TILE_N)
             C_t = load_states(C, row, n, TILE_N)
             g += C_t[:, None] * dys[i][None, :]
@@ -409,7 +422,7 @@ def gradients(
 
     at = sequence * chunks + c
     tl.store(dA + at * n * d + state, sum_dA, mask=real)
-    tl.store(dD + at * d + channel, sum_dD, mask=exists)
-    tl.store(ddelta_bias + at * d + channel, sum_dbias, mask=exists)
+    tl.store(dD + at * d + channel, sum_dD, mask=own)
+    tl.store(ddelta_bias + at * d + channel, sum_dbias, mask=own)
     if c == 0:
         tl.store(dstart + sequence * n * d + state, g, mask=real)

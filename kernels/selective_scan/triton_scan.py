@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Programs (warps) to have at least, before sequences stop being split: three, and in the backward
-# pass with its many registers two, for each of the 528 schedulers of an H100 or H200.
-FORWARD_PROGRAMS = 3 * 528
+# Programs (warps) up to which sequences are split: as many as run at the same time, given the
+# registers that the kernels take, on the 528 schedulers of an H100 or H200.
+FORWARD_PROGRAMS = 4 * 528
 BACKWARD_PROGRAMS = 2 * 528
 STATES_A_PROGRAM = 512  # 16 registers a lane for the states
 LANES = 32
 MIN_CHUNK = 64
-BORDER_TILE = (256, 8)  # chunks and channels that one program of phase 2 composes at a time
+BORDER_TILE = (256, 8)  # chunks and channels that a program of phase 2 composes at a time
+BORDER_WARPS = 4
 
 MIN_COMPUTE_CAPABILITY = 8.0
 
@@ -69,7 +70,7 @@ def missing() -> str | None:
                 f"the package {package} is not installed; on Linux, "
                 "`pip install -r requirements.txt` installs it"
             )
-    if not any(importlib.util.find_spec(f"jax_cuda{i}_plugin") for i in (12, 13)):
+    if not cuda_plugin():
         return (
             "JAX's CUDA plugin is not installed; "
             f'`pip install "jax[cuda13]=={jax.__version__}"` installs it'
@@ -86,6 +87,11 @@ def missing() -> str | None:
     return None
 
 
+def cuda_plugin() -> bool:
+    """Whether JAX's plugin for NVIDIA GPUs is installed."""
+    return any(importlib.util.find_spec(f"jax_cuda{i}_plugin") for i in (12, 13))
+
+
 def launch(
     kernel: str,
     programs: int,
@@ -95,7 +101,7 @@ def launch(
     *,
     warps: int = 1,
     **constants: Any,
-) -> list[Array]:
+) -> tuple[Array, ...]:
     """Runs a kernel of `triton_kernels.py`. All that depends on jax-triton is here."""
     import jax_triton  # raises without JAX's CUDA plugin
 
@@ -165,6 +171,12 @@ def _scan_backward(delta_softplus, residuals, gradients):
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
+def tile_sizes(d: int, n: int) -> tuple[int, int]:
+    """The channels and the states (all, and some that do not exist) that a program follows."""
+    tile_n = _power_of_2_above(n)
+    return _power_of_2_below(min(LANES, STATES_A_PROGRAM // tile_n, d)), tile_n
+
+
 class Plan:
     """How one pass over these inputs is cut up."""
 
@@ -175,11 +187,11 @@ class Plan:
         self.b, self.l, self.d = inputs.u.shape
         w, self.n, _ = inputs.A.shape
         self.sharing = self.b // w
-        self.tile_n = _power_of_2(self.n)
-        self.tile_d = max(1, min(LANES, STATES_A_PROGRAM // self.tile_n))
+        self.tile_d, self.tile_n = tile_sizes(self.d, self.n)
         self.tiles = _ceil_div(self.d, self.tile_d)
-        chunk = max(self.l // _ceil_div(programs, self.b * self.tiles), MIN_CHUNK)
-        self.chunk = _ceil_div(min(chunk, self.l), self.block) * self.block
+        chunks = max(programs // (self.b * self.tiles), 1)
+        chunk = max(_ceil_div(self.l, chunks), MIN_CHUNK)
+        self.chunk = _ceil_div(chunk, self.block) * self.block
         self.chunks = _ceil_div(self.l, self.chunk)
 
     def launch(self, kernel: str, chunks: int, arrays, outputs, **constants):
@@ -200,18 +212,19 @@ class Plan:
     def compose(self, from_zero, delta_sums, A, first, *, reverse: bool):
         """Phase 2: what enters each chunk, (b, chunks, n, d)."""
         count = self.chunks - 1
-        tile_c, tile_d = BORDER_TILE
+        tile_c = min(BORDER_TILE[0], _power_of_2_above(count))
+        tile_d = min(BORDER_TILE[1], _power_of_2_below(self.d))
         (borders,) = launch(
             "chunk_borders",
             self.b * self.n * _ceil_div(self.d, tile_d),
             (from_zero, delta_sums, A, first),
             (count, self.sharing),
             (_float32(self.b, self.chunks, self.n, self.d),),
-            warps=4,
+            warps=BORDER_WARPS,
             d=self.d,
             n=self.n,
             TILE_D=tile_d,
-            TILE_C=min(tile_c, _power_of_2(count)),
+            TILE_C=tile_c,
             REVERSE=reverse,
         )
         return borders
@@ -312,6 +325,11 @@ def _ceil_div(x: int, y: int) -> int:
     return -(-x // y)
 
 
-def _power_of_2(x: int) -> int:
+def _power_of_2_above(x: int) -> int:
     """The smallest that is not below x."""
     return 1 << (x - 1).bit_length()
+
+
+def _power_of_2_below(x: int) -> int:
+    """The largest that is not above x, and at least 1."""
+    return 1 << max(x, 1).bit_length() - 1
