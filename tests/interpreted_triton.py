@@ -5,6 +5,8 @@ TRITON_INTERPRET=1 must be set before triton is imported, and holds for the whol
 run in a callback from JAX on the CPU, everything around them as on a GPU.
 """
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,8 @@ from kernels.selective_scan import triton_kernels, triton_scan
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
 
+# The interpreter is not made for JAX's threads, of which each may make a callback.
+ONE_AT_A_TIME = threading.Lock()
 TYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -65,7 +69,8 @@ def interpret(monkeypatch):
             # Whatever a kernel does not write shows.
             out = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
             function = getattr(triton_kernels, kernel)
-            function[(programs,)](*map(Tensor, arrays), *sizes, *map(Tensor, out), **constants)
+            with ONE_AT_A_TIME:
+                function[(programs,)](*map(Tensor, arrays), *sizes, *map(Tensor, out), **constants)
             return tuple(out)
 
         return jax.pure_callback(run, outputs, *arrays)
