@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import triton
-from test_selective_scan import (
+
+from kernels.selective_scan import triton_kernels, triton_scan
+from tests.test_selective_scan import (
     ALL_OPTIONS,
     assert_close,
     make_inputs,
     outputs,
     outputs_and_gradients,
 )
-
-from kernels.selective_scan import triton_kernels, triton_scan
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
 

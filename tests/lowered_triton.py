@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_selective_scan import ALL_OPTIONS, make_inputs, outputs
 
 from kernels.selective_scan import triton_scan
+from tests.test_selective_scan import ALL_OPTIONS, make_inputs, outputs
 
 CALL = "triton_kernel_call"
 FORWARD = ("chunk_ends", "chunk_borders", "outputs")

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_selective_scan import (
+
+from kernels.selective_scan import op, selective_scan, triton_scan
+from tests.test_selective_scan import (
     assert_close,
     make_inputs,
     outputs,
     outputs_and_gradients,
 )
-
-from kernels.selective_scan import op, selective_scan, triton_scan
 
 TESTS = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
