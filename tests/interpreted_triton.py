@@ -82,10 +82,10 @@ def interpret(monkeypatch):
 
 
 CASES = {
-    "one token": {"l": 1, "b": 1, "d": 3},
-    "one chunk": {"l": 13, "b": 2, "d": 8, "n": 5, "options": frozenset()},
+    "one token": {"l": 1, "b": 1, "d": 3, "options": frozenset()},
+    "one chunk": {"l": 13, "b": 2, "d": 8, "n": 5, "options": frozenset({"z"})},
     "several chunks": {"l": 63, "b": 1, "d": 16},
-    "several tiles": {"l": 12, "b": 1, "d": 40},
+    "several sequences, chunks and overlapping tiles": {"l": 17, "b": 2, "d": 36},
     "many states": {"l": 9, "b": 1, "d": 12, "n": 64, "options": ALL_OPTIONS - {"z"}},
     "bfloat16": {"l": 17, "b": 1, "d": 4, "dtype": jnp.bfloat16},
 }
@@ -98,6 +98,16 @@ def test_equals_specification(case):
     # Both sides compute in float32; bfloat16 results may round to neighbouring values.
     tolerance = 8e-3 if case == "bfloat16" else 1e-4
     assert_close(outputs_and_gradients(arrays, flags, "triton"), expected, tolerance)
+
+
+def test_large_steps_do_not_overflow():
+    """Decays that underflow to zero leave finite outputs and gradients, across chunks too."""
+    arrays, flags = make_inputs(20, b=1, d=4)
+    arrays["delta"] = arrays["delta"] * 100
+    expected = outputs_and_gradients(arrays, flags, "sequential")
+    actual = outputs_and_gradients(arrays, flags, "triton")
+    assert all(np.isfinite(x).all() for x in actual.values())
+    assert_close(actual, expected, 1e-4)
 
 
 @pytest.mark.parametrize("mapped", ["everything", "tokens"])
