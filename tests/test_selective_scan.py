@@ -11,7 +11,12 @@ from jax.test_util import check_grads
 
 from kernels.selective_scan import selective_scan
 
-FAST = ["associative", "chunked-carried", "chunked-parallel"]
+FAST = [
+    "associative",
+    "chunked-carried",
+    "chunked-parallel",
+    pytest.param("triton", marks=pytest.mark.gpu),
+]
 LENGTHS = [1, 2, 63, 256, 1000]
 OPTIONS = ["z", "delta_bias", "delta_softplus", "initial_state"]
 ALL_OPTIONS = frozenset(OPTIONS)

@@ -6,6 +6,7 @@ Legend of the shapes, used by every signature of this package:
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args, no_type_check
 
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels.selective_scan import associative, chunked, sequential
+from kernels.selective_scan import associative, chunked, sequential, triton_scan
+
+log = logging.getLogger(__name__)
 
 Implementation: TypeAlias = Literal[
-    "auto", "sequential", "associative", "chunked", "chunked-carried", "chunked-parallel"
+    "auto", "sequential", "associative", "chunked", "chunked-carried", "chunked-parallel", "triton"
 ]
 
 _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
@@ -25,6 +28,7 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "associative": associative.selective_scan,
     "chunked-carried": functools.partial(chunked.selective_scan, parallel=False),
     "chunked-parallel": functools.partial(chunked.selective_scan, parallel=True),
+    "triton": triton_scan.selective_scan,
 }
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
@@ -67,8 +71,8 @@ def selective_scan(
         initial_state: the state before the first token; zeros if None.
         return_final_state: also return the state after the last token.
         implementation: "sequential" (the specification), "associative", "chunked" (its
-            "chunked-carried" form on CPU, "chunked-parallel" elsewhere; both can be named), or
-            "auto", which picks the fastest for the platform.
+            "chunked-carried" form on CPU, "chunked-parallel" elsewhere; both can be named),
+            "triton" (NVIDIA GPUs), or "auto": "triton" where it can run, else "chunked".
 
     Returns:
         y in u's dtype, or (y, final state in float32). State and sums are float32 throughout.
@@ -76,6 +80,7 @@ def selective_scan(
     Raises:
         TypeError: an argument has a dtype outside the contract.
         ValueError: an argument has the wrong shape, or `implementation` is unknown.
+        RuntimeError: `implementation` is "triton", and that cannot run here.
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if initial_state is None:
@@ -92,11 +97,23 @@ def _resolve(implementation: str) -> str:
             f"selective_scan: implementation is {implementation!r}, expected one of "
             + ", ".join(repr(name) for name in IMPLEMENTATIONS)
         )
+    if implementation == "triton" and (lack := triton_scan.missing()):
+        raise RuntimeError(f"selective_scan: implementation 'triton' cannot run: {lack}")
     if implementation not in ("auto", "chunked"):
         return implementation
     device = jax.config.values["jax_default_device"]  # a Device, a platform's name, or None
     platform = getattr(device, "platform", device) or jax.default_backend()
+    if implementation == "auto" and platform in ("gpu", "cuda"):
+        lack = triton_scan.missing()
+        if lack is None:
+            return "triton"
+        _log_once(f"selective_scan runs without its Triton kernels, slower: {lack}")
     return "chunked-carried" if platform == "cpu" else "chunked-parallel"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)
 
 
 def _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
