@@ -42,11 +42,15 @@ def registers_and_stack(
         for i, name in enumerate(function.arg_names)
         if signature[name].startswith("*")
     }
-    compiled = triton.compile(
-        ASTSource(function, signature, constants, aligned),
-        target=GPUTarget("cuda", target, 32),
-        options={"num_warps": warps, "enable_fp_fusion": True},
-    )
+    cache = triton.knobs.cache
+    with cache.scope():
+        # jax_triton, once imported, has emptied the variable that names the folder.
+        cache.dir = cache.dir or cache.get_triton_dir("cache")
+        compiled = triton.compile(
+            ASTSource(function, signature, constants, aligned),
+            target=GPUTarget("cuda", target, 32),
+            options={"num_warps": warps, "enable_fp_fusion": True},
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -5,8 +5,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Before JAX starts a backend. Most of the time of tests is XLA compiling what runs once.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Before JAX starts a backend.
+if list(Path("/dev").glob("nvidia*")):
+    # Tests run side by side, and some in processes of their own.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+else:
+    # Most of the time of tests on CPUs is XLA compiling what runs once.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = flags + " --xla_backend_optimization_level=0"
 
 import jax
 import pytest

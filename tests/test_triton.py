@@ -3,6 +3,7 @@
 `test_selective_scan.py` holds it to the specification on a GPU, like every other form.
 """
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from packaging.version import Version
 
 from kernels.selective_scan import op, selective_scan, triton_scan
 from tests.test_selective_scan import (
@@ -45,6 +47,9 @@ def run_in_a_process_of_its_own(file: str, **environment: str) -> None:
 
 @needs_triton
 def test_in_the_interpreter():
+    triton = Version(importlib.metadata.version("triton"))
+    if triton < Version("3.7") and Version(np.__version__) >= Version("2.4"):
+        pytest.skip(f"Triton {triton}'s interpreter does not run with NumPy 2.4 and newer")
     run_in_a_process_of_its_own("interpreted_triton.py", TRITON_INTERPRET="1")
 
 
@@ -54,20 +59,21 @@ def test_lowered_for_cuda():
             "needs JAX's CUDA plugin, which lowers without a GPU too: "
             "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, in jax's version"
         )
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     run_in_a_process_of_its_own("lowered_triton.py", XLA_FLAGS=flags)
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("target", [80, 90, 100])
 @pytest.mark.parametrize(
     "kernel",
     ["chunk_ends", "chunk_start_gradients", "chunk_borders", "outputs", "gradients"],
 )
-def test_compiles_without_spilling_registers(kernel, target):
+def test_compiles_without_spilling_registers(kernel, target, dtype):
     from benchmarks.registers import registers_and_stack
 
-    registers, stack = registers_and_stack(kernel, target, "bf16" if target == 80 else "fp32")
+    registers, stack = registers_and_stack(kernel, target, dtype)
     assert 0 < registers <= 255
     assert stack == 0
 
