@@ -13,7 +13,7 @@ from kernels.selective_scan import triton_kernels, triton_scan
 KERNELS = ("chunk_ends", "chunk_start_gradients", "chunk_borders", "outputs", "gradients")
 TARGETS = (80, 90, 100)  # compute capabilities times ten: A100, H100 and H200, B200
 SIZES = ("l", "chunk", "chunks", "sharing")
-TOKENS = ("u", "delta", "B", "C", "z", "dout", "y", "du", "ddelta", "dz")
+TOKENS = ("u", "delta", "z", "dout", "y", "du", "ddelta", "dz")
 
 
 def registers_and_stack(

@@ -82,7 +82,10 @@ def interpret(monkeypatch):
 
 
 CASES = {
-    "one token": {"l": 1, "b": 1, "d": 3, "options": frozenset()},
+    "one token": {"l": 1, "b": 1, "d": 3, "n": 1, "options": frozenset()},
+    "one channel": {"l": 3, "b": 1, "d": 1, "n": 3, "options": frozenset({"delta_bias"})},
+    "only softplus": {"l": 2, "b": 1, "d": 2, "n": 2, "options": frozenset({"delta_softplus"})},
+    "only a state": {"l": 2, "b": 1, "d": 2, "n": 2, "options": frozenset({"initial_state"})},
     "one chunk": {"l": 13, "b": 2, "d": 8, "n": 5, "options": frozenset({"z"})},
     "several chunks": {"l": 63, "b": 1, "d": 16},
     "several sequences, chunks and overlapping tiles": {"l": 17, "b": 2, "d": 36},

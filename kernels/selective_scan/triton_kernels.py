@@ -70,9 +70,9 @@ def load_states(x, row, n: tl.constexpr, TILE_N: tl.constexpr):
     """The n values of a token (B or C), and zeros up to TILE_N."""
     k = tl.arange(0, TILE_N)
     if n == TILE_N:
-        return tl.load(x + row * n + k).to(tl.float32)
+        return tl.load(x + row * n + k)
     else:
-        return tl.load(x + row * n + k, mask=k < n, other=0.0).to(tl.float32)
+        return tl.load(x + row * n + k, mask=k < n, other=0.0)
 
 
 @jit
@@ -137,8 +137,8 @@ def compose(decay_1, input_1, decay_2, input_2):
 
 
 @jit
-def store_channel_sums(out, x, real, n: tl.constexpr):
-    """Stores sum(x, axis=1), x (TILE_N, TILE_D), for n states.
+def store_channel_sums(out, x, factor, real, n: tl.constexpr):
+    """Stores sum(x * factor, axis=1), x (TILE_N, TILE_D) and factor (TILE_D,), for n states.
 
     tl.sum would take log2(TILE_D) exchanges between lanes for every state. Here the lanes share
     the states out between them: in each exchange a lane gives half of its states away and gets
@@ -148,6 +148,8 @@ def store_channel_sums(out, x, real, n: tl.constexpr):
     TILE_D: tl.constexpr = x.shape[1]
     lane = tl.arange(0, TILE_D)[None, :]
     k = tl.zeros_like(lane)  # the lane's first state
+    if TILE_D == 1:
+        x *= factor[None, :]
     for i in tl.static_range(1, 6):
         if TILE_D >> i > 0:
             upper = (lane & (TILE_D >> i)) != 0
@@ -159,6 +161,9 @@ def store_channel_sums(out, x, real, n: tl.constexpr):
                 k += tl.where(upper, TILE_N >> i, 0)
             else:  # one state left, which both lanes keep
                 given = x
+            if i == 1:  # and not before, so that half of the products are fused with the sum
+                x *= factor[None, :]
+                given *= factor[None, :]
             partner = tl.broadcast_to(lane ^ (TILE_D >> i), given.shape)
             x += tl.gather(given, partner, axis=1)
     k += tl.arange(0, x.shape[0])[:, None]
@@ -393,7 +398,7 @@ def gradients(
                 tl.store(dz + row * d + channel, dz_t.to(dz.dtype.element_ty), mask=inside)
                 dy_t *= gate
             at = (sequence * tl.cdiv(d, TILE_D) + tile) * l + t + i
-            store_channel_sums(dC + at * n, h * dy_t[None, :], t + i < l, n)
+            store_channel_sums(dC + at * n, h, dy_t, t + i < l, n)
             deltas += (delta_t,)
             slopes += (slope,)
             dys += (dy_t,)
@@ -408,7 +413,7 @@ def gradients(
             g += C_t[:, None] * dys[i][None, :]
             x_t = deltas[i] * us[i]
             at = (sequence * tl.cdiv(d, TILE_D) + tile) * l + t + i
-            store_channel_sums(dB + at * n, g * x_t[None, :], t + i < l, n)
+            store_channel_sums(dB + at * n, g, x_t, t + i < l, n)
             dx_t = tl.sum(g * B_t[:, None], axis=0)
             g *= tl.exp2((deltas[i] * LOG2_E)[None, :] * A_part)
             dexponent = g * hs[i]  # by delta A

@@ -57,6 +57,8 @@ def selective_scan(
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """(y, final state); `op.selective_scan` has the contract."""
     bias = jnp.zeros_like(D) if delta_bias is None else delta_bias
+    # All channels read B and C: converted once here, and not by every program.
+    B, C = B.astype(jnp.float32), C.astype(jnp.float32)
     inputs = Inputs(u, delta, A.T[None], B, C, D[None], z, bias[None], initial_state.mT)
     y, final_state = _scan(delta_softplus, inputs)
     return y, final_state.mT
@@ -308,8 +310,8 @@ def _backward(delta_softplus, inputs: Inputs, saved, dout, dfinal_state) -> Inpu
         u=du,
         delta=ddelta,
         A=over_chunks(dA, A),
-        B=jnp.sum(dB, axis=1).astype(B.dtype),
-        C=jnp.sum(dC, axis=1).astype(C.dtype),
+        B=jnp.sum(dB, axis=1),
+        C=jnp.sum(dC, axis=1),
         D=over_chunks(dD, D),
         z=None if z is None else dz,
         delta_bias=over_chunks(ddelta_bias, delta_bias),
