@@ -147,6 +147,14 @@ def test_automatic_choice_on_cpus_is_silent(monkeypatch, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("columns", "chunks"),
+    [(1, 1056), (4, 264), (384, 5), (600, 5), (1055, 1), (1056, 1), (2000, 1)],
+)
+def test_chunks_fill_the_gpu_in_few_rounds(columns, chunks):
+    assert triton_scan.chunk_count(columns, 1056) == chunks
+
+
 # On a GPU, at real sizes. The reference there is `chunked-parallel`, which the suite holds to the
 # specification at small ones: a million steps of `sequential`, with gradients, take too long.
 

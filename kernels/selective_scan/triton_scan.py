@@ -9,6 +9,7 @@ axis that divides by the weights' one, w:
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Programs (warps) up to which sequences are split: as many as run at the same time, given the
-# registers that the kernels take, on the 528 schedulers of an H100 or H200.
-FORWARD_PROGRAMS = 4 * 528
-BACKWARD_PROGRAMS = 2 * 528
+# Programs (warps) that a multiprocessor runs at the same time: 4 and 2 on each of its 4 schedulers,
+# given the registers that the kernels take.
+FORWARD_PROGRAMS = 16
+BACKWARD_PROGRAMS = 8
+FULL = 0.9  # the part of those places that must be taken, counting all rounds of programs
 STATES_A_PROGRAM = 512  # 16 registers a lane for the states
 LANES = 32
 MIN_CHUNK = 64
@@ -27,6 +29,7 @@ BORDER_TILE = (256, 8)  # chunks and channels that a program of phase 2 composes
 BORDER_WARPS = 4
 
 MIN_COMPUTE_CAPABILITY = 8.0
+MULTIPROCESSORS = 132  # of an H100 or H200, to lower for where there is no GPU
 
 
 class Inputs(NamedTuple):
@@ -77,9 +80,8 @@ def missing() -> str | None:
             "JAX's CUDA plugin is not installed; "
             f'`pip install "jax[cuda13]=={jax.__version__}"` installs it'
         )
-    try:
-        gpu = jax.devices("cuda")[0]
-    except RuntimeError:
+    gpu = _gpu()
+    if gpu is None:
         return "JAX finds no NVIDIA GPU; `nvidia-smi` shows whether the driver does"
     if float(gpu.compute_capability) < MIN_COMPUTE_CAPABILITY:
         return (
@@ -122,13 +124,18 @@ def launch(
     )
 
 
+def _gpu() -> Any:
+    """The first NVIDIA GPU, to which others are taken to be alike; None if there is none."""
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:
+        return None
+
+
 def _compute_capability() -> int:
     """That of the GPU, such as 90; lowering where there is none is for the oldest supported."""
-    try:
-        capability = float(jax.devices("cuda")[0].compute_capability)
-    except RuntimeError:
-        capability = MIN_COMPUTE_CAPABILITY
-    return round(10 * capability)
+    gpu = _gpu()
+    return round(10 * (float(gpu.compute_capability) if gpu else MIN_COMPUTE_CAPABILITY))
 
 
 def _one_call_under_vmap(function: Callable) -> Callable:
@@ -179,10 +186,20 @@ def tile_sizes(d: int, n: int) -> tuple[int, int]:
     return _power_of_2_below(min(LANES, STATES_A_PROGRAM // tile_n, d)), tile_n
 
 
+def chunk_count(columns: int, slots: int) -> int:
+    """How many chunks to cut each of `columns` tiles into, `slots` chunks running at a time: as
+    many as fill the slots in the fewest rounds. One if the tiles alone fill them."""
+    if columns >= slots:
+        return 1
+    most = (rounds * slots // columns for rounds in itertools.count(1))
+    return next(n for i, n in enumerate(most, 1) if n * columns >= FULL * i * slots)
+
+
 class Plan:
     """How one pass over these inputs is cut up."""
 
     def __init__(self, inputs: Inputs, programs: int):
+        """For as many programs on each multiprocessor at the same time."""
         from kernels.selective_scan.triton_kernels import BLOCK
 
         self.block = BLOCK.value
@@ -191,8 +208,9 @@ class Plan:
         self.sharing = self.b // w
         self.tile_d, self.tile_n = tile_sizes(self.d, self.n)
         self.tiles = _ceil_div(self.d, self.tile_d)
-        chunks = max(programs // (self.b * self.tiles), 1)
-        chunk = max(_ceil_div(self.l, chunks), MIN_CHUNK)
+        gpu = _gpu()
+        slots = programs * (gpu.core_count if gpu else MULTIPROCESSORS)
+        chunk = max(_ceil_div(self.l, chunk_count(self.b * self.tiles, slots)), MIN_CHUNK)
         self.chunk = _ceil_div(chunk, self.block) * self.block
         self.chunks = _ceil_div(self.l, self.chunk)
 
