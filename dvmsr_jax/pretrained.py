@@ -20,6 +20,7 @@ from dvmsr_jax import checkpoint, pth
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.vimm import ScanError
 
 
 class PretrainedError(UserError):
@@ -32,10 +33,13 @@ def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
     Raises:
         PretrainedError: the path does not exist, is none of the three, is damaged or unsafe, or its
             weights do not fit a DVMSR.
+        ScanError: the scan that `compute` names cannot run here.
     """
     try:
         config, parameters = _read(path)
         return model_from_parameters(config, parameters, compute=compute)
+    except ScanError:  # not the file's fault
+        raise
     except (checkpoint.CheckpointError, pth.UnsafeFileError) as error:
         raise PretrainedError(str(error)) from error
     except (

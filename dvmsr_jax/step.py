@@ -88,7 +88,9 @@ def init_state(config: TrainConfig, teacher: Teacher | None) -> TrainState:
     @jax.jit  # to compile once rather than operation by operation
     def init():
         key = jax.random.key(config.seed)
-        model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key)))
+        # Given how to compute, so that what cannot be computed here is refused before all else.
+        model = DVMSR(config.model, compute=config.compute, rngs=nnx.Rngs(key))
+        model = named_parameters(model)
         params = {"model": model, "projections": {}}
         if teacher is not None and config.distill.level == "mid":
             shape = (config.model.channels, teacher.config.channels)

@@ -8,10 +8,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.config import Compute, ModelConfig
-from kernels.selective_scan import selective_scan
+from dvmsr_jax.errors import UserError
+from kernels.selective_scan import missing, selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
 dense_init = nnx.initializers.truncated_normal(0.02)
+
+
+class ScanError(UserError):
+    """The implementation of the scan that was asked for cannot run here."""
 
 
 class CausalConv(nnx.Module):
@@ -42,6 +47,9 @@ class Direction(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
+        """Raises ScanError if the implementation of the scan that is asked for cannot run here."""
+        if lack := missing(compute.scan):
+            raise ScanError(f"the scan {compute.scan!r} cannot run here: {lack}")
         d = config.expand * config.channels
         n = config.states
         self.rank = math.ceil(config.channels / 16)

@@ -22,6 +22,7 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
+from kernels.selective_scan import triton_scan
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
@@ -98,7 +99,7 @@ def run_main(module, monkeypatch, *arguments):
     module.main()
 
 
-def test_errors_are_one_line(monkeypatch, tmp_path):
+def test_errors_are_one_line(monkeypatch, weights, tmp_path):
     def error_of(module, *arguments):
         with pytest.raises(SystemExit) as stop:
             run_main(module, monkeypatch, *arguments)
@@ -112,6 +113,13 @@ def test_errors_are_one_line(monkeypatch, tmp_path):
     folders = ("--workdir", tmp_path / "run", "--data.hr-dirs", tmp_path / "none")
     message = error_of(train, "--phase=teacher", "--preset=demo", *folders)
     assert re.match(r"error: .*none: no such folder", message)
+
+    # Before any data is looked for.
+    monkeypatch.setattr(triton_scan, "missing", lambda: "there is no GPU")
+    message = error_of(train, "--phase=teacher", "--preset=demo", *folders, "--scan=triton")
+    assert message == "error: the scan 'triton' cannot run here: there is no GPU"
+    message = error_of(evaluate, "--ckpt", weights, "--scan=triton")
+    assert message == "error: the scan 'triton' cannot run here: there is no GPU"
 
 
 @pytest.fixture

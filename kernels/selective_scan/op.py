@@ -31,6 +31,8 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "triton": triton_scan.selective_scan,
 }
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+# The others run everywhere.
+_PARTICULAR = {"triton": triton_scan}
 
 
 @no_type_check  # checked by `_check_arguments`, whose messages say more than an annotation's
@@ -90,6 +92,12 @@ def selective_scan(
     return (y, final_state) if return_final_state else y
 
 
+def missing(implementation: str) -> str | None:
+    """What this implementation lacks here; None if it can run."""
+    module = _PARTICULAR.get(implementation)
+    return None if module is None else module.missing()
+
+
 def _resolve(implementation: str) -> str:
     """The key of _FUNCTIONS that `implementation` stands for on the platform in use."""
     if implementation not in IMPLEMENTATIONS:
@@ -97,14 +105,14 @@ def _resolve(implementation: str) -> str:
             f"selective_scan: implementation is {implementation!r}, expected one of "
             + ", ".join(repr(name) for name in IMPLEMENTATIONS)
         )
-    if implementation == "triton" and (lack := triton_scan.missing()):
-        raise RuntimeError(f"selective_scan: implementation 'triton' cannot run: {lack}")
+    if lack := missing(implementation):
+        raise RuntimeError(f"selective_scan: implementation {implementation!r} cannot run: {lack}")
     if implementation not in ("auto", "chunked"):
         return implementation
     device = jax.config.values["jax_default_device"]  # a Device, a platform's name, or None
     platform = getattr(device, "platform", device) or jax.default_backend()
     if implementation == "auto" and platform in ("gpu", "cuda"):
-        lack = triton_scan.missing()
+        lack = missing("triton")
         if lack is None:
             return "triton"
         _log_once(f"selective_scan runs without its Triton kernels, slower: {lack}")
