@@ -9,15 +9,15 @@ b l d n a pass, the decays. What the chunks' border states, softplus and silu co
 import functools
 import importlib.util
 import math
+import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import registers
 from benchmarks.programs import (
     Program,
     forward,
@@ -28,51 +28,51 @@ from benchmarks.programs import (
 )
 from kernels.selective_scan import Implementation
 
-SIZES = ((1, 65_536), (1, 1_048_576), (32, 4096), (128, 4096))  # b, l
-CHANNELS = (120, 384)
 TYPES = (jnp.float32, jnp.bfloat16)
 BASELINES: tuple[Implementation, ...] = ("chunked", "associative")
 COLUMNS = ("b", "l", "d", "type", "pass", "time", "TB/s", "Texp/s", "floor")
-REGISTER_COLUMNS = ("kernel", "type", "sm_80", "sm_90", "sm_100")
 
 # Calls are queued in batches of about this many seconds; the median batch counts.
 BATCH_SECONDS = 0.05
 BATCHES = 7
+# Of this many calls the host's time is taken, too few for any queue to fill and hold the host up;
+# if it is this part of the GPU's, the host may be what was timed.
+UNHINDERED = 8
+HOST_BOUND = 0.8
 SPECIAL_FUNCTIONS_A_CLOCK = 16  # of a multiprocessor, from compute capability 8.0 to 10.0
+DEFAULT_CLOCK = 1.98e9  # Hz, the highest of H100 and H200
 
 
-def print_registers() -> None:
-    """Registers a thread of each kernel for each target; bytes spilt to memory, if any, behind."""
-    print_row(REGISTER_COLUMNS)
-    print_row(["---", "---", "---:", "---:", "---:"])
-    for kernel in registers.KERNELS:
-        for dtype in ("fp32", "bf16"):
-            cells = []
-            for target in registers.TARGETS:
-                used, stack = registers.registers_and_stack(kernel, target, dtype)
-                cells.append(f"{used}" + (f" + {stack} B" if stack else ""))
-            print_row([kernel, dtype, *cells])
-
-
-def print_times() -> None:
-    """Time of each size, type and pass, and its ratios to the floor and to other forms."""
-    bandwidth, exponentials = copy_bandwidth(), special_function_rate()
+def print_times(
+    sizes: Iterable[tuple[int, int]],
+    channels: Iterable[int],
+    implementations: tuple[Implementation, ...],
+) -> None:
+    """Time of each size (b, l), d, type and pass; its ratios to the floor and to other forms."""
+    bandwidth, clock = copy_bandwidth(), highest_clock()
+    exponentials = jax.devices()[0].core_count * SPECIAL_FUNCTIONS_A_CLOCK * clock
     print(
-        f"\nfloors from {bandwidth / 1e12:.2f} TB/s (a copy, measured) and "
-        f"{exponentials / 1e12:.2f} T special functions/s (at the highest clock)\n"
+        f"floors from {bandwidth / 1e12:.2f} TB/s (a copy, measured) and "
+        f"{exponentials / 1e12:.2f} T special functions/s (at {clock / 1e9:.2f} GHz)\n"
     )
-    others = [*BASELINES, *(["mamba_ssm"] if importlib.util.find_spec("mamba_ssm") else [])]
+    others = [*implementations, *(["mamba_ssm"] if importlib.util.find_spec("mamba_ssm") else [])]
     print_row([*COLUMNS, *(f"vs {name}" for name in others)])
     print_row(["---:"] * (len(COLUMNS) + len(others)))
-    for b, l in SIZES:
-        for d in CHANNELS:
+    for b, l in sizes:
+        for d in channels:
             for dtype in TYPES:
-                for row in compare(b, l, d, dtype, bandwidth, exponentials):
+                for row in compare(implementations, b, l, d, dtype, bandwidth, exponentials):
                     print_row(row)
 
 
 def compare(
-    b: int, l: int, d: int, dtype: jnp.dtype, bandwidth: float, exponentials: float
+    implementations: tuple[Implementation, ...],
+    b: int,
+    l: int,
+    d: int,
+    dtype: jnp.dtype,
+    bandwidth: float,
+    exponentials: float,
 ) -> Iterator[list[str]]:
     """The table's rows for inputs of these sizes and this type."""
     inputs = make_inputs(l, d, b=b, dtype=dtype)
@@ -86,8 +86,8 @@ def compare(
     }
     for name, (function, scans, moved) in passes.items():
         seconds: dict[str, float | str] = {}
-        implementations: tuple[Implementation, ...] = ("triton", *BASELINES)
-        for implementation in implementations:
+        names: tuple[Implementation, ...] = ("triton", *implementations)
+        for implementation in names:
             program = Program(functools.partial(function, implementation), *inputs)
             seconds[implementation] = program.obstacle or queued_seconds(
                 lambda program=program: program.compiled(*inputs), jax.block_until_ready
@@ -95,15 +95,14 @@ def compare(
         if importlib.util.find_spec("mamba_ssm"):
             seconds["mamba_ssm"] = mamba_ssm_seconds(inputs, backward=scans == 2)
         triton = seconds.pop("triton")
-        assert isinstance(triton, float), triton
+        size = [f"{b}", f"{l:,}", f"{d}", jnp.dtype(dtype).name, name]
+        if isinstance(triton, str):
+            yield [*size, triton, *["-"] * (3 + len(seconds))]
+            continue
         evaluated = scans * b * l * d * n
         floor = max(moved / bandwidth, evaluated / exponentials)
         yield [
-            f"{b}",
-            f"{l:,}",
-            f"{d}",
-            jnp.dtype(dtype).name,
-            name,
+            *size,
             f"{rounded(triton * 1e3)} ms",
             f"{moved / triton / 1e12:.2f}",
             f"{evaluated / triton / 1e12:.2f}",
@@ -112,26 +111,42 @@ def compare(
         ]
 
 
+def noting_lack_of_memory(measure: Callable) -> Callable:
+    """A measurement that returns "out of memory" where JAX or PyTorch raises that."""
+
+    @functools.wraps(measure)
+    def measure_or_note(*args, **options):
+        try:
+            return measure(*args, **options)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "out of memory")):
+                raise
+            return "out of memory"
+
+    return measure_or_note
+
+
+@noting_lack_of_memory
 def queued_seconds(call: Callable, wait: Callable) -> float | str:
     """The time of a call among many in the queue, so that the GPU does not wait for the host; or
     why there is none."""
-    try:
-        wait(call())
+
+    def seconds_of(calls):
+        """(a call's time on the host, its time until all have run)."""
         start = time.perf_counter()
-        wait(call())
-        calls = max(1, math.ceil(BATCH_SECONDS / (time.perf_counter() - start)))
-        batches = []
-        for _ in range(BATCHES):
-            start = time.perf_counter()
-            for _ in range(calls):
-                out = call()
-            wait(out)
-            batches.append((time.perf_counter() - start) / calls)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return "out of memory"
-    return statistics.median(batches)
+        for _ in range(calls):
+            out = call()
+        queued = time.perf_counter()
+        wait(out)
+        return (queued - start) / calls, (time.perf_counter() - start) / calls
+
+    wait(call())
+    calls = max(1, math.ceil(BATCH_SECONDS / seconds_of(1)[1]))
+    seconds = statistics.median(seconds_of(calls)[1] for _ in range(BATCHES))
+    host = statistics.median(seconds_of(UNHINDERED)[0] for _ in range(BATCHES))
+    if host > HOST_BOUND * seconds:
+        return f"host-bound ({rounded(seconds * 1e3)} ms)"
+    return seconds
 
 
 def copy_bandwidth() -> float:
@@ -142,13 +157,16 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / seconds
 
 
-def special_function_rate() -> float:
-    """Special functions that the GPU evaluates a second at its highest clock."""
+def highest_clock() -> float:
+    """The clock of the GPU's multiprocessors in Hz, as high as it goes."""
+    if shutil.which("nvidia-smi") is None:
+        return DEFAULT_CLOCK
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "-i", "0"]
-    megahertz = float(subprocess.run(query, check=True, capture_output=True, text=True).stdout)
-    return jax.devices()[0].core_count * SPECIAL_FUNCTIONS_A_CLOCK * megahertz * 1e6
+    megahertz = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+    return float(megahertz) * 1e6
 
 
+@noting_lack_of_memory
 def mamba_ssm_seconds(inputs, *, backward: bool) -> float | str:
     """The time of the CUDA original on the same arrays, in its layout, channels before tokens."""
     import torch

@@ -8,12 +8,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.programs import print_row
 from kernels.selective_scan import triton_kernels, triton_scan
 
 KERNELS = ("chunk_ends", "chunk_start_gradients", "chunk_borders", "outputs", "gradients")
 TARGETS = (80, 90, 100)  # compute capabilities times ten: A100, H100 and H200, B200
 SIZES = ("l", "chunk", "chunks", "sharing")
 TOKENS = ("u", "delta", "z", "dout", "y", "du", "ddelta", "dz")
+
+
+def print_table() -> None:
+    """Registers a thread of each kernel for each target; bytes spilt to memory, if any, behind."""
+    print_row(["kernel", "type", *(f"sm_{target}" for target in TARGETS)])
+    print_row(["---", "---", *["---:"] * len(TARGETS)])
+    for kernel in KERNELS:
+        for dtype in ("fp32", "bf16"):
+            cells = []
+            for target in TARGETS:
+                used, stack = registers_and_stack(kernel, target, dtype)
+                cells.append(f"{used}" + (f" + {stack} B" if stack else ""))
+            print_row([kernel, dtype, *cells])
 
 
 def registers_and_stack(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import tyro
 
-from benchmarks import machine
+from benchmarks import gpu_scan, machine
 from benchmarks.programs import Program, forward, forward_backward, make_inputs, print_row
 from kernels.selective_scan import Implementation, triton_scan
 
@@ -26,6 +26,12 @@ COLUMNS = (
     "memory, forward+backward",
 )
 
+PORTABLE: tuple[Implementation, ...] = (
+    "sequential",
+    "associative",
+    "chunked-carried",
+    "chunked-parallel",
+)
 MAX_ROUNDS = 20
 
 
@@ -54,36 +60,39 @@ def compare(
 def main(
     lengths: tuple[int, ...] = (4096, 16384, 65536),
     channels: tuple[int, ...] = (120, 384),
-    implementations: tuple[Implementation, ...] = (
-        "sequential",
-        "associative",
-        "chunked-carried",
-        "chunked-parallel",
-    ),
+    implementations: tuple[Implementation, ...] | None = None,
     smoke: bool = False,
     gpu: bool = False,
+    sizes: tuple[tuple[int, int], ...] = ((1, 65_536), (1, 1_048_576), (32, 4096), (128, 4096)),
+    registers: bool = False,
 ) -> None:
     """Prints the time and memory of selective scans as a Markdown table.
 
     Args:
         lengths: numbers of tokens, l.
         channels: numbers of channels, d.
-        implementations: which to compare.
+        implementations: which to compare; by default those that run everywhere, or with `gpu` the
+            baselines of the Triton form.
         smoke: a quick run that only shows that everything works: l = 256, d = 16, one repetition.
-        gpu: measure the Triton form instead, at the sizes that matter on NVIDIA GPUs. Without one,
-            print the registers that its kernels need.
+        gpu: measure the Triton form on an NVIDIA GPU instead, against what the GPU allows.
+        sizes: with `gpu`, numbers of sequences and of tokens of each, b and l in turn.
+        registers: print the registers that the Triton kernels take instead; needs no GPU.
     """
     if smoke:
         lengths, channels = (256,), (16,)
     print(f"{machine.describe()}\n")
-    if gpu:
-        from benchmarks import gpu_scan  # needs Triton
-
-        gpu_scan.print_registers()
-        if lack := triton_scan.missing():
+    if gpu or registers:
+        lack = triton_scan.missing_package() if registers else triton_scan.missing()
+        if lack:
             sys.exit(f"benchmarks.scan: nothing to measure: {lack}")
-        gpu_scan.print_times()
+        if registers:
+            from benchmarks.registers import print_table  # needs Triton
+
+            print_table()
+        else:
+            gpu_scan.print_times(sizes, channels, implementations or gpu_scan.BASELINES)
         return
+    implementations = implementations or PORTABLE
     print_row(COLUMNS)
     print_row("---" if column == "implementation" else "---:" for column in COLUMNS)
     for l in lengths:

@@ -69,12 +69,8 @@ def selective_scan(
 
 def missing() -> str | None:
     """What this form lacks here and how to get it; None if it can run."""
-    for package in ("triton", "jax_triton"):
-        if importlib.util.find_spec(package) is None:
-            return (
-                f"the package {package} is not installed; on Linux, "
-                "`pip install -r requirements.txt` installs it"
-            )
+    if lack := missing_package():
+        return lack
     if not cuda_plugin():
         return (
             "JAX's CUDA plugin is not installed; "
@@ -88,6 +84,17 @@ def missing() -> str | None:
             f"{gpu.device_kind} has compute capability {gpu.compute_capability}; "
             f"a GPU of {MIN_COMPUTE_CAPABILITY} (Ampere) or newer is needed"
         )
+    return None
+
+
+def missing_package() -> str | None:
+    """What the kernels lack to be compiled, GPU or not."""
+    for package in ("triton", "jax_triton"):
+        if importlib.util.find_spec(package) is None:
+            return (
+                f"the package {package} is not installed; on Linux, "
+                "`pip install -r requirements.txt` installs it"
+            )
     return None
 
 
