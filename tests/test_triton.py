@@ -179,9 +179,31 @@ def test_real_sizes(b, l, d, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("l", "d", "n"),
+    [(100, 1, 1), (65, 2, 5), (129, 3, 33), (300, 36, 64), (1000, 120, 8), (70, 40, 64)],
+)
+def test_odd_sizes(l, d, n):
+    arrays, flags = make_inputs(l, d=d, n=n)
+    expected = outputs_and_gradients(arrays, flags, "sequential")
+    assert_close(outputs_and_gradients(arrays, flags, "triton"), expected, 2e-5)
+
+
+@pytest.mark.gpu
+def test_exported():
+    arrays, flags = make_inputs(1000)
+    call = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")
+    function = jax.jit(lambda arrays: outputs(arrays, flags, "triton"))
+    artifact = jax.export.export(function, disabled_checks=[call])(arrays).serialize()
+    actual = jax.export.deserialize(artifact).call(arrays)
+    assert_close(actual, outputs(arrays, flags, "sequential"), 2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("b", "l"), [(1, 100_003), (32, 1000)])
-def test_the_same_bits_twice(b, l):
-    arrays, flags = real_inputs(b, l, 120)
+def test_the_same_bits_twice(b, l, dtype):
+    arrays, flags = real_inputs(b, l, 120, dtype)
     first = jax.tree.map(np.asarray, outputs_and_gradients(arrays, flags, "triton"))
     second = outputs_and_gradients(arrays, flags, "triton")
     for name in first:
