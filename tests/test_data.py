@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -74,7 +75,7 @@ def test_device_cuts_the_same_batches(with_targets):
     config = DataConfig(lr_crop=6, batch_size=32)
     span = {"seed": 3, "start": 1, "stop": 3}
     cache = jax.device_put(data.load_cache(records, targets))
-    assert cache.keys() == {"lr", "hr", "target"} if with_targets else {"lr", "hr"}
+    assert cache.keys() == ({"lr", "hr", "target"} if with_targets else {"lr", "hr"})
     cut = jax.jit(data.cut, static_argnums=(2, 3))
     batches = data.batches(records, config, scale=4, targets=targets, **span)
     symmetries = set()
@@ -354,6 +355,36 @@ def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
     path.write_bytes(content)
     monkeypatch.setattr(prepare, "MAX_BAD", 1)
     assert data.load_records(moved, 4).folder != before
+
+
+def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeypatch):
+    def identity(folder, name, *, scale=4, val_images=1):
+        splits = find_pictures(DataConfig(hr_dirs=(folder,), val_images=val_images), scale)
+        prepare.prepare(splits, scale, tmp_path / name)
+        return data.identity(tmp_path / name)
+
+    first = identity(photos, "first")
+    assert re.fullmatch("[0-9a-f]{12}", first)
+    copied = shutil.copytree(photos, tmp_path / "copied")
+    assert identity(copied, "again") == first
+    assert data.identity((tmp_path / "first").rename(tmp_path / "moved")) == first
+
+    others = [identity(photos, "two", val_images=2), identity(photos, "x2", scale=2)]
+    (copied / "5.png").unlink()
+    others.append(identity(copied, "fewer"))
+
+    read_rgb, unreadable = images.read_rgb, None
+
+    def read(path):
+        if path.name == unreadable:
+            raise images.ImageError(f"{path}: cannot be read")
+        return read_rgb(path)
+
+    monkeypatch.setattr(images, "read_rgb", read)
+    monkeypatch.setattr(prepare, "MAX_BAD", 0.2)
+    for unreadable in ("3.png", "4.png"):
+        others.append(identity(photos, unreadable))
+    assert len({first, *others}) == 6
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ A folder of them holds TFDS's own files and PREPARATION, which says what each sh
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -208,6 +209,30 @@ def read_preparation(folder: Path) -> dict[str, Any]:
             f"{folder}: holds no prepared records ({error}); make them with\n"
             f"  python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out {folder}"
         ) from error
+
+
+def identity(folder: Path) -> str:
+    """12 hex digits that name what is in a folder of records, wherever it and the pictures lie.
+
+    The same ones for the same pictures (of which the same ones could be read) in the same order,
+    kept apart for validation in the same way, and prepared for the same scale.
+
+    Raises:
+        DataError: it is no folder of prepared records.
+    """
+    preparation = read_preparation(folder)
+    # A shard's key stands for its pictures, but not for which of them were left out; and of their
+    # names, which are paths, only the last part is the same everywhere.
+    contents = [
+        (
+            shard["split"],
+            shard["key"],
+            [(Path(picture["name"]).name, picture["records"]) for picture in shard["pictures"]],
+        )
+        for shard in preparation["shards"].values()
+    ]
+    text = json.dumps([preparation["scale"], contents])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_counts(folder: Path) -> dict[str, int]:
