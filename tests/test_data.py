@@ -19,7 +19,7 @@ from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import prepare
 from dvmsr_jax.data.check import check
 from dvmsr_jax.data.pictures import find_pictures
-from dvmsr_jax.data.records import ShardWriter, open_shard
+from dvmsr_jax.data.records import ShardWriter, open_records, open_shard
 from dvmsr_jax.errors import UserError
 
 
@@ -248,13 +248,49 @@ def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch,
         UserError, match=f"1 of 7 pictures .*more than 1%.*\n  {re.escape(str(bad))}"
     ):
         data.load_records(config, 4)
-    assert [path.name for path in (tmp_path / "data").glob("*/*")] == [".incomplete"]
+    (unfinished,) = (tmp_path / "data").glob("*/*")
+    assert unfinished.name.startswith(".incomplete-")
 
     monkeypatch.setattr(prepare, "MAX_BAD", 0.2)
     records = data.load_records(config, 4)
     assert f"left out: {bad}" in capsys.readouterr().out
     assert len(records.train) == 5
-    assert not (tmp_path / "data" / "sr_sub_images" / ".incomplete").exists()
+    assert not unfinished.exists()
+
+
+def test_mended_pictures_are_read_again(photos, tmp_path):
+    """Though their names, sizes and middles are what they were."""
+    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    path = photos / "3.png"
+    content = path.read_bytes()
+    path.write_bytes(b"overwrit" + content[8:])
+    with pytest.raises(UserError, match=rf"mend or remove.*\n  {path}"):
+        prepare.prepare(pictures, 4, tmp_path / "out")
+    path.write_bytes(content)
+    prepare.prepare(pictures, 4, tmp_path / "out")
+    assert len(open_records(tmp_path / "out").train) == 5
+
+
+def test_another_set_leaves_an_interrupted_one_alone(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    read_rgb, read = images.read_rgb, []
+
+    def interrupted(path):
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        read.append(path)
+        return read_rgb(path)
+
+    config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
+    monkeypatch.setattr(images, "read_rgb", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.load_records(config, 4)
+    monkeypatch.setattr(images, "read_rgb", read_rgb)
+    data.load_records(dataclasses.replace(config, hr_dirs=(photos / "more",)), 4)
+    monkeypatch.setattr(images, "read_rgb", lambda path: read.append(path) or read_rgb(path))
+    data.load_records(config, 4)
+    assert len(read) == len(set(read)) == 6
 
 
 @pytest.mark.parametrize(

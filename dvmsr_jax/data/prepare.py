@@ -45,8 +45,13 @@ def load_records(config: DataConfig, scale: int) -> Records:
     if config.prepared is None:
         splits = find_pictures(config, scale)
         parent = config.data_dir.expanduser() / records.NAME
-        folder = parent / _key(splits["train"] + splits["val"], scale, f"{config.val_images} apart")
-        prepare(splits, scale, folder, parent / ".incomplete")
+        apart = f"{config.val_images} apart"
+        folder = parent / _key(splits["train"] + splits["val"], scale, apart)
+        # By the folders: what is finished is still of use when pictures were mended or removed.
+        sources = _hash(
+            f"x{scale}", apart, *(str(path.expanduser().resolve()) for path in config.hr_dirs)
+        )
+        prepare(splits, scale, folder, parent / f".incomplete-{sources}")
     else:
         folder = config.prepared.expanduser()
         if config.hr_dirs:
@@ -122,12 +127,16 @@ class _Shard:
         return folder / f"{self.name}.json"
 
     def read_info(self, folder: Path) -> dict[str, Any] | None:
-        """What was written, None if it was not finished or of other pictures."""
+        """What was written, None if it was not finished, or is of other pictures, or lacks some.
+
+        Those that could not be read may have been mended since.
+        """
         try:
             info = json.loads(self.info_path(folder).read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return info if info["key"] == self.key and (folder / self.name).exists() else None
+        whole = info["key"] == self.key and not info["left_out"] and (folder / self.name).exists()
+        return info if whole else None
 
 
 def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
@@ -141,7 +150,10 @@ def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
 
 
 def _key(pictures: list[Picture], scale: int, *more: str) -> str:
-    parts = [f"x{scale} {records.hr_side(scale)}", *more, *(p.fingerprint for p in pictures)]
+    return _hash(f"x{scale} {records.hr_side(scale)}", *more, *(p.fingerprint for p in pictures))
+
+
+def _hash(*parts: str) -> str:
     return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
 
 
@@ -173,7 +185,6 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, d
             if shard.name not in kept
         }
         try:
-            _check_bad(kept, total)
             for future in as_completed(futures):
                 info = future.result()
                 assert info is not None, "only stopped below"
