@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -451,6 +452,31 @@ def test_check_finds_damaged_files(prepared, file, damage, problem):
     damage(path)
     (found,) = check(prepared)
     assert re.search(rf"{path.name}: .*{problem}", found)
+
+
+@pytest.mark.parametrize("file", ["train.array_record-00001-of-00002", "val.array_record-00000"])
+def test_damaged_files_are_named_when_used(prepared, file):
+    (path,) = prepared.glob(f"*{file}*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    records = open_records(prepared)
+    with pytest.raises(UserError, match=rf"{path}: cannot be read .*\n.*data check {prepared}"):
+        list(itertools.chain(records.train, records.val))
+    path.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"{path}: has {len(content) - 1} bytes, not"):
+        open_records(prepared)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path}: is missing"):
+        open_records(prepared)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "nothing"])
+def test_another_preparation_file_is_refused(tmp_path, text):
+    (tmp_path / "preparation.json").write_text(text)
+    for use in (check, data.identity, open_records):
+        with pytest.raises(UserError, match="holds no prepared records"):
+            use(tmp_path)
 
 
 @pytest.mark.parametrize(
