@@ -31,7 +31,9 @@ class Log:
         self._path = directory / "metrics.jsonl"
         (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        unfinished = self._path.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(unfinished, self._path)
         prefix = directory / "tensorboard" / "events"
         self._events = EventsWriter(str(prefix), filename_suffix=f".{os.getpid()}")
         self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
@@ -108,10 +110,13 @@ def plot_training(directories: Sequence[Path], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=100)
+    unfinished = path.with_suffix(".unfinished")
+    figure.savefig(unfinished, dpi=100, format="png")
+    os.replace(unfinished, path)
 
 
 def _plot(axes, lines, key, label, style="-"):
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:
-        axes.plot(*zip(*points, strict=True), style, label=label)
+        marker = "." if len(points) == 1 else ""
+        axes.plot(*zip(*points, strict=True), style, marker=marker, label=label)
