@@ -1,6 +1,5 @@
 """Whether prepared records are whole and right."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from dvmsr_jax import bicubic
 from dvmsr_jax.data import records
+from dvmsr_jax.data.files import checksum
 
 # Pixels from the border of a sub-image that see what lies outside when the picture is shrunk.
 _BORDER = 2
@@ -54,10 +54,9 @@ def _check_shard(path: Path, shard: dict[str, Any], scale: int) -> Iterator[str]
     if not path.exists():
         yield f"{path}: is missing"
         return
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-            yield f"{path}: is damaged, its checksum is another one"
-            return
+    if checksum(path) != shard["sha256"]:
+        yield f"{path}: is damaged, its checksum is another one"
+        return
     pictures = [p for p in shard["pictures"] for _ in range(p["records"])]
     count = 0
     for count, record in enumerate(records.open_shard(path), start=1):
