@@ -190,7 +190,10 @@ def make_machinery(
     if teacher is not None and config.distill.targets == "precomputed":
         name = data.teacher_id(teacher.config, teacher.parameters)
         targets = data.load_targets(
-            records.folder, name, self_ensemble=config.distill.self_ensemble
+            records.folder,
+            name,
+            self_ensemble=config.distill.self_ensemble,
+            ckpt=config.distill.teacher or config.workdir / "teacher",
         )
     span: dict[str, Any] = {
         "seed": config.seed,
