@@ -15,7 +15,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dvmsr_jax import images
+from dvmsr_jax import files, images
 
 
 class Log:
@@ -31,9 +31,8 @@ class Log:
         self._path = directory / "metrics.jsonl"
         (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
-        unfinished = self._path.with_suffix(".unfinished")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(unfinished, self._path)
+        with files.replacing(self._path) as unfinished:
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
         prefix = directory / "tensorboard" / "events"
         self._events = EventsWriter(str(prefix), filename_suffix=f".{os.getpid()}")
         self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
@@ -110,9 +109,8 @@ def plot_training(directories: Sequence[Path], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    unfinished = path.with_suffix(".unfinished")
-    figure.savefig(unfinished, dpi=100, format="png")
-    os.replace(unfinished, path)
+    with files.replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100, format="png")
 
 
 def _plot(axes, lines, key, label, style="-"):

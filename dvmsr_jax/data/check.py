@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dvmsr_jax import bicubic
 from dvmsr_jax.data import records, targets
-from dvmsr_jax.data.files import checksum
+from dvmsr_jax.files import checksum
 
 # Pixels from the border of a sub-image that see what lies outside when the picture is shrunk.
 _BORDER = 2

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from dvmsr_jax import bicubic
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
-from dvmsr_jax.data.files import checksum, replacing, write_json
 from dvmsr_jax.data.pictures import Picture, find_pictures
 from dvmsr_jax.data.records import DataError, Records
+from dvmsr_jax.files import checksum, replacing, write_json
 
 PICTURES_PER_SHARD = 16
 # Largest share of the pictures that may be left out because they cannot be read.

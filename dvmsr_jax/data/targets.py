@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig
-from dvmsr_jax.data.files import checksum, replacing, write_json
 from dvmsr_jax.data.records import DataError, hr_side, open_records, read_preparation
+from dvmsr_jax.files import checksum, replacing, write_json
 from dvmsr_jax.inference import average_over_symmetries
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import load_model
