@@ -8,6 +8,7 @@ import skimage.data
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+from dvmsr_jax import files
 from dvmsr_jax.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -52,12 +53,8 @@ def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -
     """Writes an RGB picture, making its folder; whatever happens, PATH is whole or untouched."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with files.replacing(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
