@@ -99,9 +99,7 @@ def init_state(config: TrainConfig, teacher: Teacher | None) -> TrainState:
     @functools.partial(jax.jit, compiler_options=_on_cpus(_HASTY))
     def init():
         key = jax.random.key(config.seed)
-        # Given how to compute, so that what cannot be computed here is refused before all else.
-        model = DVMSR(config.model, compute=config.compute, rngs=nnx.Rngs(key))
-        model = named_parameters(model)
+        model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key)))
         params = {"model": model, "projections": {}}
         if teacher is not None and config.distill.level == "mid":
             shape = (config.model.channels, teacher.config.channels)

@@ -24,6 +24,7 @@ from dvmsr_jax.model import named_parameters
 from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.step import Teacher, TrainStep, init_state, memory_of
 from dvmsr_jax.validation import Validator
+from dvmsr_jax.vimm import check_scan
 
 # Steps before those of a profile, for the program to be compiled and the queues to fill.
 BEFORE_PROFILE = 5
@@ -61,6 +62,7 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
             finite, a checkpoint cannot be read or written, or another run writes to the directory.
     """
     check(config)
+    check_scan(config.compute)
     directory = phase_directory(config)
     mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
     teacher = load_teacher(config)
@@ -149,6 +151,7 @@ def dry_run(config: TrainConfig) -> None:
         UserError: as `train`.
     """
     check(config)
+    check_scan(config.compute)
     mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
     teacher = load_teacher(config)
     records = data.load_records(config.data, config.model.scale)

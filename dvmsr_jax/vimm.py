@@ -19,6 +19,12 @@ class ScanError(UserError):
     """The implementation of the scan that was asked for cannot run here."""
 
 
+def check_scan(compute: Compute) -> None:
+    """Raises ScanError if the implementation of the scan that is asked for cannot run here."""
+    if lack := missing(compute.scan):
+        raise ScanError(f"the scan {compute.scan!r} cannot run here: {lack}")
+
+
 class CausalConv(nnx.Module):
     """Depthwise convolution along the tokens; each sees itself and the `width - 1` before it.
 
@@ -47,9 +53,7 @@ class Direction(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
-        """Raises ScanError if the implementation of the scan that is asked for cannot run here."""
-        if lack := missing(compute.scan):
-            raise ScanError(f"the scan {compute.scan!r} cannot run here: {lack}")
+        check_scan(compute)
         d = config.expand * config.channels
         n = config.states
         self.rank = math.ceil(config.channels / 16)
