@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
@@ -42,14 +43,19 @@ class RSSB(nnx.Module):
         self.conv = conv3x3(config.channels, config.channels, rngs)
 
     def __call__(
-        self, features: Float[Array, "b h w c"], *, rngs: nnx.Rngs | None = None
+        self,
+        features: Float[Array, "b h w c"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        band: Whole | Band = WHOLE,
     ) -> Float[Array, "b h w c"]:
         """Refines the features."""
         b, h, w, c = features.shape
         tokens = features.reshape(b, h * w, c)
         for vimm in self.vimms:
-            tokens = vimm(tokens, rngs=rngs)
-        return self.conv(tokens.reshape(b, h, w, c)) + features
+            tokens = vimm(tokens, rngs=rngs, band=band)
+        refined = self.conv(band.with_neighbours(tokens.reshape(b, h, w, c)))
+        return refined + band.delayed(features, 1)
 
 
 class DVMSR(nnx.Module):
@@ -76,27 +82,38 @@ class DVMSR(nnx.Module):
         self.reconstruct = conv3x3(c, 3 * s * s, rngs)
 
     def __call__(
-        self, image: Float[Array, "b h w 3"], *, rngs: nnx.Rngs | None = None
+        self,
+        image: Float[Array, "b h w 3"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        band: Whole | Band = WHOLE,
     ) -> Float[Array, "b hs ws 3"]:
         """Upscales RGB images in [0, 1]; the result may leave that range slightly.
 
-        With `rngs` (a stream `dropout`) the pass is one of training, with drop-path.
+        With `rngs` (a stream `dropout`) the pass is one of training, with drop-path. With a `band`
+        the images are such bands; the answer is that to the rows which begin at `band.first` then.
         """
-        return self.with_features(image, rngs=rngs)[0]
+        return self.with_features(image, rngs=rngs, band=band)[0]
 
     def with_features(
-        self, image: Float[Array, "b h w 3"], *, rngs: nnx.Rngs | None = None
+        self,
+        image: Float[Array, "b h w 3"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        band: Whole | Band = WHOLE,
     ) -> tuple[Float[Array, "b hs ws 3"], Features]:
         """The upscaled images and the features computed on the way to them."""
         mean = jnp.asarray(RGB_MEAN, image.dtype).reshape(1, 1, 1, 3)
-        shallow = self.conv_first(image - mean)
+        shallow = self.conv_first(band.with_neighbours(image - mean))
         features = self.norm_first(shallow)
         outputs = []
         for rssb in self.rssbs:
-            features = rssb(features, rngs=rngs)
+            features = rssb(features, rngs=rngs, band=band)
             outputs.append(features)
-        body = self.conv_last(self.norm_last(features))
-        upscaled = pixel_shuffle(self.reconstruct(body + shallow), self.config.scale) + mean
+        body = self.conv_last(band.with_neighbours(self.norm_last(features)))
+        deep = body + band.delayed(shallow, len(self.rssbs) + 1)
+        colours = self.reconstruct(band.with_neighbours(deep))
+        upscaled = pixel_shuffle(colours, self.config.scale) + mean
         return upscaled, Features(shallow, tuple(outputs), body)
 
 
@@ -119,9 +136,11 @@ def _check(config: ModelConfig) -> None:
 
 
 def conv3x3(c_in: int, c_out: int, rngs: nnx.Rngs) -> nnx.Conv:
-    """A 3x3 convolution that keeps the size, zeros around the image."""
-    init = torch_uniform(fan_in=9 * c_in)
-    return nnx.Conv(c_in, c_out, (3, 3), kernel_init=init, bias_init=init, rngs=rngs)
+    """A 3x3 convolution; zeros left and right of the image, the rows around it are given."""
+    init, padding = torch_uniform(fan_in=9 * c_in), ((0, 0), (1, 1))
+    return nnx.Conv(
+        c_in, c_out, (3, 3), padding=padding, kernel_init=init, bias_init=init, rngs=rngs
+    )
 
 
 def pixel_shuffle(x: Float[Array, "b h w c"], scale: int) -> Float[Array, "b hs ws rgb"]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import ModelConfig
 from kernels.selective_scan import selective_scan
 
@@ -25,13 +26,13 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (width, channels)))
         self.bias = nnx.Param(init(rngs.params(), (channels,)))
 
-    def __call__(self, u: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        """The convolution, zeros before the first token."""
+    def __call__(self, u: Float[Array, "b l d"], band: Whole | Band) -> Float[Array, "b l d"]:
+        """The convolution, zeros before the image's first token."""
         kernel, length = self.kernel[...], u.shape[1]
-        padded = jnp.pad(u, ((0, 0), (kernel.shape[0] - 1, 0), (0, 0)))
         out = jnp.broadcast_to(self.bias[...], u.shape)
+        u = band.with_previous(u, kernel.shape[0] - 1)
         for i, tap in enumerate(kernel):
-            out = out + tap[None, None] * padded[:, i : i + length]
+            out = out + tap[None, None] * u[:, i : i + length]
         return out
 
 
@@ -57,12 +58,15 @@ class Direction(nnx.Module):
         self.A_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, n + 1, dtype=jnp.float32)), (d, 1)))
         self.D = nnx.Param(jnp.ones(d))
 
-    def __call__(self, u: Float[Array, "b l d"], z: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    def __call__(
+        self, u: Float[Array, "b l d"], z: Float[Array, "b l d"], band: Whole | Band
+    ) -> Float[Array, "b l d"]:
         """The gated scan of u; z is the gate before its silu."""
-        u = jax.nn.silu(self.conv(u))
-        n = self.A_log.shape[1]
+        # Zeros before the image's first token leave the state at zero.
+        u = band.masked(jax.nn.silu(self.conv(u, band)))
+        d, n = self.A_log.shape
         delta, B, C = jnp.split(self.x_proj(u), [self.rank, self.rank + n], axis=-1)
-        return selective_scan(
+        y, state = selective_scan(
             u,
             self.dt_proj(delta),
             -jnp.exp(self.A_log[...]),
@@ -72,8 +76,12 @@ class Direction(nnx.Module):
             z=z,
             delta_bias=self.dt_bias[...],
             delta_softplus=True,
+            initial_state=band.scan_state(u.shape[0], d, n),
+            return_final_state=True,
             implementation=self.scan,
         )
+        band.keep_scan_state(state)
+        return y
 
 
 class ViMM(nnx.Module):
@@ -95,15 +103,19 @@ class ViMM(nnx.Module):
         self.out_proj = nnx.Linear(d, c, use_bias=False, kernel_init=dense_init, rngs=rngs)
 
     def __call__(
-        self, tokens: Float[Array, "b l c"], *, rngs: nnx.Rngs | None = None
+        self,
+        tokens: Float[Array, "b l c"],
+        *,
+        rngs: nnx.Rngs | None = None,
+        band: Whole | Band = WHOLE,
     ) -> Float[Array, "b l c"]:
         """Mixes an image's tokens, in raster order. With `rngs`, drop-path is active."""
         tokens = self.drop_path(tokens, deterministic=rngs is None, rngs=rngs)
-        tokens = self.norm(tokens)
+        tokens = band.masked(self.norm(tokens))
         u, z = jnp.split(self.in_proj(tokens), 2, axis=-1)
-        y = self.forward(u, z)
+        y = self.forward(u, z, band)
         if self.backward is not None:
-            y = y + self.backward(u[:, ::-1], z[:, ::-1])[:, ::-1]
+            y = y + self.backward(u[:, ::-1], z[:, ::-1], WHOLE)[:, ::-1]
         return self.out_proj(y)
 
 

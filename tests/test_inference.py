@@ -1,0 +1,109 @@
+"""Streaming and tiles against inference of whole images."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import monitoring
+
+from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import make_streamer
+from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.pretrained import load_model
+
+TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=2, states=4)
+HEIGHTS = (1, 2, 7, 8, 63, 257)
+BANDS = (1, 3, 8, 32)
+
+
+@functools.cache
+def random_model(config):
+    """A model of random weights, larger than the initial ones, and of a long memory."""
+    shapes = jax.eval_shape(lambda: named_parameters(DVMSR(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    weights = {name: np.float32(rng.normal(size=x.shape) * 0.3) for name, x in shapes.items()}
+    weights |= {name: x - 4 for name, x in weights.items() if name.endswith("A_log")}
+    return model_from_parameters(config, weights)
+
+
+def random_image(h, w):
+    return np.random.default_rng(h).random((h, w, 3), np.float32)
+
+
+@functools.cache
+def whole(config, h, w):
+    """The image's upscaled version, computed at once."""
+    return np.asarray(nnx.jit(random_model(config))(random_image(h, w)[None])[0])
+
+
+@functools.cache
+def streamer(config, band_rows):
+    return make_streamer(random_model(config), band_rows=band_rows)
+
+
+def assert_streams_like_whole(config, h, w, band_rows):
+    bands = list(streamer(config, band_rows)(random_image(h, w)))
+    assert all(len(band) <= band_rows * config.scale for band in bands)
+    np.testing.assert_allclose(np.concatenate(bands), whole(config, h, w), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("band_rows", BANDS)
+@pytest.mark.parametrize("h", HEIGHTS)
+def test_streaming_equals_the_whole_image(h, band_rows):
+    assert_streams_like_whole(TINY, h, 5, band_rows)
+
+
+def test_rows_far_away_bear_on_the_result():
+    """What makes the test above sharp: the first row is felt at the bottom."""
+    image = random_image(63, 5)
+    changed = image.copy()
+    changed[0] = 0
+    before, after = (np.concatenate(list(streamer(TINY, 8)(x))) for x in (image, changed))
+    assert np.abs(after - before)[-8:].max() > 1e-3
+
+
+@pytest.mark.parametrize(("scale", "w"), [(2, 1), (3, 2), (4, 9)])
+def test_streaming_at_each_scale(scale, w):
+    config = dataclasses.replace(TINY, scale=scale, rssbs=1, conv_width=5)
+    assert_streams_like_whole(config, 8, w, 3)
+
+
+def test_streaming_the_published_weights(shared):
+    model = load_model(shared / "reference" / "team07_DVMSR.pth")
+    with np.load(shared / "reference" / "team07_activations.npz") as reference:
+        image, expected = np.float32(reference["lr_uint8"]) / 255, reference["sr"]
+    whole = np.asarray(nnx.jit(model)(image[None])[0])
+    np.testing.assert_allclose(whole, expected.reshape(whole.shape), atol=1e-4, rtol=0)
+    for band_rows in (1, 7):
+        bands = list(make_streamer(model, band_rows=band_rows)(image))
+        np.testing.assert_allclose(np.concatenate(bands), whole, atol=1e-5, rtol=0)
+
+
+def test_one_program_serves_all_heights(monkeypatch):
+    """So its memory cannot depend on the height."""
+    stream = streamer(TINY, 8)
+    list(stream(random_image(1, 5)))
+    events = []
+
+    def listen(event, *_, **__):
+        events.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for h in (2, 9, 100):
+            list(stream(random_image(h, 5)))
+        assert not events  # of tracing, lowering or compiling
+        list(stream(random_image(1, 6)))
+        assert events
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+
+
+def test_bidirectional_models_are_not_streamed():
+    model = random_model(dataclasses.replace(TINY, bidirectional=True))
+    with pytest.raises(UserError, match="tiles"):
+        make_streamer(model)
