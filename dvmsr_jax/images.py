@@ -1,6 +1,8 @@
 """Reading and writing pictures: uint8 RGB arrays in memory, files by Pillow."""
 
+import contextlib
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +52,24 @@ def read_rgb(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
 
 def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Writes an RGB picture, making its folder; whatever happens, PATH is whole or untouched."""
-    path = Path(path)
+    with replacing(Path(path)) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden path beside this one, whose folder is made, to write to. What was written gets this
+    one's name at the end, and is removed if there was an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        Image.fromarray(image).save(temporary, format="PNG")
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+def find_images(folder: str | os.PathLike[str], suffixes: Collection[str] = SUFFIXES) -> list[Path]:
     """The pictures in a folder and its subfolders, by suffix and sorted; hidden ones are skipped.
 
     Raises ImageError if the folder is missing or holds none.
@@ -71,12 +80,12 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not path.is_dir()
     )
     if not found:
-        raise ImageError(f"{folder}: no pictures ({' '.join(sorted(SUFFIXES))}) in it")
+        raise ImageError(f"{folder}: no pictures ({' '.join(sorted(suffixes))}) in it")
     return found
 
 

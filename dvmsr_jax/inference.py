@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 
 import jax
@@ -45,13 +46,15 @@ def average_over_symmetries(
     model: Callable[[Array], Array], images: Float[Array, "b h w 3"]
 ) -> Float[Array, "b H W 3"]:
     """The mean of the model's answers to the eight flips and turns of the images, turned back."""
-    outputs = []
-    for turns in range(4):
-        for flip in (False, True):
-            x = jnp.rot90(images, turns, axes=(1, 2))
-            y = model(x[:, :, ::-1] if flip else x)
-            outputs.append(jnp.rot90(y[:, :, ::-1] if flip else y, -turns, axes=(1, 2)))
-    return sum(outputs[1:], outputs[0]) / len(outputs)
+
+    def answers() -> Iterator[Array]:
+        for turns in range(4):
+            for flip in (False, True):
+                x = jnp.rot90(images, turns, axes=(1, 2))
+                y = model(x[:, :, ::-1] if flip else x)
+                yield jnp.rot90(y[:, :, ::-1] if flip else y, -turns, axes=(1, 2))
+
+    return functools.reduce(operator.add, answers()) / 8
 
 
 def make_streamer(model: DVMSR, *, band_rows: int = 32) -> Upscale:
