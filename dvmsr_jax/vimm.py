@@ -12,6 +12,8 @@ from dvmsr_jax.config import Compute, ModelConfig
 from kernels.selective_scan import selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
+# A step size of 0 before its softplus: a token with it leaves the scan's state alone.
+NO_STEP = -1e30
 dense_init = nnx.initializers.truncated_normal(0.02)
 
 
@@ -28,12 +30,14 @@ class CausalConv(nnx.Module):
 
     def __call__(self, u: Float[Array, "b l d"], band: Whole | Band) -> Float[Array, "b l d"]:
         """The convolution, zeros before the image's first token."""
-        kernel, length = self.kernel[...].astype(u.dtype), u.shape[1]
-        out = jnp.broadcast_to(self.bias[...].astype(u.dtype), u.shape)
-        u = band.with_previous(u, kernel.shape[0] - 1)
+        kernel, bias = self.kernel[...].astype(u.dtype), self.bias[...].astype(u.dtype)
+        width = kernel.shape[0]
+        runs = band.with_previous(u, width - 1)
+        length = runs.shape[1] - (width - 1)
+        out = jnp.broadcast_to(bias, (runs.shape[0], length, runs.shape[2]))
         for i, tap in enumerate(kernel):
-            out = out + tap[None, None] * u[:, i : i + length]
-        return out
+            out = out + tap[None, None] * runs[:, i : i + length]
+        return out.reshape(u.shape)
 
 
 class Direction(nnx.Module):
@@ -58,13 +62,12 @@ class Direction(nnx.Module):
         self, u: Float[Array, "b l d"], z: Float[Array, "b l d"], band: Whole | Band
     ) -> Float[Array, "b l d"]:
         """The gated scan of u; z is the gate before its silu."""
-        # Zeros before the image's first token leave the state at zero.
-        u = band.masked(jax.nn.silu(self.conv(u, band)))
+        u = jax.nn.silu(self.conv(u, band))
         d, n = self.A_log.shape
         delta, B, C = jnp.split(self.x_proj(u), [self.rank, self.rank + n], axis=-1)
         y, state = selective_scan(
             u,
-            self.dt_proj(delta),
+            band.masked(self.dt_proj(delta), outside=NO_STEP),
             -jnp.exp(self.A_log[...]),
             B,
             C,
