@@ -8,19 +8,19 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from dvmsr_jax import evaluation
+from dvmsr_jax.config import Compute
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.model import parameter_count
 from dvmsr_jax.pretrained import load_model
-from kernels.selective_scan import Implementation
 
 # The size for which papers state the cost of x4 models.
 COST_SIZE = 256
@@ -39,8 +39,7 @@ class Arguments:
     """Also write the scores to this file."""
     save_images: Path | None = None
     """Write the upscaled pictures under this folder."""
-    scan: Implementation = "auto"
-    """Implementation of the selective scan; see kernels/selective_scan."""
+    compute: Annotated[Compute, tyro.conf.OmitArgPrefixes] = field(default_factory=Compute)
     self_ensemble: bool = False
     """Average over the eight flips and turns of each picture."""
 
@@ -52,7 +51,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
 def run(arguments: Arguments) -> dict[str, Any]:
     """Evaluates, prints a table as it goes, and returns what --json writes."""
-    model = load_model(arguments.ckpt, scan=arguments.scan)
+    model = load_model(arguments.ckpt, compute=arguments.compute)
     scale = model.config.scale
     if arguments.data:
         benchmarks = evaluation.find_benchmarks(arguments.data, scale)

@@ -6,9 +6,10 @@ may pass through the network in bands of rows, one after the other, if every lay
 needs for the next band. The layers ask for it here, and are written once for both cases:
 
 * WHOLE: the rows are all there are, and around them are zeros.
-* Band: a convolution waits for the row below, so its answer is late by one row; what is to be added
-  to the answer waits as well. Rows from outside the image come in too, before its first and after
-  its last one, and are masked where they would count: so all bands are treated alike.
+* Band: a convolution waits for the row below, so its answer is late by one row, and what is to be
+  added to the answer waits as well. A band may be wider than its image, and rows from outside come
+  in too, before the first and after the last one. What is outside is masked where it would count:
+  so all bands are treated alike, and images of many sizes too.
 """
 
 from collections.abc import Iterable
@@ -29,13 +30,14 @@ class Whole:
         del rows
         return x
 
-    def with_previous(self, u: Float[Array, "b l d"], count: int) -> Float[Array, "b l+{count} d"]:
-        """The tokens, and before them the last `count` others."""
+    def with_previous(self, u: Float[Array, "b l d"], count: int) -> Float[Array, "_ _ d"]:
+        """The tokens in runs of any, but equal, length, each with the `count` tokens before it."""
         return jnp.pad(u, ((0, 0), (count, 0), (0, 0)))
 
-    def masked(self, u: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        """The tokens, zero outside the image."""
-        return u
+    def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
+        """The tokens, with this value for those that are not of the image."""
+        del outside
+        return x
 
     def scan_state(self, *shape: int) -> Array | None:
         """The state before the first token; None stands for zeros."""
@@ -51,7 +53,7 @@ WHOLE = Whole()
 
 
 class Band:
-    """A band of an image's rows, for one pass through the network.
+    """A band of one image's rows, for one pass through the network.
 
     The layers take from `carried`, in the order of their calls, what the band above has left for
     them, and leave as much in `left` for the one below.
@@ -61,16 +63,18 @@ class Band:
         self,
         first: Int[Array, ""],
         height: Int[Array, ""],
-        width: int,
+        width: Int[Array, ""],
+        columns: int,
         carried: Iterable[Array] | None,
     ):
-        """`first` is the place of the band's first row in the image of this size.
+        """`first` is the place of the band's first row in the image of this height and width.
 
-        `carried` is the last band's `left`; None, for zeros, if there has been none.
+        `columns` is the band's own width, and `carried` the last band's `left`; None, for zeros, if
+        there has been none.
         """
         self.first = first
         self.left: list[Array] = []
-        self._height, self._width = height, width
+        self._height, self._width, self._columns = height, width, columns
         self._carried = None if carried is None else iter(carried)
 
     def with_neighbours(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h+2 w c"]:
@@ -78,21 +82,38 @@ class Band:
         b, h, w, c = x.shape
         x = self.masked(x.reshape(b, h * w, c)).reshape(x.shape)
         self.first = self.first - 1
-        return self._with_last(x, 2)
+        x = jnp.concatenate([self._take((b, 2, w, c), x.dtype), x], axis=1)
+        self.left.append(x[:, -2:])
+        return x
 
     def delayed(self, x: Float[Array, "b h w c"], rows: int) -> Float[Array, "b h w c"]:
         """See Whole."""
-        return self._with_last(x, rows)[:, : x.shape[1]]
+        b, h, w, c = x.shape
+        x = jnp.concatenate([self._take((b, rows, w, c), x.dtype), x], axis=1)
+        self.left.append(x[:, -rows:])
+        return x[:, :h]
 
-    def with_previous(self, u: Float[Array, "b l d"], count: int) -> Float[Array, "b l+{count} d"]:
-        """See Whole."""
-        return self._with_last(u, count)
+    def with_previous(self, u: Float[Array, "b l d"], count: int) -> Float[Array, "_ _ d"]:
+        """See Whole. Each row is a run."""
+        b, l, d = u.shape
+        rows = l // self._columns
+        known = jnp.concatenate([self._take((b, count, d), u.dtype), u], axis=1)
+        # The places in the image, counted from the band's first token, of the tokens just before
+        # each row and of the last ones; and where those are kept, behind the `count` carried ones.
+        places = jnp.arange(rows + 1)[:, None] * self._width + jnp.arange(-count, 0)[None]
+        row, column = jnp.divmod(places, self._width)
+        known_at = count + jnp.where(places < 0, places, row * self._columns + column)
+        previous = known[:, known_at]  # (b, rows + 1, count, d)
+        self.left.append(previous[:, rows])
+        runs = jnp.concatenate([previous[:, :rows], u.reshape(b, rows, -1, d)], axis=2)
+        return runs.reshape(b * rows, -1, d)
 
-    def masked(self, u: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
         """See Whole."""
-        rows = self.first + jnp.arange(u.shape[1]) // self._width
-        inside = (rows >= 0) & (rows < self._height)
-        return jnp.where(inside[None, :, None], u, jnp.zeros_like(u))
+        row, column = jnp.divmod(jnp.arange(x.shape[1]), self._columns)
+        row += self.first
+        inside = (row >= 0) & (row < self._height) & (column < self._width)
+        return jnp.where(inside[None, :, None], x, jnp.asarray(outside, x.dtype))
 
     def scan_state(self, *shape: int) -> Array | None:
         """See Whole."""
@@ -101,13 +122,6 @@ class Band:
     def keep_scan_state(self, state: Array) -> None:
         """See Whole."""
         self.left.append(state)
-
-    def _with_last(self, x, count):
-        """x, and before it the last `count` entries along axis 1 of the bands above."""
-        b, _, *shape = x.shape
-        x = jnp.concatenate([self._take((b, count, *shape), x.dtype), x], axis=1)
-        self.left.append(x[:, x.shape[1] - count :])
-        return x
 
     def _take(self, shape, dtype):
         return jnp.zeros(shape, dtype) if self._carried is None else next(self._carried)

@@ -25,7 +25,7 @@ from dvmsr_jax.errors import UserError
 FREE_FIELDS = frozenset(
     [
         "workdir",
-        "scan",
+        "compute.scan",
         "log_every",
         "val_every",
         "checkpoint_every",

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from kernels.selective_scan import Implementation
 
@@ -29,6 +31,17 @@ class ModelConfig:
     """Scan the tokens in both directions, as Vision Mamba does; the published DVMSR does not."""
     drop_path: float = 0.1
     """Chance of dropping the last ViMM's input in training; it grows linearly from 0 over depth."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a network is computed. Changes time and memory, and the result by rounding only."""
+
+    scan: Implementation = "auto"
+    """Implementation of the selective scan; see kernels/selective_scan."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of convolutions and projections. Parameters, norms, residuals and the scan's state are
+    float32 always: activations grow to some 1,600, where bfloat16 has steps of 8."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +112,7 @@ class TrainConfig:
     """Optimizer steps; learning-rate milestones scale with it."""
     seed: int = 0
     """Seed of the initial weights, the batches and drop-path."""
-    scan: Implementation = "auto"
-    """Implementation of the selective scan; see kernels/selective_scan."""
+    compute: Annotated[Compute, tyro.conf.OmitArgPrefixes] = field(default_factory=Compute)
     log_every: int = 100
     """Steps between lines of metrics."""
     val_every: int = 5_000

@@ -7,6 +7,7 @@ Legend of the shapes, used by every signature of this package:
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.bands import WHOLE, Band, Whole
-from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
 
@@ -33,87 +34,102 @@ class Features(NamedTuple):
     body: Array  # (b, h, w, c), the last convolution's output before the long skip
 
 
+class Conv3x3(nnx.Conv):
+    """A 3x3 convolution that keeps the size, zeros around the image; its result is float32."""
+
+    def __init__(self, c_in: int, c_out: int, compute: Compute, *, rngs: nnx.Rngs):
+        init = torch_uniform(fan_in=9 * c_in)
+        super().__init__(
+            c_in,
+            c_out,
+            (3, 3),
+            padding=((0, 0), (1, 1)),
+            kernel_init=init,
+            bias_init=init,
+            dtype=compute.precision,
+            rngs=rngs,
+        )
+
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array, "b h w _"], band: Whole | Band
+    ) -> Float[Array, "b h w _"]:
+        """Convolves."""
+        return super().__call__(band.with_neighbours(x)).astype(jnp.float32)
+
+
 class RSSB(nnx.Module):
     """Residual state-space block: ViMMs in a row and a 3x3 convolution, around a skip."""
 
-    def __init__(
-        self, config: ModelConfig, drop_paths: tuple[float, ...], scan: str, *, rngs: nnx.Rngs
-    ):
-        self.vimms = nnx.List([ViMM(config, rate, scan, rngs=rngs) for rate in drop_paths])
-        self.conv = conv3x3(config.channels, config.channels, rngs)
+    def __init__(self, config: ModelConfig, index: int, compute: Compute, *, rngs: nnx.Rngs):
+        """`index` counts the network's RSSBs from 0."""
+        vimms = range(index * config.vimms_per_rssb, (index + 1) * config.vimms_per_rssb)
+        self.vimms = nnx.List([ViMM(config, i, compute, rngs=rngs) for i in vimms])
+        self.conv = Conv3x3(config.channels, config.channels, compute, rngs=rngs)
 
     def __call__(
         self,
         features: Float[Array, "b h w c"],
-        *,
-        rngs: nnx.Rngs | None = None,
+        keys: Key[Array, " b"] | None = None,
         band: Whole | Band = WHOLE,
     ) -> Float[Array, "b h w c"]:
-        """Refines the features."""
+        """Refines the features. With `keys`, drop-path is active."""
         b, h, w, c = features.shape
         tokens = features.reshape(b, h * w, c)
         for vimm in self.vimms:
-            tokens = vimm(tokens, rngs=rngs, band=band)
-        refined = self.conv(band.with_neighbours(tokens.reshape(b, h, w, c)))
-        return refined + band.delayed(features, 1)
+            tokens = vimm(tokens, keys, band)
+        return self.conv(tokens.reshape(b, h, w, c), band) + band.delayed(features, 1)
 
 
 class DVMSR(nnx.Module):
-    """The network. `scan` names the selective scan's implementation and changes no result.
+    """The network.
 
     Raises UserError if the configuration, which may come from a file, is of no possible network.
     """
 
-    def __init__(self, config: ModelConfig, *, scan: str = "auto", rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs):
         _check(config)
-        c, s, depth = config.channels, config.scale, config.rssbs * config.vimms_per_rssb
-        rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        c, s = config.channels, config.scale
         self.config = config
-        self.conv_first = conv3x3(3, c, rngs)
+        self.conv_first = Conv3x3(3, c, compute, rngs=rngs)
         self.norm_first = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
-        self.rssbs = nnx.List(
-            [
-                RSSB(config, tuple(rates[i : i + config.vimms_per_rssb]), scan, rngs=rngs)
-                for i in range(0, depth, config.vimms_per_rssb)
-            ]
-        )
+        self.rssbs = nnx.List([RSSB(config, i, compute, rngs=rngs) for i in range(config.rssbs)])
         self.norm_last = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
-        self.conv_last = conv3x3(c, c, rngs)
-        self.reconstruct = conv3x3(c, 3 * s * s, rngs)
+        self.conv_last = Conv3x3(c, c, compute, rngs=rngs)
+        self.reconstruct = Conv3x3(c, 3 * s * s, compute, rngs=rngs)
 
     def __call__(
-        self,
-        image: Float[Array, "b h w 3"],
-        *,
-        rngs: nnx.Rngs | None = None,
-        band: Whole | Band = WHOLE,
+        self, image: Float[Array, "b h w 3"], band: Whole | Band = WHOLE
     ) -> Float[Array, "b hs ws 3"]:
         """Upscales RGB images in [0, 1]; the result may leave that range slightly.
 
-        With `rngs` (a stream `dropout`) the pass is one of training, with drop-path. With a `band`
-        the images are such bands; the answer is that to the rows which begin at `band.first` then.
+        Given a `Band`, the rows that come out lie where `band.first` says then.
         """
-        return self.with_features(image, rngs=rngs, band=band)[0]
+        return self.with_features(image, band=band)[0]
 
     def with_features(
         self,
         image: Float[Array, "b h w 3"],
         *,
-        rngs: nnx.Rngs | None = None,
+        keys: Key[Array, " b"] | None = None,
+        remat: bool = False,
         band: Whole | Band = WHOLE,
     ) -> tuple[Float[Array, "b hs ws 3"], Features]:
-        """The upscaled images and the features computed on the way to them."""
+        """The upscaled images and the features computed on the way to them.
+
+        With `keys`, one for each image, the pass is one of training, with drop-path. With `remat`
+        the backward pass computes what lies inside an RSSB again, instead of keeping it.
+        """
         mean = jnp.asarray(RGB_MEAN, image.dtype).reshape(1, 1, 1, 3)
-        shallow = self.conv_first(band.with_neighbours(image - mean))
+        shallow = self.conv_first(image - mean, band)
         features = self.norm_first(shallow)
         outputs = []
         for rssb in self.rssbs:
-            features = rssb(features, rngs=rngs, band=band)
+            refine = functools.partial(rssb, band=band)
+            features = (jax.checkpoint(refine) if remat else refine)(features, keys)
             outputs.append(features)
-        body = self.conv_last(band.with_neighbours(self.norm_last(features)))
+        body = self.conv_last(self.norm_last(features), band)
         deep = body + band.delayed(shallow, len(self.rssbs) + 1)
-        colours = self.reconstruct(band.with_neighbours(deep))
-        upscaled = pixel_shuffle(colours, self.config.scale) + mean
+        upscaled = pixel_shuffle(self.reconstruct(deep, band), self.config.scale) + mean
         return upscaled, Features(shallow, tuple(outputs), body)
 
 
@@ -135,14 +151,6 @@ def _check(config: ModelConfig) -> None:
         raise UserError("there is no such model: " + "; ".join(problems))
 
 
-def conv3x3(c_in: int, c_out: int, rngs: nnx.Rngs) -> nnx.Conv:
-    """A 3x3 convolution; zeros left and right of the image, the rows around it are given."""
-    init, padding = torch_uniform(fan_in=9 * c_in), ((0, 0), (1, 1))
-    return nnx.Conv(
-        c_in, c_out, (3, 3), padding=padding, kernel_init=init, bias_init=init, rngs=rngs
-    )
-
-
 def pixel_shuffle(x: Float[Array, "b h w c"], scale: int) -> Float[Array, "b hs ws rgb"]:
     """Moves channels into space, in PyTorch's channel order: colour, then row, then column."""
     b, h, w, _ = x.shape
@@ -156,7 +164,10 @@ def parameter_count(model: nnx.Module) -> int:
 
 
 def model_from_parameters(
-    config: ModelConfig, parameters: Mapping[str, Array | np.ndarray], *, scan: str = "auto"
+    config: ModelConfig,
+    parameters: Mapping[str, Array | np.ndarray],
+    *,
+    compute: Compute = Compute(),
 ) -> DVMSR:
     """A model of these weights, named as `named_parameters` names them.
 
@@ -170,7 +181,7 @@ def model_from_parameters(
             f"of {config.vimms_per_rssb} ViMMs"
         )
     # Traced only for the structure: nothing is initialised to be thrown away.
-    model = nnx.eval_shape(lambda: DVMSR(config, scan=scan, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: DVMSR(config, compute=compute, rngs=nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)
     expected = {_name(path): variable for path, variable in nnx.to_flat_state(state)}
     problems = [f"{name} is missing" for name in expected if name not in parameters]

@@ -17,7 +17,7 @@ import safetensors.numpy
 import tyro
 
 from dvmsr_jax import checkpoint, pth
-from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 
@@ -26,7 +26,7 @@ class PretrainedError(UserError):
     """A weights file that cannot be used; the message names it and says why."""
 
 
-def load_model(path: Path, *, scan: str = "auto") -> DVMSR:
+def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
     """The model in a checkpoint directory (its averaged weights), `.safetensors` or `.pth` file.
 
     Raises:
@@ -35,7 +35,7 @@ def load_model(path: Path, *, scan: str = "auto") -> DVMSR:
     """
     try:
         config, parameters = _read(path)
-        return model_from_parameters(config, parameters, scan=scan)
+        return model_from_parameters(config, parameters, compute=compute)
     except (checkpoint.CheckpointError, pth.UnsafeFileError) as error:
         raise PretrainedError(str(error)) from error
     except (

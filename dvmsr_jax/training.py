@@ -115,16 +115,18 @@ def loss_function(
     teacher: Teacher | None,
     lr: Array,
     hr: Array,
-    rngs: nnx.Rngs,
+    keys: Array,
 ) -> tuple[Array, dict[str, Array]]:
-    """(loss, its parts) on float batches of LR and HR crops in [0, 1]."""
-    model = model_from_parameters(config.model, params["model"], scan=config.scan)
-    output, features = model.with_features(lr, rngs=rngs)
+    """(loss, its parts) on float batches of LR and HR crops in [0, 1], with a key for each."""
+    model = model_from_parameters(config.model, params["model"], compute=config.compute)
+    output, features = model.with_features(lr, keys=keys)
     pixel = losses.l1(output, hr)
     if teacher is None:
         return pixel, {"loss": pixel, "pixel_loss": pixel}
 
-    teacher_model = model_from_parameters(teacher.config, teacher.parameters, scan=config.scan)
+    teacher_model = model_from_parameters(
+        teacher.config, teacher.parameters, compute=config.compute
+    )
     target, target_features = jax.lax.stop_gradient(teacher_model.with_features(lr))
     if config.distill.level == "output":
         distillation = losses.l1(output, target)
@@ -153,13 +155,14 @@ def make_train_step(
     """
 
     def gradients(params, teacher_parameters, step, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        key = jax.random.fold_in(key, jax.lax.axis_index(parallel.AXIS))
         lr, hr = (batch[name].astype(jnp.float32) / 255 for name in ("lr", "hr"))
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        first = jax.lax.axis_index(parallel.AXIS) * len(lr)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(len(lr)))
         frozen = None if teacher is None else Teacher(teacher.config, teacher_parameters)
 
         def loss(params):
-            return loss_function(config, params, frozen, lr, hr, nnx.Rngs(dropout=key))
+            return loss_function(config, params, frozen, lr, hr, keys)
 
         grads, parts = jax.grad(loss, has_aux=True)(params)
         return jax.lax.pmean((grads, parts), parallel.AXIS)
@@ -203,7 +206,7 @@ class Validator:
 
         @jax.jit
         def forward(parameters, lr):
-            model = model_from_parameters(config.model, parameters, scan=config.scan)
+            model = model_from_parameters(config.model, parameters, compute=config.compute)
             return model(lr.astype(jnp.float32) / 255)
 
         self._forward = forward

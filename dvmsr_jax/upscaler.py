@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from dvmsr_jax import bicubic, inference
+from dvmsr_jax import bicubic
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import Upscale, average_over_symmetries, make_streamer
+from dvmsr_jax.inference import Upscale, average_over_symmetries, make_streamer, make_tiler
 from dvmsr_jax.pictures import BandedFrame, Frame, from_pillow, to_pillow
 from dvmsr_jax.pretrained import load_model
 
@@ -81,7 +81,7 @@ class Upscaler:
         if tile is None:
             upscale = make_streamer(model)
         else:
-            upscale = inference.make_tiler(model, tile=tile, overlap=overlap)
+            upscale = make_tiler(model, tile=tile, overlap=overlap)
         if self_ensemble:
             upscale = _self_ensemble(upscale)
         return cls(upscale, model.config.scale, scale=scale)

@@ -5,13 +5,15 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.bands import WHOLE, Band, Whole
-from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.config import Compute, ModelConfig
 from kernels.selective_scan import selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
+# A step size of 0 before its softplus: a token with it leaves the scan's state alone.
+NO_STEP = -1e30
 dense_init = nnx.initializers.truncated_normal(0.02)
 
 
@@ -28,12 +30,14 @@ class CausalConv(nnx.Module):
 
     def __call__(self, u: Float[Array, "b l d"], band: Whole | Band) -> Float[Array, "b l d"]:
         """The convolution, zeros before the image's first token."""
-        kernel, length = self.kernel[...], u.shape[1]
-        out = jnp.broadcast_to(self.bias[...], u.shape)
-        u = band.with_previous(u, kernel.shape[0] - 1)
+        kernel, bias = self.kernel[...].astype(u.dtype), self.bias[...].astype(u.dtype)
+        width = kernel.shape[0]
+        runs = band.with_previous(u, width - 1)
+        length = runs.shape[1] - (width - 1)
+        out = jnp.broadcast_to(bias, (runs.shape[0], length, runs.shape[2]))
         for i, tap in enumerate(kernel):
-            out = out + tap[None, None] * u[:, i : i + length]
-        return out
+            out = out + tap[None, None] * runs[:, i : i + length]
+        return out.reshape(u.shape)
 
 
 class Direction(nnx.Module):
@@ -42,18 +46,14 @@ class Direction(nnx.Module):
     All that the two directions of a bidirectional ViMM have each of their own.
     """
 
-    def __init__(self, config: ModelConfig, scan: str, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
         d = config.expand * config.channels
         n = config.states
         self.rank = math.ceil(config.channels / 16)
-        self.scan = scan
+        self.scan = compute.scan
         self.conv = CausalConv(d, config.conv_width, rngs=rngs)
-        self.x_proj = nnx.Linear(
-            d, self.rank + 2 * n, use_bias=False, kernel_init=dense_init, rngs=rngs
-        )
-        self.dt_proj = nnx.Linear(
-            self.rank, d, use_bias=False, kernel_init=torch_uniform(fan_in=self.rank), rngs=rngs
-        )
+        self.x_proj = projection(d, self.rank + 2 * n, dense_init, compute, rngs)
+        self.dt_proj = projection(self.rank, d, torch_uniform(fan_in=self.rank), compute, rngs)
         self.dt_bias = nnx.Param(step_size_bias(rngs.params(), (d,)))
         self.A_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, n + 1, dtype=jnp.float32)), (d, 1)))
         self.D = nnx.Param(jnp.ones(d))
@@ -62,13 +62,12 @@ class Direction(nnx.Module):
         self, u: Float[Array, "b l d"], z: Float[Array, "b l d"], band: Whole | Band
     ) -> Float[Array, "b l d"]:
         """The gated scan of u; z is the gate before its silu."""
-        # Zeros before the image's first token leave the state at zero.
-        u = band.masked(jax.nn.silu(self.conv(u, band)))
+        u = jax.nn.silu(self.conv(u, band))
         d, n = self.A_log.shape
         delta, B, C = jnp.split(self.x_proj(u), [self.rank, self.rank + n], axis=-1)
         y, state = selective_scan(
             u,
-            self.dt_proj(delta),
+            band.masked(self.dt_proj(delta), outside=NO_STEP),
             -jnp.exp(self.A_log[...]),
             B,
             C,
@@ -91,32 +90,54 @@ class ViMM(nnx.Module):
     was meant, so none is added, and the published weights depend on that.
     """
 
-    def __init__(self, config: ModelConfig, drop_path: float, scan: str, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, index: int, compute: Compute, *, rngs: nnx.Rngs):
+        """`index` counts the network's ViMMs from 0."""
         c = config.channels
         d = config.expand * c
-        # Drops a whole sample's input, and scales the kept ones to leave the mean unchanged.
-        self.drop_path = nnx.Dropout(drop_path, broadcast_dims=(1, 2))
+        self.index = index
+        self.drop_path = config.drop_path * index / max(config.rssbs * config.vimms_per_rssb - 1, 1)
         self.norm = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
-        self.in_proj = nnx.Linear(c, 2 * d, use_bias=False, kernel_init=dense_init, rngs=rngs)
-        self.forward = Direction(config, scan, rngs=rngs)
-        self.backward = Direction(config, scan, rngs=rngs) if config.bidirectional else None
-        self.out_proj = nnx.Linear(d, c, use_bias=False, kernel_init=dense_init, rngs=rngs)
+        self.in_proj = projection(c, 2 * d, dense_init, compute, rngs)
+        self.forward = Direction(config, compute, rngs=rngs)
+        self.backward = Direction(config, compute, rngs=rngs) if config.bidirectional else None
+        self.out_proj = projection(d, c, dense_init, compute, rngs)
 
     def __call__(
         self,
         tokens: Float[Array, "b l c"],
-        *,
-        rngs: nnx.Rngs | None = None,
+        keys: Key[Array, " b"] | None = None,
         band: Whole | Band = WHOLE,
     ) -> Float[Array, "b l c"]:
-        """Mixes an image's tokens, in raster order. With `rngs`, drop-path is active."""
-        tokens = self.drop_path(tokens, deterministic=rngs is None, rngs=rngs)
+        """Mixes an image's tokens, in raster order. With `keys`, drop-path is active."""
+        if keys is not None and self.drop_path:
+            tokens = drop_samples(tokens, self.drop_path, _fold_in(keys, self.index))
         tokens = band.masked(self.norm(tokens))
         u, z = jnp.split(self.in_proj(tokens), 2, axis=-1)
         y = self.forward(u, z, band)
         if self.backward is not None:
             y = y + self.backward(u[:, ::-1], z[:, ::-1], WHOLE)[:, ::-1]
-        return self.out_proj(y)
+        return self.out_proj(y).astype(jnp.float32)
+
+
+def drop_samples(
+    x: Float[Array, "b l c"], rate: float, keys: Key[Array, " b"]
+) -> Float[Array, "b l c"]:
+    """Zeroes each sample with probability `rate`; scales the others, to leave the mean unchanged.
+
+    A key for each sample, so that the result depends on no division of the batch.
+    """
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
+    return jnp.where(keep[:, None, None], x / (1 - rate), 0)
+
+
+_fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+
+
+def projection(d_in: int, d_out: int, init, compute: Compute, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear map without bias, in the type that `compute` asks for."""
+    return nnx.Linear(
+        d_in, d_out, use_bias=False, kernel_init=init, dtype=compute.precision, rngs=rngs
+    )
 
 
 def torch_uniform(fan_in: int):

@@ -14,7 +14,7 @@ import pytest
 
 from dvmsr_jax import checkpoint
 from dvmsr_jax.checkpoint import CheckpointError, Checkpoints, load_weights
-from dvmsr_jax.config import ModelConfig, TrainConfig
+from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
 from dvmsr_jax.pretrained import PretrainedError, load_model
 
 WEIGHTS = {"a.kernel": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float32)}
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_not_continued(config, item):
 def test_every_free_field_may_differ(config):
     save(config, 7)
     changed = {
-        "scan": "sequential",
+        "compute": Compute(scan="sequential"),
         "log_every": 1,
         "val_every": 1,
         "checkpoint_every": 1,
@@ -161,7 +161,14 @@ def test_every_free_field_may_differ(config):
     assert int(state["step"]) == 7
     moved = config.workdir.rename(config.workdir.with_name("moved"))
     assert restore(dataclasses.replace(config, workdir=moved))[0] == 7
-    tried = {"workdir", "data.data_dir", "data.workers", "distill.teacher", *changed}
+    tried = {
+        "workdir",
+        "data.data_dir",
+        "data.workers",
+        "distill.teacher",
+        "compute.scan",
+        *changed,
+    }
     assert tried >= checkpoint.FREE_FIELDS
 
 

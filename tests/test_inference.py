@@ -11,7 +11,7 @@ from jax import monitoring
 
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import make_streamer
+from dvmsr_jax.inference import make_streamer, make_tiler
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import load_model
 
@@ -66,7 +66,7 @@ def test_rows_far_away_bear_on_the_result():
     assert np.abs(after - before)[-8:].max() > 1e-3
 
 
-@pytest.mark.parametrize(("scale", "w"), [(2, 1), (3, 2), (4, 9)])
+@pytest.mark.parametrize(("scale", "w"), [(2, 1), (3, 2), (4, 9), (4, 17), (4, 33)])
 def test_streaming_at_each_scale(scale, w):
     config = dataclasses.replace(TINY, scale=scale, rssbs=1, conv_width=5)
     assert_streams_like_whole(config, 8, w, 3)
@@ -107,3 +107,55 @@ def test_bidirectional_models_are_not_streamed():
     model = random_model(dataclasses.replace(TINY, bidirectional=True))
     with pytest.raises(UserError, match="tiles"):
         make_streamer(model)
+
+
+def pixelwise_model(config):
+    """A model whose answer to a pixel depends on no other, so that tiles do not change it."""
+    weights = {name: np.array(x) for name, x in named_parameters(random_model(config)).items()}
+    for name, x in weights.items():
+        if name.endswith("conv.kernel") and x.ndim == 2:  # the causal convolution's taps
+            x[:-1] = 0
+        elif x.ndim == 4:  # the 3x3 convolutions' taps
+            centre = x[1, 1].copy()
+            x[:] = 0
+            x[1, 1] = centre
+        elif name.endswith("x_proj.kernel"):  # step size, B and C: nothing is remembered
+            x[:] = 0
+    return model_from_parameters(config, weights)
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "tile", "overlap"),
+    [(20, 31, 8, 3), (9, 8, 8, 7), (5, 17, 8, 0)],
+)
+def test_tiles_cover_and_their_weights_add_up(h, w, tile, overlap):
+    model = pixelwise_model(dataclasses.replace(TINY, rssbs=1))
+    image = random_image(h, w)
+    tiled = np.concatenate(list(make_tiler(model, tile=tile, overlap=overlap)(image)))
+    np.testing.assert_allclose(tiled, nnx.jit(model)(image[None])[0], atol=1e-5, rtol=0)
+
+
+def test_one_tile_is_the_whole_image():
+    config = dataclasses.replace(TINY, bidirectional=True)
+    image = random_image(7, 9)
+    tiled = np.concatenate(list(make_tiler(random_model(config), tile=9, overlap=4)(image)))
+    np.testing.assert_allclose(tiled, whole(config, 7, 9), atol=1e-5, rtol=0)
+
+
+def test_tiles_differ_from_the_whole_image_within_bounds(shared):
+    """On a photograph, and less the more they overlap; without a jump where one ends."""
+    model = load_model(shared / "reference" / "team07_DVMSR.pth")
+    with np.load(shared / "reference" / "team07_activations.npz") as reference:
+        image, expected = np.float32(reference["lr_uint8"]) / 255, reference["sr"]
+    error = {}
+    for overlap in (0, 8):
+        bands = make_tiler(model, tile=20, overlap=overlap)(image)
+        error[overlap] = np.abs(np.concatenate(list(bands)) - expected)
+    assert error[8].mean() < error[0].mean() < 0.01
+    assert error[8].max() < 0.1
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(8, 8), (8, -1), (0, 0)])
+def test_impossible_tiles(tile, overlap):
+    with pytest.raises(UserError, match="cannot overlap"):
+        make_tiler(random_model(TINY), tile=tile, overlap=overlap)

@@ -1,11 +1,13 @@
 """The network against its description: counts, shapes, order, initial weights, gradients."""
 
+import collections
 import dataclasses
 import functools
 import math
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from flax import nnx
 
 from configs import PRESETS
 from dvmsr_jax import losses
-from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries, make_upscaler
 from dvmsr_jax.model import (
@@ -39,18 +41,21 @@ def weights(config, seed=0):
 
 
 @functools.cache
-def compiled(config, scan="auto"):
+def compiled(config, scan="auto", precision="float32"):
     """f(parameters, images) -> images."""
-    return jax.jit(lambda parameters, x: model_from_parameters(config, parameters, scan=scan)(x))
+    compute = Compute(scan, precision)
+    return jax.jit(
+        lambda parameters, x: model_from_parameters(config, parameters, compute=compute)(x)
+    )
 
 
 def images(b, h, w, seed=0):
     return np.random.default_rng(seed).random((b, h, w, 3), np.float32)
 
 
-def make_vimm(config, drop_path=0.0):
-    """A ViMM of random weights."""
-    vimm = nnx.eval_shape(lambda: ViMM(config, drop_path, "auto", rngs=nnx.Rngs(0)))
+def make_vimm(config, index=0):
+    """The network's ViMM number `index`, of random weights."""
+    vimm = nnx.eval_shape(lambda: ViMM(config, index, Compute(), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)
     state = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.5, jnp.float32),
@@ -61,9 +66,8 @@ def make_vimm(config, drop_path=0.0):
 
 
 @nnx.jit
-def run(vimm, tokens, dropout_key=None):
-    rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
-    return vimm(tokens, rngs=rngs)
+def run(vimm, tokens, keys=None):
+    return vimm(tokens, keys)
 
 
 def make_tokens(b=1, l=9):
@@ -137,16 +141,17 @@ def test_directions_mirror_each_other():
 def test_drop_path_rates_grow_linearly():
     config = ModelConfig(channels=8, rssbs=3, vimms_per_rssb=2, states=4, drop_path=0.2)
     model = nnx.eval_shape(lambda: DVMSR(config, rngs=nnx.Rngs(0)))
-    rates = [vimm.drop_path.rate for rssb in model.rssbs for vimm in rssb.vimms]
+    rates = [vimm.drop_path for rssb in model.rssbs for vimm in rssb.vimms]
     np.testing.assert_allclose(rates, np.linspace(0, 0.2, 6))
 
 
 def test_drop_path_drops_the_input_of_whole_samples():
-    vimm = make_vimm(SMALLEST, drop_path=0.25)
+    config = dataclasses.replace(SMALLEST, vimms_per_rssb=2, drop_path=0.25)
+    vimm, keys = make_vimm(config, index=1), jax.random.split(jax.random.key(0), 64)
     # Small enough for LayerNorm's epsilon to matter, which would hide the scaling otherwise.
     tokens = 2e-3 * make_tokens(b=64)
     kept, dropped = run(vimm, tokens / 0.75), run(vimm, jnp.zeros_like(tokens))
-    out = run(vimm, tokens, jax.random.key(0))
+    out = run(vimm, tokens, keys)
 
     def same(x, y):
         return np.abs(x - y).max(axis=(1, 2)) < 1e-6
@@ -155,7 +160,9 @@ def test_drop_path_drops_the_input_of_whole_samples():
     assert not same(kept, run(vimm, tokens)).any()
     assert (same(out, kept) ^ same(out, dropped)).all()
     assert 5 <= same(out, dropped).sum() <= 28  # of 64; outside once in a thousand seeds
-    assert np.any(out != run(vimm, tokens, jax.random.key(1)))
+    # Each sample has its own key, whatever batch it is in.
+    assert same(run(vimm, tokens[::-1], keys[::-1])[::-1], out).all()
+    assert not same(run(vimm, tokens, keys[::-1]), out).all()
 
 
 def test_drop_path_is_for_training_only():
@@ -166,7 +173,8 @@ def test_drop_path_is_for_training_only():
 
     @jax.jit
     def train(parameters, x):
-        return model_from_parameters(config, parameters)(x, rngs=nnx.Rngs(dropout=0))
+        keys = jax.random.split(jax.random.key(0), len(x))
+        return model_from_parameters(config, parameters).with_features(x, keys=keys)[0]
 
     assert np.abs(train(parameters, x) - never).max() > 1e-2
 
@@ -355,6 +363,59 @@ def test_scans_agree(scan):
     slower = parameters | {"rssbs.0.vimms.0.forward.A_log": np.zeros((16, 4), np.float32)}
     assert np.abs(compiled(SMALLEST, "sequential")(slower, x) - expected).max() > 1e-2
     np.testing.assert_allclose(compiled(SMALLEST, scan)(parameters, x), expected, atol=1e-5)
+
+
+def test_bfloat16_is_for_convolutions_and_projections():
+    """The result is near float32's; parameters, norms and the scan's sums stay float32."""
+    parameters, x = weights(TINY), images(2, 9, 7)
+    exact = compiled(TINY)(parameters, x)
+    rounded = compiled(TINY, precision="bfloat16")(parameters, x)
+    assert rounded.dtype == jnp.float32
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 3e-2
+
+    model = jax.eval_shape(
+        lambda: model_from_parameters(TINY, parameters, compute=Compute(precision="bfloat16"))
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+    program = jax.make_jaxpr(lambda p: compiled(TINY, precision="bfloat16")(p, x))(parameters)
+    types = collections.defaultdict(set)
+    for equation in equations(program.jaxpr):
+        if equation.primitive.name in ("dot_general", "conv_general_dilated", "exp", "rsqrt"):
+            types[equation.primitive.name] |= {str(v.aval.dtype) for v in equation.invars}
+    assert types == {
+        "dot_general": {"bfloat16"},
+        "conv_general_dilated": {"bfloat16"},
+        "exp": {"float32"},
+        "rsqrt": {"float32"},
+    }
+
+
+def equations(jaxpr):
+    """All equations of a program, those of the programs inside it too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("config", [TINY, BIDIRECTIONAL])
+def test_rematerialisation_changes_no_gradient(config):
+    config = dataclasses.replace(config, drop_path=0.3)
+    x = jnp.asarray(images(3, 5, 4))
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def gradient(remat):
+        def loss(parameters):
+            model = model_from_parameters(config, parameters)
+            return jnp.mean(model.with_features(x, keys=keys, remat=remat)[0] ** 2)
+
+        return jax.jit(jax.grad(loss))(weights(config))
+
+    kept, again = gradient(False), gradient(True)
+    for name, value in kept.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(again[name], value, atol=1e-6 * scale, rtol=1e-6, err_msg=name)
 
 
 def test_average_over_symmetries():

@@ -122,7 +122,9 @@ def test_output_distillation_is_the_distance_to_the_teacher(config):
     lr = jnp.linspace(0, 1, 2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
     hr = jnp.zeros((2, 32, 32, 3))
     teacher = training.Teacher(config.model, state.params["model"])
-    _, parts = training.loss_function(config, state.params, teacher, lr, hr, nnx.Rngs(0))
+    _, parts = training.loss_function(
+        config, state.params, teacher, lr, hr, jax.random.split(jax.random.key(0))
+    )
     assert parts["distill_loss"] < 1e-6
 
 
