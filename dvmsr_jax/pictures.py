@@ -27,7 +27,7 @@ SUFFIXES = images.SUFFIXES | {".gif", ".apng"}
 MAX_PIXELS = 500_000_000
 """Default limit of a frame's size, against decompression bombs."""
 
-Pixels = UInt8[np.ndarray, "h w channels"] | UInt16[np.ndarray, "h w channels"]
+Pixels = UInt8[np.ndarray, "_ _ _"] | UInt16[np.ndarray, "_ _ _"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 Image.init()  # open() with a list of formats does not load their plugins

@@ -3,10 +3,10 @@
 Pillow needs the whole picture, and writes no 16-bit colour.
 """
 
+import io
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import IO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,7 +20,7 @@ _CHUNK = 2**18
 LEVEL = 4
 
 
-def write(file: IO[bytes], frames: Iterator[BandedFrame], count: int, plays: int) -> None:
+def write(file: io.BufferedIOBase, frames: Iterator[BandedFrame], count: int, plays: int) -> None:
     """Writes a picture, or an animation if there is more than one frame.
 
     Args:
@@ -54,12 +54,12 @@ def write(file: IO[bytes], frames: Iterator[BandedFrame], count: int, plays: int
     _chunk(file, b"IEND", b"")
 
 
-def _chunk(file: IO[bytes], kind: bytes, data: bytes) -> None:
+def _chunk(file: io.BufferedIOBase, kind: bytes, data: bytes) -> None:
     file.write(struct.pack(">I", len(data)) + kind + data)
     file.write(struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))))
 
 
-def _write_metadata(file: IO[bytes], metadata: Metadata) -> None:
+def _write_metadata(file: io.BufferedIOBase, metadata: Metadata) -> None:
     if metadata.icc is not None:
         _chunk(file, b"iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc))
     if metadata.dpi is not None:
@@ -86,7 +86,7 @@ def _compress(frame: BandedFrame) -> Iterator[bytes]:
     yield pending + compressor.flush()
 
 
-def _filter(lines: UInt8[np.ndarray, "h+1 n"], step: int) -> UInt8[np.ndarray, "h n+1"]:
+def _filter(lines: UInt8[np.ndarray, "h n"], step: int) -> UInt8[np.ndarray, "h-1 n+1"]:
     """Each line after the first as its filter's number and its difference from a prediction.
 
     Of four filters each line gets the one with the smallest sum of absolute differences, by the

@@ -8,7 +8,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import overload
+from typing import Literal, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +17,13 @@ from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from dvmsr_jax import bicubic
+from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import Upscale, average_over_symmetries, make_streamer, make_tiler
 from dvmsr_jax.pictures import BandedFrame, Frame, from_pillow, to_pillow
 from dvmsr_jax.pretrained import load_model
 
 DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "dvmsr_x4.safetensors"
-
 MAX_SCALE = 16
 
 # Of red, green and blue in the grey that they make (ITU-R BT.601).
@@ -33,7 +33,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 class Upscaler:
     """A function from pictures to larger pictures. One may be used from several threads at once."""
 
-    def __init__(self, upscale: Upscale, model_scale: int, *, scale: float | None = None):
+    def __init__(self, upscale: Upscale, model_scale: int, *, scale: int | float | None = None):
         """
         Args:
             upscale: what `inference` makes of a model.
@@ -44,22 +44,23 @@ class Upscaler:
         scale = model_scale if scale is None else scale
         if not 0 < scale <= MAX_SCALE:
             raise UserError(f"scale is {scale:g}, not within (0, {MAX_SCALE}]")
-        self._upscale, self._model_scale, self.scale = upscale, model_scale, scale
+        self._upscale, self._model_scale, self.scale = upscale, model_scale, float(scale)
 
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | os.PathLike[str] | None = None,
+        path: str | os.PathLike[str] = DEFAULT_WEIGHTS,
         *,
-        scale: float | None = None,
+        scale: int | float | None = None,
         self_ensemble: bool = False,
         tile: int | None = None,
         overlap: int = 16,
+        precision: Literal["float32", "bfloat16"] = "float32",
     ) -> "Upscaler":
         """An upscaler with the weights in a checkpoint directory, .safetensors or .pth file.
 
         Args:
-            path: None: `DEFAULT_WEIGHTS`.
+            path: by default, where the project keeps its own weights.
             scale: factor, whole or not. None: the model's.
             self_ensemble: average over the eight flips and turns of a picture: a little better,
                 eight times slower, and the result is held in memory in float32.
@@ -67,15 +68,14 @@ class Upscaler:
                 which is exact and needs as little memory; only bidirectional models need tiles,
                 and take 256.
             overlap: pixels by which tiles overlap.
+            precision: see `config.Compute`.
 
         Raises:
             UserError: the weights cannot be read, or an argument makes no sense.
         """
-        if path is None:
-            path = DEFAULT_WEIGHTS
-            if not path.exists():
-                raise UserError(f"{path} is not there: pass the path of a checkpoint (--ckpt)")
-        model = load_model(Path(path))
+        if path == DEFAULT_WEIGHTS and not DEFAULT_WEIGHTS.exists():
+            raise UserError(f"there are no weights in {path}: name others (--ckpt)")
+        model = load_model(Path(path), compute=Compute(precision=precision))
         if tile is None and model.config.bidirectional:
             tile = 256
         if tile is None:
