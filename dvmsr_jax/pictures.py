@@ -53,7 +53,7 @@ class Metadata:
     """Pixels per inch, horizontally and vertically."""
     exif: Image.Exif | None = None
     """What describes the scene, with the Exif and GPS directories; no orientation, no thumbnail."""
-    duration: float = 0
+    duration: float = 0.0
     """Milliseconds for which an animation shows the frame."""
 
     def scaled(self, scale: float, height: int, width: int) -> "Metadata":

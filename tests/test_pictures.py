@@ -239,7 +239,7 @@ def test_what_is_no_picture_is_named(tmp_path):
         "half.jpg": (half("JPEG"), "truncated"),
         "half.gif": (half("GIF"), "truncated"),
         "half.tif": (half("TIFF"), "cannot be read"),
-        "half.webp": (half("WEBP"), "is no PNG, JPEG"),
+        "half.webp": (half("WEBP"), "cannot be read"),
         "half.bmp": (half("BMP"), "truncated"),
         "float.tif": (tiff(np.zeros((3, 4), np.float32)), "32-bit pixels"),
     }
