@@ -8,7 +8,7 @@ import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, TiffTags
 
 from dvmsr_jax import png
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.pictures import BandedFrame, Metadata, Picture, Pixels, to_pillow
+from dvmsr_jax.pictures import MAIN, BandedFrame, Metadata, Picture, Pixels, to_pillow
 
 
 class FormatError(UserError):
@@ -131,13 +131,13 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
 
 
 def _write_tiff(path: Path, frames: Iterator[BandedFrame], *, big: bool) -> None:
-    exif = None
+    metadata = Metadata()
     with tifffile.TiffWriter(path, bigtiff=big, byteorder="<") as writer:
         for i, frame in enumerate(frames):
             height, width, channels = frame.shape
             rows = max(1, _STRIP // (width * channels * frame.dtype.itemsize))
             if i == 0:
-                exif = frame.metadata.exif
+                metadata = frame.metadata
             writer.write(
                 _strips(frame, rows),
                 shape=(height, width, channels) if channels > 1 else (height, width),
@@ -152,14 +152,12 @@ def _write_tiff(path: Path, frames: Iterator[BandedFrame], *, big: bool) -> None
                 resolution=frame.metadata.dpi,
                 software=False,
                 metadata=None,
-                extratags=_exif_tags(exif, big) if exif and i == 0 else None,
+                extratags=_exif_tags(metadata, big) if i == 0 else None,
             )
-    if exif:
-        _append_directories(path, exif, big)
+    _append_directories(path, metadata, big)
 
 
 _STRIP = 2**18  # bytes, before compression
-_DIRECTORIES = {"ExifTag": ExifTags.IFD.Exif, "GPSTag": ExifTags.IFD.GPSInfo}  # tifffile's names
 
 
 def _strips(frame: BandedFrame, rows: int) -> Iterator[bytes]:
@@ -170,10 +168,10 @@ def _strips(frame: BandedFrame, rows: int) -> Iterator[bytes]:
         yield zlib.compress(differences.tobytes(), png.LEVEL)
 
 
-def _exif_tags(exif: Image.Exif, big: bool) -> list[tuple[int | str, int, int, Any, bool]]:
-    """EXIF's first directory in tifffile's form, with room for where the others will lie."""
+def _exif_tags(metadata: Metadata, big: bool) -> list[tuple[int | str, int, int, Any, bool]]:
+    """EXIF's main directory in tifffile's form, with room for where the others will lie."""
     tags: list[tuple[int | str, int, int, Any, bool]] = []
-    for tag, value in exif.items():
+    for tag, value in metadata.exif.get(MAIN, {}).items():
         if isinstance(value, str):
             text = value.encode() + b"\0"
             tags.append((tag, TiffTags.ASCII, len(text), text, True))
@@ -181,26 +179,25 @@ def _exif_tags(exif: Image.Exif, big: bool) -> list[tuple[int | str, int, int, A
             tags.append((tag, TiffTags.BYTE, len(value), value, True))
         elif isinstance(value, int):
             tags.append((tag, TiffTags.LONG, 1, value, True))
-    for name, directory in _DIRECTORIES.items():
-        if exif.get_ifd(directory):
+    for name, directory in (("ExifTag", ExifTags.IFD.Exif), ("GPSTag", ExifTags.IFD.GPSInfo)):
+        if directory in metadata.exif:
             # For the time being, the page's own directory: tifffile reads what is pointed to.
             kind, first = (TiffTags.LONG8, 16) if big else (TiffTags.LONG, 8)
             tags.append((name, kind, 1, first, True))
     return tags
 
 
-def _append_directories(path: Path, exif: Image.Exif, big: bool) -> None:
+def _append_directories(path: Path, metadata: Metadata, big: bool) -> None:
     """Puts EXIF's other directories behind the pictures, which tifffile does not do."""
     header = b"II\x2b\0\x08\0\0\0" + bytes(8) if big else b"II\x2a\0" + bytes(4)
-    with tifffile.TiffFile(path, mode="r+") as file:
-        for directory in _DIRECTORIES.values():
-            if entries := exif.get_ifd(directory):
-                ifd = TiffImagePlugin.ImageFileDirectory_v2(header, group=directory)
-                ifd.update(entries)
-                offset = file.filehandle.seek(0, os.SEEK_END)
-                offset += file.filehandle.write(bytes(offset % 2))  # directories start on words
-                file.filehandle.write(ifd.tobytes(offset))
-                file.pages.first.tags[int(directory)].overwrite(offset)
+    for directory in metadata.exif.keys() - {MAIN}:
+        ifd = TiffImagePlugin.ImageFileDirectory_v2(header, group=directory)
+        ifd.update(metadata.exif[directory])
+        with tifffile.TiffFile(path, mode="r+") as file:
+            offset = file.filehandle.seek(0, os.SEEK_END)
+            offset += file.filehandle.write(bytes(offset % 2))  # directories start on words
+            file.filehandle.write(ifd.tobytes(offset))
+            file.pages.first.tags[directory].overwrite(offset)
 
 
 def _write_with_pillow(
@@ -211,17 +208,21 @@ def _write_with_pillow(
     for frame in frames:
         metadata.append(frame.metadata)
         held.append(_to_palette(_hold(frame)) if form is GIF else _hold(frame))
-    options: dict[str, Any] = {"icc_profile": metadata[0].icc}
-    dpi, exif = metadata[0].dpi, metadata[0].exif
-    if dpi and max(dpi) < 2**16:
-        options["dpi"] = dpi
-    if form is WEBP and dpi:  # which has no other place for it
-        exif = exif or Image.Exif()
-        exif.update({282: dpi[0], 283: dpi[1], 296: 2})
-    if exif:
-        options["exif"] = exif.tobytes()
-        if form is JPEG and len(options["exif"]) > 65_533:
-            del options["exif"]
+    first = metadata[0]
+    options: dict[str, Any] = {"icc_profile": first.icc}
+    if first.dpi and max(first.dpi) < 2**16:
+        options["dpi"] = first.dpi
+        if form is WEBP:  # which has no other place for it
+            resolution: dict[int, Any] = {
+                ExifTags.Base.XResolution: first.dpi[0],
+                ExifTags.Base.YResolution: first.dpi[1],
+                ExifTags.Base.ResolutionUnit: 2,
+            }
+            main = {**first.exif.get(MAIN, {}), **resolution}
+            first = replace(first, exif={**first.exif, MAIN: main})
+    exif = first.exif_bytes()
+    if exif and (form is not JPEG or len(exif) <= 65_533):
+        options["exif"] = exif
     if form is JPEG:
         options |= {"quality": quality, "subsampling": 0, "optimize": True}
     elif form is WEBP:

@@ -10,8 +10,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -43,6 +43,10 @@ _DESCRIPTIVE_TAGS = [
 ]
 
 
+MAIN = 0
+DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What accompanies a frame's pixels."""
@@ -51,21 +55,35 @@ class Metadata:
     """ICC profile."""
     dpi: tuple[float, float] | None = None
     """Pixels per inch, horizontally and vertically."""
-    exif: Image.Exif | None = None
-    """What describes the scene, with the Exif and GPS directories; no orientation, no thumbnail."""
+    exif: Mapping[int, Mapping[int, Any]] = field(default_factory=dict)
+    """What describes the scene: values by tag, by directory (MAIN and those in DIRECTORIES). There
+    is no orientation, no thumbnail, and no empty directory."""
     duration: float = 0.0
     """Milliseconds for which an animation shows the frame."""
 
     def scaled(self, scale: float, height: int, width: int) -> "Metadata":
         """For the frame enlarged to this size: printed, it is as large as before."""
         dpi = self.dpi and (self.dpi[0] * scale, self.dpi[1] * scale)
-        exif = self.exif and _copy_exif(self.exif)
-        if exif is not None:
-            directory = exif.get_ifd(ExifTags.IFD.Exif)
-            for name, size in (("ExifImageWidth", width), ("ExifImageHeight", height)):
-                if ExifTags.Base[name] in directory:
-                    directory[ExifTags.Base[name]] = size
+        sizes: dict[int, int] = {
+            ExifTags.Base.ExifImageWidth: width,
+            ExifTags.Base.ExifImageHeight: height,
+        }
+        exif = {
+            directory: {tag: sizes.get(tag, value) for tag, value in entries.items()}
+            for directory, entries in self.exif.items()
+        }
         return Metadata(self.icc, dpi, exif, self.duration)
+
+    def exif_bytes(self) -> bytes:
+        """EXIF as it lies in files, starting with "Exif" and two zeros; b"" if there is none."""
+        if not self.exif:
+            return b""
+        exif = Image.Exif()
+        exif.update(self.exif.get(MAIN, {}))
+        for directory in DIRECTORIES:
+            if directory in self.exif:
+                exif.get_ifd(directory).update(self.exif[directory])
+        return exif.tobytes()
 
 
 @dataclass(frozen=True)
@@ -313,7 +331,9 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
 
 
-def _read_metadata(image: Image.Image, exif: Image.Exif | None, channels: int) -> Metadata:
+def _read_metadata(
+    image: Image.Image, exif: Mapping[int, Mapping[int, Any]], channels: int
+) -> Metadata:
     """Of the current frame, loaded. What is damaged or makes no sense is left out."""
     icc = image.info.get("icc_profile")
     if image.format == "TIFF":  # `info` may still hold an earlier page's
@@ -330,29 +350,22 @@ def _read_metadata(image: Image.Image, exif: Image.Exif | None, channels: int) -
     return Metadata(icc, dpi, exif, float(duration))
 
 
-def _read_exif(image: Image.Image) -> Image.Exif | None:
-    """What is worth keeping of an image's EXIF; None if there is nothing, or it is damaged."""
+def _read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
+    """What is worth keeping, or nothing if any of it is damaged."""
     try:
-        exif = _copy_exif(image.getexif())
-        exif.tobytes()
-    except Exception:  # Pillow reads EXIF without checking it
-        return None
-    return exif if len(exif) or any(map(exif.get_ifd, _DIRECTORIES)) else None
-
-
-_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
-
-
-def _copy_exif(exif: Image.Exif) -> Image.Exif:
-    copy = Image.Exif()
-    for tag in _DESCRIPTIVE_TAGS:
-        if tag in exif:
-            copy[tag] = exif[tag]
-    for directory in _DIRECTORIES:
-        copy.get_ifd(directory).update(exif.get_ifd(directory))
-    if ExifTags.IFD.Interop in copy.get_ifd(ExifTags.IFD.Exif):  # an offset in the old bytes
-        copy.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = exif.get_ifd(ExifTags.IFD.Interop)
-    return copy
+        exif = image.getexif()
+        kept: dict[int, dict[int, Any]] = {
+            MAIN: {tag: exif[tag] for tag in _DESCRIPTIVE_TAGS if tag in exif},
+            **{directory: dict(exif.get_ifd(directory)) for directory in DIRECTORIES},
+        }
+        if ExifTags.IFD.Interop in kept[ExifTags.IFD.Exif]:  # an offset in the old bytes
+            interop = dict(exif.get_ifd(ExifTags.IFD.Interop))
+            kept[ExifTags.IFD.Exif][ExifTags.IFD.Interop] = interop
+        kept = {directory: entries for directory, entries in kept.items() if entries}
+        Metadata(exif=kept).exif_bytes()
+    except Exception:  # Pillow reads EXIF unchecked
+        return {}
+    return kept
 
 
 def _rawmode(image: Image.Image) -> str:

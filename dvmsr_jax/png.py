@@ -65,8 +65,8 @@ def _write_metadata(file: io.BufferedIOBase, metadata: Metadata) -> None:
     if metadata.dpi is not None:
         per_metre = (round(value / 0.0254) for value in metadata.dpi)
         _chunk(file, b"pHYs", struct.pack(">2IB", *per_metre, 1))
-    if metadata.exif is not None:
-        _chunk(file, b"eXIf", metadata.exif.tobytes().removeprefix(b"Exif\0\0"))
+    if metadata.exif:
+        _chunk(file, b"eXIf", metadata.exif_bytes().removeprefix(b"Exif\0\0"))
 
 
 def _compress(frame: BandedFrame) -> Iterator[bytes]:

@@ -112,9 +112,9 @@ class Upscaler:
             frame = self.enlarge(from_pillow(picture))
             image = to_pillow(np.concatenate([*frame.bands]))
             metadata = frame.metadata
-            exif = metadata.exif and metadata.exif.tobytes()
+            exif = metadata.exif_bytes()
             kept = {"icc_profile": metadata.icc, "dpi": metadata.dpi, "exif": exif}
-            image.info |= {key: value for key, value in kept.items() if value is not None}
+            image.info |= {key: value for key, value in kept.items() if value}
             return image
         pixels = picture[:, :, None] if picture.ndim == 2 else picture
         if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or 0 in pixels.shape:
