@@ -139,6 +139,8 @@ def run(
             continue
         try:
             outcome = _do(job, upscaler, kept, overwrite, quality, max_pixels)
+        except DiskFullError:
+            raise
         except UserError as error:
             reason = str(error).removeprefix(f"{job.source}: ")
             outcome = Outcome(job.source, "failed", reason)
@@ -146,14 +148,6 @@ def run(
             if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             outcome = Outcome(job.source, "failed", _OUT_OF_MEMORY)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise DiskFullError(
-                    f"{job.target}: {error.strerror}. Make room or choose another --output; the"
-                    " same command goes on from here"
-                ) from error
-            reason = f"{job.target} cannot be written ({error.strerror or error})"
-            outcome = Outcome(job.source, "failed", reason)
         if outcome.status == "done":
             kept[_identity(Path(outcome.what))] = f"the result of {job.source}"
         yield outcome
@@ -183,8 +177,16 @@ def _do(
     formats.check_holds(form, picture)
     label = str(job.source)[-40:]
     frames = (_with_progress(upscaler.enlarge(frame), label) for frame in picture.frames())
-    with _destination(target) as path:
-        formats.write(path, form, frames, picture, scale=upscaler.scale, quality=quality)
+    try:
+        with _destination(target) as path:
+            formats.write(path, form, frames, picture, scale=upscaler.scale, quality=quality)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFullError(
+                f"{target}: {error.strerror}. Make room or choose another --output; the same"
+                " command goes on from here"
+            ) from error
+        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
     return Outcome(job.source, "done", str(target))
 
 
@@ -235,13 +237,13 @@ def _find(name: str, leave_out: Path | None) -> Iterator[tuple[Path, Path]]:
             if leave_out is None or leave_out == path or leave_out not in file.parents:
                 yield file, file.parent.relative_to(path)
     elif _PATTERN.search(name) and not path.exists():
-        files = sorted(file for file in map(Path, glob.glob(name, recursive=True)))
+        files = sorted(map(Path, glob.glob(name, recursive=True)))
         files = [file for file in files if file.suffix.lower() in pictures.SUFFIXES]
         if not files:
             raise UserError(f"{name}: matches no picture")
-        fixed = itertools.takewhile(lambda part: not _PATTERN.search(part), path.parts)
+        fixed = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), path.parts))
         for file in files:
-            yield file, file.parent.relative_to(Path(*fixed))
+            yield file, file.parent.relative_to(fixed)
     else:
         yield path, Path()
 

@@ -116,8 +116,8 @@ def test_transparency_has_no_fringe(colour):
         assert np.abs(after - before).max() < 0.08  # the overshoot beside the edge
     # Neither halos around the edge, nor holes within it.
     distance = np.hypot(*(np.mgrid[:96, :96] / 96 - 0.5 + 0.5 / 96))
-    assert (coverage[distance < 0.33] == 1).all()
-    assert (coverage[distance > 0.47] == 0).all()
+    assert (coverage[distance < 0.29] == 1).all()
+    assert (coverage[distance > 0.51] == 0).all()
     edge = (coverage > 0.1)[:, :, 0]
     assert np.abs(seen[edge] - colour).max() < 0.06
 
