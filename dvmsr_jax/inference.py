@@ -16,8 +16,10 @@ from dvmsr_jax.errors import UserError
 from dvmsr_jax.images import to_uint8
 from dvmsr_jax.model import DVMSR
 
-# Pixels in a band, about: (measured) .
-BAND_TOKENS = 16_384
+# A band has about this many pixels, and at most so many rows: a CPU is fastest where a layer's
+# features fit its cache, and the answer's lateness costs the small picture up to a band more.
+BAND_PIXELS = 8_192
+MAX_BAND_ROWS = 16
 
 # A function from an RGB image in [0, 1], (h, w, 3), to its upscaled rows from top to bottom in
 # arrays of (any number, w s, 3), which may leave that range slightly.
@@ -85,7 +87,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> Upscale:
     def stream(image: Float[np.ndarray, "h w 3"]) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
         h, w, _ = image.shape
         columns = _columns(w)
-        count = band_rows or max(1, BAND_TOKENS // columns)
+        count = band_rows or min(MAX_BAND_ROWS, max(1, BAND_PIXELS // columns))
         carried = [jnp.zeros(x.shape, x.dtype) for x in shapes_carried(count, columns)]
         done = 0
         for first in itertools.count(0, count):
