@@ -6,7 +6,6 @@ Forward only. What is differentiated is computed by `chunked` in its carried for
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import user_cache
 from kernels.selective_scan import chunked
 
 SOURCE = Path(__file__).with_suffix(".cc")
@@ -115,7 +115,7 @@ def compile_library() -> Path:
     # What it was made from and for: a home may be shared by machines of several kinds.
     made_of = SOURCE.read_text(), FLAGS, jax.lib.__version__, compiler, _processor()
     digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dvmsr_jax"
+    folder = user_cache.folder()
     library = folder / f"selective_scan_{digest}.so"
     if library.exists():
         return library
