@@ -9,13 +9,14 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import tyro
 
 from benchmarks import machine
+from benchmarks.table import print_head, print_row, rounded
 from kernels.selective_scan import Implementation, selective_scan
 
 BASELINE: Implementation = "associative"
@@ -115,23 +116,19 @@ class Program:
         if self.obstacle:
             return self.obstacle
         seconds = statistics.median(self.seconds)
-        cell = f"{_round(seconds * 1e3)} ms"
+        cell = f"{rounded(seconds * 1e3)} ms"
         if baseline and not baseline.obstacle:
-            cell += f" ({_round(statistics.median(baseline.seconds) / seconds)}x)"
+            cell += f" ({rounded(statistics.median(baseline.seconds) / seconds)}x)"
         return cell
 
     def memory_cell(self, baseline: "Program | None") -> str:
         """Temporary memory and its ratio to the baseline's, for the table."""
         if self.temp_bytes is None:
             return self.obstacle
-        cell = f"{_round(self.temp_bytes / 2**20)} MiB"
+        cell = f"{rounded(self.temp_bytes / 2**20)} MiB"
         if baseline and baseline.temp_bytes and self.temp_bytes:
-            cell += f" ({_round(baseline.temp_bytes / self.temp_bytes)}x)"
+            cell += f" ({rounded(baseline.temp_bytes / self.temp_bytes)}x)"
         return cell
-
-
-def _round(x: float) -> str:
-    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
 def compare(
@@ -178,16 +175,11 @@ def main(
     if smoke:
         lengths, channels = (256,), (16,)
     print(f"{machine.describe()}\n")
-    _print_row(COLUMNS)
-    _print_row("---" if column == "implementation" else "---:" for column in COLUMNS)
+    print_head(COLUMNS, text=["implementation"])
     for l in lengths:
         for d in channels:
             for row in compare(implementations, l, d, 1 if smoke else MAX_ROUNDS):
-                _print_row(row)
-
-
-def _print_row(cells: Iterable) -> None:
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
+                print_row(row)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,12 @@ from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.images import to_uint8
 from dvmsr_jax.model import DVMSR
+from kernels import user_cache
 
-# Pixels in a band, about: (measured) .
-BAND_TOKENS = 16_384
+# A band has about this many pixels, and at most so many rows: a CPU is fastest where a layer's
+# features fit its cache, and the answer's lateness costs the small picture up to a band more.
+BAND_PIXELS = 8_192
+MAX_BAND_ROWS = 16
 
 # A function from an RGB image in [0, 1], (h, w, 3), to its upscaled rows from top to bottom in
 # arrays of (any number, w s, 3), which may leave that range slightly.
@@ -88,7 +91,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> Upscale:
     def stream(image: Float[np.ndarray, "h w 3"]) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
         h, w, _ = image.shape
         columns = _columns(w)
-        count = band_rows or max(1, BAND_TOKENS // columns)
+        count = band_rows or min(MAX_BAND_ROWS, max(1, BAND_PIXELS // columns))
         carried = [jnp.zeros(x.shape, x.dtype) for x in shapes_carried(count, columns)]
         done = 0
         for first in itertools.count(0, count):
@@ -158,6 +161,16 @@ def _tiles_along(
         total[start * scale :][: len(rising)] += rising
     shares = [rising / total[start * scale :][: len(rising)] for start in starts]
     return starts, [share.astype(np.float32) for share in shares]
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX keep what it compiles in the user's cache, so that the next process need not wait.
+
+    For programs to call, not for libraries: it changes JAX's settings. A folder that the user has
+    set (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "programs"))
 
 
 def _columns(width: int) -> int:

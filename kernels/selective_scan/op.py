@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels.selective_scan import associative, chunked, sequential
+from kernels.selective_scan import associative, chunked, native, sequential
 
 Implementation: TypeAlias = Literal[
-    "auto", "sequential", "associative", "chunked", "chunked-carried", "chunked-parallel"
+    "auto", "sequential", "associative", "chunked", "chunked-carried", "chunked-parallel", "native"
 ]
 
 _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
@@ -25,6 +25,7 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "associative": associative.selective_scan,
     "chunked-carried": functools.partial(chunked.selective_scan, parallel=False),
     "chunked-parallel": functools.partial(chunked.selective_scan, parallel=True),
+    "native": native.selective_scan,
 }
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
@@ -67,8 +68,9 @@ def selective_scan(
         initial_state: the state before the first token; zeros if None.
         return_final_state: also return the state after the last token.
         implementation: "sequential" (the specification), "associative", "chunked" (its
-            "chunked-carried" form on CPU, "chunked-parallel" elsewhere; both can be named), or
-            "auto", which picks the fastest for the platform.
+            "chunked-carried" form on CPU, "chunked-parallel" elsewhere; both can be named),
+            "native" (C++, for CPUs with a compiler), or "auto", which picks the fastest that the
+            platform has.
 
     Returns:
         y in u's dtype, or (y, final state in float32). State and sums are float32 throughout.
@@ -76,6 +78,7 @@ def selective_scan(
     Raises:
         TypeError: an argument has a dtype outside the contract.
         ValueError: an argument has the wrong shape, or `implementation` is unknown.
+        native.NativeUnavailableError: "native" was asked for and cannot be had.
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if initial_state is None:
@@ -96,7 +99,9 @@ def _resolve(implementation: str) -> str:
         return implementation
     device = jax.config.values["jax_default_device"]  # a Device, a platform's name, or None
     platform = getattr(device, "platform", device) or jax.default_backend()
-    return "chunked-carried" if platform == "cpu" else "chunked-parallel"
+    if platform != "cpu":
+        return "chunked-parallel"
+    return "native" if implementation == "auto" and native.is_available() else "chunked-carried"
 
 
 def _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
