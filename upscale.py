@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dvmsr_jax import batch
 from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import keep_compiled_programs
 from dvmsr_jax.upscaler import DEFAULT_WEIGHTS, Upscaler
 
 INTERRUPTED = 130  # what shells say of a program that Ctrl-C has ended
@@ -125,6 +126,7 @@ def use_device(name: str) -> None:
 def main() -> None:
     """Upscales what the command line names."""
     arguments = parse(sys.argv[1:])
+    keep_compiled_programs()
     try:
         sys.exit(run(arguments))
     except (UserError, OSError) as error:
