@@ -15,6 +15,7 @@ from flax import nnx
 import demo
 import evaluate
 import train
+import upscale
 from benchmarks import loader
 from configs import PRESETS
 from dvmsr_jax import images, parallel
@@ -45,6 +46,9 @@ def test_documented_commands_parse(command, monkeypatch):
     program, arguments = (words[0], words[1:]) if words[0] != "-m" else (words[1], words[2:])
     if program == "train.py":
         assert train.parse(arguments).config.phase in command
+    elif program == "upscale.py":
+        inputs = arguments[: arguments.index("<")] if "<" in arguments else arguments
+        assert upscale.parse(inputs).inputs
     elif program == "evaluate.py":
         assert evaluate.parse(arguments).ckpt
     elif program.startswith("benchmarks."):

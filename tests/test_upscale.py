@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -322,9 +323,11 @@ def test_ctrl_c(upscaler, weights, monkeypatch, capsys):
     assert sorted(map(str, Path().iterdir())) == ["a.png", "a_x2.tif", "b.png", "c.png"]
 
 
-def test_pipes(weights):
+def test_pipes(weights, monkeypatch):
     """In a process of its own, as nothing but the picture may come out, whoever writes it."""
     make("a.png")
+    # Its programs belong into the tests' cache, not into the user's.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
     command = [sys.executable, upscale.__file__, "-", "--ckpt", weights]
     data = Path("a.png").read_bytes()
     result = subprocess.run([*command, "--format", "tif"], input=data, capture_output=True)
