@@ -28,6 +28,7 @@ from dvmsr_jax.config import Compute
 from dvmsr_jax.inference import Upscale, make_streamer
 from dvmsr_jax.model import DVMSR
 from kernels.selective_scan import Implementation
+from kernels.selective_scan.native import NativeUnavailableError
 
 CONFIG = PRESETS["paper"]["student"].model
 BASELINE: Implementation = "associative"
@@ -84,18 +85,23 @@ def _make_whole(model: DVMSR) -> Upscale:
     return upscale
 
 
-def measure_apart(width: int, height: int, how: How) -> Result | None:
-    """Upscales in a process of its own; None if that was killed for the memory it took."""
+def measure_apart(width: int, height: int, how: How) -> Result | str:
+    """Upscales in a process of its own; says what is in the way, if anything is."""
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
             return pool.submit(measure, width, height, how).result()
-    except BrokenProcessPool:
-        return None
+    except BrokenProcessPool:  # killed for the memory that it took
+        return _OUT_OF_MEMORY
+    except NativeUnavailableError:
+        return "not available here"
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None
+        return _OUT_OF_MEMORY
+
+
+_OUT_OF_MEMORY = "out of memory"
 
 
 def growth(results: dict[int, float]) -> float:
@@ -113,6 +119,7 @@ def main(
         "sequential",
         "chunked-carried",
         "chunked-parallel",
+        "native",
     ),
     smoke: bool = False,
 ) -> None:
@@ -135,7 +142,7 @@ def main(
         width, height = map(int, size.split("x") if "x" in size else (size, size))
         result = measure_apart(width, height, how)
         pixels = width * height
-        if result is not None:
+        if isinstance(result, Result):
             times[how][pixels] = result.seconds
         baseline = times.get(how._replace(scan=BASELINE), {}).get(pixels)
         print_row([f"{width} x {height}", *how, *_cells(pixels, result, baseline)])
@@ -147,9 +154,9 @@ def main(
             print_row([*how, f"{growth(seconds):.2f}"])
 
 
-def _cells(pixels: int, result: Result | None, baseline: float | None) -> list[str]:
-    if result is None:
-        return ["out of memory", "", "", ""]
+def _cells(pixels: int, result: Result | str, baseline: float | None) -> list[str]:
+    if isinstance(result, str):
+        return [result, "", "", ""]
     times = f"{result.seconds:.3g} s"
     if baseline:
         times += f" ({rounded(baseline / result.seconds)}x)"

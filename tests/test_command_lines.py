@@ -16,6 +16,7 @@ import demo
 import evaluate
 import train
 import upscale
+from benchmarks import inference as inference_benchmark
 from benchmarks import loader
 from configs import PRESETS
 from dvmsr_jax import images, parallel
@@ -207,3 +208,20 @@ def test_loader_benchmark_runs(capsys):
     loader.main(smoke=True)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 4
+
+
+def test_inference_benchmark_runs(monkeypatch, capsys):
+    """Within this process, and with a small model."""
+    config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+    monkeypatch.setattr(inference_benchmark, "CONFIG", config)
+    monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
+    monkeypatch.setattr(inference_benchmark, "measure_apart", inference_benchmark.measure)
+    inference_benchmark.main(smoke=True)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 2 * 2 + 2 + 2  # two sizes in two modes; the growth of each mode
+
+
+def test_growth_is_the_exponent():
+    assert inference_benchmark.growth({n: 3e-6 * n**1.25 for n in (64, 256, 4096)}) == (
+        pytest.approx(1.25)
+    )
