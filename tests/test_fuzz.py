@@ -142,7 +142,11 @@ def test_damaged_files(tmp_path, capfd, doubling):
 
 
 def assert_whole(path):
-    """Pillow reads every frame."""
+    """Every frame can be read."""
+    if path.suffix == ".tif":  # of some 16-bit TIFFs Pillow knows nothing
+        with tifffile.TiffFile(path) as file:
+            assert all(page.asarray().size for page in file.pages)
+        return
     with Image.open(path) as image:
         for frame in ImageSequence.Iterator(image):
             frame.load()
