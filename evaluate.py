@@ -39,7 +39,7 @@ class Arguments:
     """Also write the scores to this file."""
     save_images: Path | None = None
     """Write the upscaled pictures under this folder."""
-    compute: Annotated[Compute, tyro.conf.OmitArgPrefixes] = field(default_factory=Compute)
+    compute: Annotated[Compute, tyro.conf.arg(name="")] = field(default_factory=Compute)
     self_ensemble: bool = False
     """Average over the eight flips and turns of each picture."""
 

@@ -10,24 +10,40 @@ goes on where it stopped when the same command is given again.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
 
+import jax
 import tyro
 
 from configs import PRESETS
-from dvmsr_jax.config import TrainConfig
+from dvmsr_jax import parallel
+from dvmsr_jax.config import Cluster, TrainConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.training import train
+from dvmsr_jax.training import dry_run, train
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig:
+@dataclass(frozen=True)
+class Arguments:
+    """A run, and how it is launched this time."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    cluster: Cluster = field(default_factory=Cluster)
+    dry_run: bool = False
+    """Build everything, run one step, print memory, speed and expected duration, and exit."""
+    profile: int = 0
+    """Record a trace of so many steps, for TensorBoard or Perfetto, in WORKDIR/PHASE/profile."""
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
     """The preset that --phase and --preset name, with every other argument overriding a field."""
     choose = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     choose.add_argument("--phase", choices=["teacher", "student"], default="student")
     choose.add_argument("--preset", choices=sorted(PRESETS), default="paper")
     chosen, rest = choose.parse_known_args(arguments)
     return tyro.cli(
-        TrainConfig,
-        default=PRESETS[chosen.preset][chosen.phase],
+        Arguments,
+        default=Arguments(PRESETS[chosen.preset][chosen.phase]),
         args=rest,
         prog="train.py",
         description=__doc__,
@@ -36,11 +52,25 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 def main() -> None:
     """Parses the command line and trains."""
-    config = parse(sys.argv[1:])
+    arguments = parse(sys.argv[1:])
     try:
-        train(config)
+        parallel.start(arguments.cluster)
+        if arguments.dry_run:
+            dry_run(arguments.config)
+        else:
+            train(arguments.config, profile=arguments.profile)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            f"error: the step does not fit the device's memory ({str(error).splitlines()[0]}); try "
+            "--remat, a larger --optim.accumulate, --precision bfloat16 or --data.cache none"
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

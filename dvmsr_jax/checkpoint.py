@@ -3,21 +3,26 @@
 A run's checkpoints lie under WORKDIR/PHASE/checkpoints/STEP, each with the items
 
     config  the TrainConfig, as JSON
+    best    the best validation so far, as JSON
     ema     the averaged weights, by name: what evaluation, export and distillation read
     state   the weights being trained and the optimizer's state: what resuming reads besides
+
+Several processes save and restore together, into a folder that all of them see.
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dvmsr_jax import parallel
 from dvmsr_jax.config import ModelConfig, TrainConfig
 from dvmsr_jax.errors import UserError
 
@@ -26,79 +31,164 @@ FREE_FIELDS = frozenset(
     [
         "workdir",
         "compute.scan",
+        "remat",
         "log_every",
         "val_every",
         "checkpoint_every",
         "keep_checkpoints",
         "data.data_dir",
         "data.workers",
+        "data.cache",
+        "optim.accumulate",
         "distill.teacher",
     ]
 )
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be found, read or continued; the message names it."""
+    """A checkpoint that cannot be found, read, written or continued; the message names it."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that is damaged."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path}: cannot be read ({reason})")
+        self.path = path
+
+
+class Best(NamedTuple):
+    """A validation: none yet at step 0."""
+
+    step: int = 0
+    psnr_y: float = -1.0
+
+
+class Restored(NamedTuple):
+    """What a run goes on from."""
+
+    step: int
+    best: Best
+    ema: Any
+    state: Any
 
 
 class Checkpoints:
-    """The checkpoints of one phase of a run."""
+    """The checkpoints of one phase of a run: the newest ones and the best by validation."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.directory = phase_directory(config) / "checkpoints"
+        self._keep_best = _KeepBest()
+        policies = [ocp.checkpoint_managers.LatestN(config.keep_checkpoints), self._keep_best]
         self._manager = ocp.CheckpointManager(
             self.directory.absolute(),
-            item_names=("config", "ema", "state"),
+            item_names=("config", "best", "ema", "state"),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep_checkpoints, create=True, step_prefix=None
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,  # of a run that was killed while it wrote one
+                lightweight_initialize=True,  # reads no file that may be damaged
             ),
         )
 
-    def save(self, step: int, ema: dict[str, jax.Array], state: Any) -> None:
-        """Writes in the background; a checkpoint is there whole or not at all."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                config=ocp.args.JsonSave(to_json(self.config)),
-                ema=ocp.args.StandardSave(ema),
-                state=ocp.args.StandardSave(state),
-            ),
-        )
+    def save(self, step: int, best: Best, ema: dict[str, jax.Array], state: Any) -> None:
+        """Writes in the background; a checkpoint is there whole or not at all.
 
-    def restore(self, ema: dict[str, jax.Array], state: Any) -> tuple[int, Any, Any] | None:
-        """(step, ema, state) of the newest checkpoint in the form of the arguments; None if none.
+        Raises:
+            CheckpointError: this one or the one before cannot be written.
+        """
+        self._keep_best.step = best.step
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    config=ocp.args.JsonSave(to_json(self.config)),
+                    best=ocp.args.JsonSave(best._asdict()),
+                    ema=ocp.args.StandardSave(ema),
+                    state=ocp.args.StandardSave(state),
+                ),
+            )
+
+    def restore(self, ema: dict[str, jax.Array], state: Any) -> Restored | None:
+        """The newest checkpoint in the form of the arguments, and on their devices; None if none.
+
+        One that cannot be read is passed over for the one before, with a warning, and put aside
+        under the name STEP.damaged.
 
         Raises:
             CheckpointError: it was made with another configuration, and the message shows both;
-                or it is damaged.
+                or none of them can be read.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        path = self.directory / str(step)
-        with _reading(path):
-            args = ocp.args.Composite(config=ocp.args.JsonRestore())
-            stored = self._manager.restore(step, args=args)["config"]
-        _check_same(stored, to_json(self.config), path)
-        with _reading(path):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    ema=ocp.args.StandardRestore(ema), state=ocp.args.StandardRestore(state)
-                ),
-            )
-            return step, restored["ema"], restored["state"]
+        failures: list[UnreadableError] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            path = self.directory / str(step)
+            try:
+                with _reading(path):
+                    args = ocp.args.Composite(
+                        config=ocp.args.JsonRestore(), best=ocp.args.JsonRestore()
+                    )
+                    stored = self._manager.restore(step, args=args)
+                _check_same(stored["config"], to_json(self.config), path)
+                with _reading(path):
+                    args = ocp.args.Composite(
+                        ema=ocp.args.StandardRestore(ema), state=ocp.args.StandardRestore(state)
+                    )
+                    arrays = self._manager.restore(step, args=args)
+            except UnreadableError as error:
+                failures.append(error)
+                continue
+            for failure in failures:
+                self._put_aside(failure, path)
+            self._manager.reload()
+            return Restored(step, Best(**stored["best"]), arrays["ema"], arrays["state"])
+        if failures:
+            raise failures[0]
+        return None
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is completely written."""
-        self._manager.wait_until_finished()
+        with contextlib.suppress(Exception):  # an earlier one is still there
+            self._manager.wait_until_finished()
+        self._manager.reload()
         step = self._manager.latest_step()
         return None if step is None else self.directory / str(step)
 
     def close(self) -> None:
-        """Waits and releases the directory."""
+        """Waits for the last one and releases the directory."""
+        with self._writing():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # from the writing thread, as whatever it tripped over
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"a checkpoint cannot be written to {self.directory} ({reason}); the last good one "
+                f"is {self.newest() or 'not there yet'}. With enough disk space, the same command "
+                "goes on from there."
+            ) from error
+
+    def _put_aside(self, failure: "UnreadableError", instead: Path) -> None:
+        parallel.wait_for_all(f"put aside {failure.path}")
+        if parallel.is_first():
+            aside = failure.path.with_name(f"{failure.path.name}.damaged")
+            failure.path.rename(aside)
+            print(
+                f"warning: {failure}; it is now {aside}, going on from {instead}", file=sys.stderr
+            )
+        parallel.wait_for_all(f"put {failure.path} aside")
+
+
+class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of the best validation."""
+
+    step = 0
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 def phase_directory(config: TrainConfig) -> Path:
@@ -116,14 +206,18 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         CheckpointError: there is no readable checkpoint at `path`.
     """
     step = _find_step(path).absolute()
-    reader = ocp.PyTreeCheckpointHandler()
-    with _reading(step), contextlib.closing(reader):
+    with _reading(step):
         config = ModelConfig(**ocp.JsonCheckpointHandler().restore(step / "config")["model"])
-        # As NumPy arrays, because the devices that the weights were on need not be here.
-        names = reader.metadata(step / "ema").tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-        args = ocp.args.PyTreeRestore(restore_args=as_numpy)
-        return config, reader.restore(step / "ema", args=args)
+        return config, read_arrays(step / "ema")
+
+
+def read_arrays(item: Path) -> Any:
+    """An item of a checkpoint as NumPy arrays: the devices that they were on need not be here."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).tree
+        )
+        return reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 @contextlib.contextmanager
@@ -132,9 +226,7 @@ def _reading(step: Path) -> Iterator[None]:
         yield
     except Exception as error:  # a damaged checkpoint can fail in any way
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{step}: cannot be read ({type(error).__name__}: {reason})"
-        ) from error
+        raise UnreadableError(step, f"{type(error).__name__}: {reason}") from error
 
 
 def _find_step(path: Path) -> Path:
@@ -165,7 +257,9 @@ def _check_same(stored: dict[str, Any], current: dict[str, Any], path: Path) -> 
             elif prefix + key not in FREE_FIELDS:
                 yield prefix + key, value
 
-    stored, current = dict(flat(stored)), dict(flat(current))
+    # A field that an older version did not have is as it was then: at its default.
+    stored = dict(flat(to_json(TrainConfig()))) | dict(flat(stored))
+    current = dict(flat(current))
     differing = [
         f"  {name}: {stored.get(name)} there, {current.get(name)} now"
         for name in sorted(stored.keys() | current.keys())

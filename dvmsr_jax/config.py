@@ -51,15 +51,19 @@ class DataConfig:
     hr_dirs: tuple[Path, ...] = ()
     """Folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K."""
     data_dir: Path = Path("~/tensorflow_datasets")
-    """Where TFDS keeps prepared records (and downloads)."""
+    """Where pictures are prepared once, and TFDS keeps its downloads."""
+    prepared: Path | None = None
+    """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
     val_images: int = 20
-    """Pictures kept apart from training for validation."""
+    """Pictures kept apart from training for validation, if they are prepared now."""
     lr_crop: int = 64
     """Side of the square low-resolution training crops, in pixels."""
     batch_size: int = 128
     """Crops a step, over all devices."""
     workers: int = 2
     """Threads that load and augment ahead of the training step."""
+    cache: Literal["none", "device"] = "none"
+    """none: stream crops from disk. device: keep all sub-images in device memory and crop there."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class OptimConfig:
     """Adam's decay of its square's."""
     clip: float = 1.0
     """Largest global norm of a gradient; larger ones are scaled down to it."""
+    accumulate: int = 1
+    """Parts of a batch that follow one another, to save memory; the result is that of the whole."""
     ema_decay: float = 0.999
     """Decay of the weights' moving average, which validation and export use."""
 
@@ -94,6 +100,11 @@ class DistillConfig:
     """output: compare the pictures. mid: compare the outputs of `rssbs`, projected to fit."""
     rssbs: tuple[tuple[int, int], ...] = ()
     """For level mid: (student's, teacher's) RSSBs to pair, counted from 0. None: evenly."""
+    targets: Literal["online", "precomputed"] = "online"
+    """For level output. online: run the teacher on each batch. precomputed: crop its outputs for
+    the whole sub-images, which `python -m dvmsr_jax.data distill` makes once."""
+    self_ensemble: bool = False
+    """For level output: average the teacher over the eight flips and turns, a better one."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +123,29 @@ class TrainConfig:
     """Optimizer steps; learning-rate milestones scale with it."""
     seed: int = 0
     """Seed of the initial weights, the batches and drop-path."""
-    compute: Annotated[Compute, tyro.conf.OmitArgPrefixes] = field(default_factory=Compute)
+    compute: Annotated[Compute, tyro.conf.arg(name="")] = field(default_factory=Compute)
+    remat: bool = False
+    """Keep no activations inside RSSBs, but compute them again in the backward pass."""
     log_every: int = 100
     """Steps between lines of metrics."""
     val_every: int = 5_000
-    """Steps between validations."""
+    """Steps between validations, each with a checkpoint."""
     checkpoint_every: int = 5_000
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
-    """How many of the newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep, besides the best by validation."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The processes of a run on several machines. SLURM's, Open MPI's and a TPU pod's are found
+    without these."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT of the first process, the same for all."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+    timeout: int = 300
+    """Seconds to wait for the others."""

@@ -1,35 +1,124 @@
-"""Data parallelism: one mesh with the axis `data`, parameters replicated, batches sharded."""
+"""Many devices and processes: one mesh with the axis `data`, batches sharded, the rest replicated.
 
+Every process runs the same program on its own devices and its own share of each batch. The first
+one alone writes to the terminal and the logs.
+"""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dvmsr_jax.config import Cluster
 from dvmsr_jax.errors import UserError
 
 AXIS = "data"
 
 
-def make_mesh(batch_size: int) -> Mesh:
-    """A mesh over all devices.
+def start(cluster: Cluster) -> None:
+    """Joins the other processes, if there are any. To be called before JAX is used.
+
+    Without addresses, JAX finds those of SLURM, Open MPI and TPU pods; otherwise this process is
+    the only one.
 
     Raises:
-        UserError: the devices cannot share a batch of this size evenly.
+        UserError: only some of the addresses are given, or the others cannot be reached.
+    """
+    given = [cluster.coordinator_address, cluster.num_processes, cluster.process_id]
+    if any(value is not None for value in given) and None in given:
+        raise UserError(
+            "cluster.coordinator-address, cluster.num-processes and cluster.process-id belong "
+            "together: pass all three or none"
+        )
+    # It would swallow a SIGTERM that comes before the training loop, which has its own way to stop.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator_address,
+            cluster.num_processes,
+            cluster.process_id,
+            initialization_timeout=cluster.timeout,
+        )
+    except ValueError as error:
+        if given[0] is not None:
+            raise UserError(f"cluster: {error}") from error
+        # No cluster was found.
+    except RuntimeError as error:
+        raise UserError(f"the processes of the cluster did not find each other: {error}") from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes logs."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here."""
+    multihost_utils.sync_global_devices(name)
+
+
+def from_first(value: float) -> float:
+    """The first process's value, in all of them."""
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def make_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
+    """A mesh over all devices of all processes.
+
+    Raises:
+        UserError: they cannot share a batch of this size, in `accumulate` parts, evenly.
     """
     devices = jax.device_count()
-    if batch_size % devices:
+    if accumulate < 1 or batch_size % (devices * accumulate):
+        parts = "" if accumulate == 1 else f" in {accumulate} accumulated parts"
         raise UserError(
-            f"data.batch_size is {batch_size}, which {devices} devices cannot share evenly"
+            f"the batch size is {batch_size}, which {devices} devices cannot share evenly{parts}"
         )
     return Mesh(np.asarray(jax.devices()), (AXIS,))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every array on every device."""
+    """A copy of every array, the same in all processes, on every device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Arrays split along their first axis over the devices."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+    """Global arrays, split over the devices along their first axis, of this process's rows."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def prefetch(batches: Iterable[Any], mesh: Mesh, ahead: int = 2) -> Iterator[Any]:
+    """The batches on the devices, whose transfer begins `ahead` batches before they are needed."""
+    batches = (shard_batch(batch, mesh) for batch in batches)
+    queue = collections.deque(itertools.islice(batches, ahead))
+    while queue:
+        yield queue.popleft()
+        queue.extend(itertools.islice(batches, 1))
+
+
+class AnyProcess:
+    """Whether some process has raised its flag, answered alike in all of them.
+
+    The answer is about the flags of `LAG` calls ago, so that no step waits for it; with one process
+    it is that process's flag.
+    """
+
+    LAG = 2
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._any = jax.jit(lambda flags: flags.any())
+        self._answers: collections.deque[jax.Array] = collections.deque()
+
+    def __call__(self, flag: bool) -> bool:
+        if jax.process_count() == 1:
+            return flag
+        flags = np.full(jax.local_device_count(), flag)
+        self._answers.append(self._any(shard_batch(flags, self._mesh)))
+        return len(self._answers) > self.LAG and bool(self._answers.popleft())

@@ -1,39 +1,61 @@
-"""What a run tells: metrics.jsonl, TensorBoard scalars, sample pictures and curves."""
+"""What a run tells: metrics.jsonl, TensorBoard, sample pictures and curves."""
 
 import json
+import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
-import tensorboardX
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from dvmsr_jax import images
 
 
 class Log:
-    """Writes a phase's metrics, to `directory`/metrics.jsonl and as TensorBoard scalars."""
+    """Writes what a phase tells into its directory.
+
+    TensorBoard's events are written at once, not by tensorboardX's thread, in which a full disk
+    would go unnoticed. Raises OSError where something cannot be written.
+    """
 
     def __init__(self, directory: Path, start: int):
         """Continues at step `start`; what was logged after it, in a run cut short, is dropped."""
+        self._directory = directory
         self._path = directory / "metrics.jsonl"
-        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(directory / "tensorboard"), purge_step=start + 1
-        )
+        prefix = directory / "tensorboard" / "events"
+        self._events = EventsWriter(str(prefix), filename_suffix=f".{os.getpid()}")
+        self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of the file, one point of each curve."""
+        """One line of metrics.jsonl, one point of each of TensorBoard's curves."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._write_event(step, summary=summary.scalar(name, value))
+        self._events.flush()
+
+    def sample(self, step: int, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """A picture in samples/ and in TensorBoard; redraws curves.png."""
+        images.write_png(self._directory / "samples" / f"{step:07d}.png", picture)
+        self._write_event(step, summary=summary.image("sample", picture, dataformats="HWC"))
+        plot_training([self._directory], self._directory / "curves.png")
 
     def close(self) -> None:
         """Flushes what is still buffered."""
-        self._tensorboard.close()
+        self._events.close()
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def read_metrics(path: Path) -> list[dict[str, int | float]]:
@@ -65,19 +87,31 @@ def side_by_side(
 
 
 def plot_training(directories: Sequence[Path], path: Path) -> None:
-    """L1 to HR and validation PSNR-Y over the steps, a curve for each phase directory, as a PNG."""
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    loss_axes, psnr_axes = figure.subplots(1, 2)
+    """Losses, validation PSNR-Y and learning rate over the steps, as a PNG.
+
+    A curve for each phase directory, and for a student's its teacher's PSNR-Y as a line.
+    """
+    figure = matplotlib.figure.Figure(figsize=(15, 4), layout="constrained")
+    losses, psnr, rate = figure.subplots(1, 3)
     for directory in directories:
-        lines = read_metrics(directory / "metrics.jsonl")
-        for axes, key in ((loss_axes, "pixel_loss"), (psnr_axes, "val_psnr_y")):
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            axes.plot(*zip(*points, strict=True), label=directory.name)
-    bicubic_scores = [line["val_bicubic_psnr_y"] for line in lines if "val_bicubic_psnr_y" in line]
-    psnr_axes.axhline(bicubic_scores[-1], color="grey", linestyle="--", label="bicubic")
-    loss_axes.set(xlabel="step", ylabel="L1 to HR in training", yscale="log")
-    psnr_axes.set(xlabel="step", ylabel="validation PSNR-Y, dB")
-    for axes in (loss_axes, psnr_axes):
-        axes.legend()
+        lines, name = read_metrics(directory / "metrics.jsonl"), directory.name
+        _plot(losses, lines, "pixel_loss", f"{name}, to HR")
+        _plot(losses, lines, "distill_loss", f"{name}, to its teacher")
+        _plot(psnr, lines, "val_psnr_y", name)
+        _plot(psnr, lines, "val_teacher_psnr_y", f"the {name}'s teacher", "--")
+        _plot(rate, lines, "learning_rate", name)
+    _plot(psnr, lines, "val_bicubic_psnr_y", "bicubic", ":")
+    losses.set(xlabel="step", ylabel="L1 in training", yscale="log")
+    psnr.set(xlabel="step", ylabel="validation PSNR-Y, dB")
+    rate.set(xlabel="step", ylabel="learning rate")
+    for axes in (losses, psnr, rate):
         axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=100)
+
+
+def _plot(axes, lines, key, label, style="-"):
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    if points:
+        axes.plot(*zip(*points, strict=True), style, label=label)

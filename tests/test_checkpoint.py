@@ -13,19 +13,22 @@ import numpy as np
 import pytest
 
 from dvmsr_jax import checkpoint
-from dvmsr_jax.checkpoint import CheckpointError, Checkpoints, load_weights
+from dvmsr_jax.checkpoint import Best, CheckpointError, Checkpoints, load_weights
 from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
 from dvmsr_jax.pretrained import PretrainedError, load_model
 
 WEIGHTS = {"a.kernel": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float32)}
 STATE = {"step": np.int32(7), "mean": WEIGHTS["b"]}
+# The best validation up to each step.
+BESTS = [Best(0, -1.0), Best(1, 20.0), Best(9, 21.0)]
 
 
 def save(config, *steps):
     checkpoints = Checkpoints(config)
     for step in steps:
         as_jax = {name: jnp.asarray(x) for name, x in WEIGHTS.items()}
-        checkpoints.save(step, as_jax, {name: jnp.asarray(x) for name, x in STATE.items()})
+        state = {name: jnp.asarray(x) for name, x in STATE.items()}
+        checkpoints.save(step, max(b for b in BESTS if b.step <= step), as_jax, state)
     checkpoints.close()
     return checkpoints.directory
 
@@ -56,12 +59,15 @@ def test_the_newest_are_kept_and_come_back(config):
     config = dataclasses.replace(config, keep_checkpoints=2)
     assert restore(config) is None
     directory = save(config, 1, 2, 3)
-    assert sorted(step.name for step in directory.iterdir()) == ["2", "3"]
-    step, ema, state = restore(config)
+    assert sorted(step.name for step in directory.iterdir()) == ["1", "2", "3"]  # 1 is the best
+    step, best, ema, state = restore(config)
     assert step == 3
+    assert best == Best(1, 20.0)
     assert_weights(ema)
     assert int(state["step"]) == 7
     np.testing.assert_array_equal(state["mean"], STATE["mean"])
+    save(config, 4, 9, 10, 11)
+    assert sorted(int(step.name) for step in directory.iterdir()) == [9, 10, 11]
 
 
 def test_weights_from_more_devices_than_there_are_here(tmp_path, config):
@@ -69,13 +75,14 @@ def test_weights_from_more_devices_than_there_are_here(tmp_path, config):
 import jax
 from pathlib import Path
 from dvmsr_jax import parallel
-from dvmsr_jax.checkpoint import Checkpoints
+from dvmsr_jax.checkpoint import Best, Checkpoints
 from dvmsr_jax.config import TrainConfig
 mesh = parallel.make_mesh(3)
 assert mesh.size == 3
 weights = {{"a": jax.numpy.arange(12.0), "b": jax.numpy.ones((3, 4))}}
 checkpoints = Checkpoints(TrainConfig(workdir=Path({str(tmp_path)!r})))
-checkpoints.save(1, parallel.replicate(weights, mesh), parallel.replicate(weights, mesh))
+replicated = parallel.replicate(weights, mesh)
+checkpoints.save(1, Best(), replicated, replicated)
 checkpoints.close()
 """
     flags = os.environ | {
@@ -90,7 +97,7 @@ checkpoints.close()
 
     checkpoints = Checkpoints(TrainConfig(workdir=tmp_path))
     empty = {"a": jnp.zeros(12), "b": jnp.zeros((3, 4))}
-    _, ema, state = checkpoints.restore(empty, empty)
+    _, _, ema, state = checkpoints.restore(empty, empty)
     checkpoints.close()
     np.testing.assert_array_equal(ema["a"], np.arange(12))
     np.testing.assert_array_equal(state["a"], np.arange(12))
@@ -134,14 +141,37 @@ def test_any_damaged_file(tmp_path, config):
     assert all("\n" not in message for message in messages)
 
 
-@pytest.mark.parametrize("item", ["config", "ema", "state"])
-def test_a_damaged_checkpoint_is_not_continued(config, item):
-    directory = save(config, 7)
-    for path in (directory / "7" / item).rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"^{re.escape(str(directory / '7'))}: cannot be"):
+@pytest.mark.parametrize("item", ["config", "best", "ema", "state"])
+def test_damaged_checkpoints_are_passed_over(config, item, capsys):
+    """For the one before, with a warning; if there is none, it is an error."""
+
+    def damage(step):
+        for path in (directory / step / item).rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:-9])
+
+    directory = save(config, 6, 7, 8)
+    damage("7")
+    damage("8")
+    step, _, ema, state = restore(config)
+    assert step == 6
+    assert_weights(ema)
+    assert int(state["step"]) == 7
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    for warning, step in zip(warnings, "87", strict=True):
+        path = re.escape(str(directory / step))
+        assert re.match(f"warning: {path}: cannot be read .*it is now {path}.damaged", warning)
+    save(config, 7, 8)  # nothing is in the way of the run that goes on
+    assert restore(config).step == 8
+    kept = sorted(path.name for path in directory.iterdir())
+    assert kept == ["6", "7", "7.damaged", "8", "8.damaged"]
+
+    for step in "678":
+        damage(step)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(directory / '8'))}: cannot be"):
         restore(config)
+    assert kept == sorted(path.name for path in directory.iterdir())
 
 
 def test_every_free_field_may_differ(config):
@@ -152,23 +182,21 @@ def test_every_free_field_may_differ(config):
         "val_every": 1,
         "checkpoint_every": 1,
         "keep_checkpoints": 1,
-        "data": dataclasses.replace(config.data, data_dir=Path("elsewhere"), workers=9),
+        "data": dataclasses.replace(
+            config.data, data_dir=Path("elsewhere"), workers=9, cache="device"
+        ),
         "distill": dataclasses.replace(config.distill, teacher=Path("teacher")),
+        "optim": dataclasses.replace(config.optim, accumulate=2),
+        "remat": True,
     }
-    step, ema, state = restore(dataclasses.replace(config, **changed))
+    step, _, ema, state = restore(dataclasses.replace(config, **changed))
     assert step == 7
     assert_weights(ema)
     assert int(state["step"]) == 7
     moved = config.workdir.rename(config.workdir.with_name("moved"))
     assert restore(dataclasses.replace(config, workdir=moved))[0] == 7
-    tried = {
-        "workdir",
-        "data.data_dir",
-        "data.workers",
-        "distill.teacher",
-        "compute.scan",
-        *changed,
-    }
+    nested = {"data.data_dir", "data.workers", "data.cache", "distill.teacher", "compute.scan"}
+    tried = {"workdir", "optim.accumulate", *nested, *changed}
     assert tried >= checkpoint.FREE_FIELDS
 
 

@@ -1,6 +1,7 @@
 """The command lines: README's commands parse, mistakes are answered, scores have their form."""
 
 import functools
+import importlib
 import json
 import re
 import shlex
@@ -14,10 +15,11 @@ from flax import nnx
 import demo
 import evaluate
 import train
-from benchmarks import scan
+from benchmarks import loader
 from configs import PRESETS
-from dvmsr_jax import images
+from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
 
@@ -32,17 +34,25 @@ COMMANDS = sorted(
 )
 
 
+def parse_only(command):
+    """A function of the same arguments that returns them."""
+    return functools.wraps(command)(lambda **options: options)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_commands_parse(command, monkeypatch):
     _, *words = shlex.split(command)
     program, arguments = (words[0], words[1:]) if words[0] != "-m" else (words[1], words[2:])
     if program == "train.py":
-        assert train.parse(arguments).phase in command
+        assert train.parse(arguments).config.phase in command
     elif program == "evaluate.py":
         assert evaluate.parse(arguments).ckpt
-    elif program == "benchmarks.scan":
-        parse_only = functools.wraps(scan.main)(lambda **options: options)
-        assert tyro.cli(parse_only, args=arguments)
+    elif program.startswith("benchmarks."):
+        main = importlib.import_module(program).main
+        assert tyro.cli(parse_only(main), args=arguments)
+    elif program == "dvmsr_jax.data":
+        commands = {name: parse_only(command) for name, command in data_commands.COMMANDS.items()}
+        assert tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
     else:
         assert program == "dvmsr_jax.pretrained"
         assert len(arguments) == 2
@@ -53,12 +63,15 @@ def test_the_readme_shows_commands():
 
 
 def test_phase_and_preset_choose_the_defaults():
-    assert train.parse(["--phase=teacher"]) == PRESETS["paper"]["teacher"]
-    assert train.parse(["--phase", "student"]) == PRESETS["paper"]["student"]
-    config = train.parse(["--phase=teacher", "--preset=demo", "--optim.learning-rate", "1e-3"])
+    def parse(*arguments):
+        return train.parse(arguments).config
+
+    assert parse("--phase=teacher") == PRESETS["paper"]["teacher"]
+    assert parse("--phase", "student") == PRESETS["paper"]["student"]
+    config = parse("--phase=teacher", "--preset=demo", "--optim.learning-rate", "1e-3")
     assert config.model == PRESETS["demo"]["teacher"].model
     assert config.optim.learning_rate == 1e-3
-    config = train.parse(["--phase=student", "--data.hr-dirs", "a", "b", "--distill.level=mid"])
+    config = parse("--phase=student", "--data.hr-dirs", "a", "b", "--distill.level=mid")
     assert config.data.hr_dirs == (Path("a"), Path("b"))
     assert config.distill.level == "mid"
 
@@ -91,6 +104,7 @@ def test_errors_are_one_line(monkeypatch, tmp_path):
             run_main(module, monkeypatch, *arguments)
         return stop.value.code
 
+    monkeypatch.setattr(parallel, "start", lambda cluster: None)  # JAX is running already
     message = error_of(evaluate, "--ckpt", tmp_path / "nothing.pth")
     assert re.match(r"error: .*nothing\.pth: no such file", message)
     message = error_of(train, "--phase=student", "--workdir", tmp_path)
@@ -158,3 +172,34 @@ def test_scores_of_the_published_weights(shared, tmp_path):
 def test_demo_shows_a_picture_that_it_does_not_train_on():
     assert demo.HELD_OUT in {path.stem for path in images.SAMPLES}
     assert len(images.SAMPLES) - 1 > PRESETS["demo"]["teacher"].data.val_images
+
+
+def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        picture = rng.integers(0, 256, (40, 48, 3), np.uint8)
+        images.write_png(tmp_path / "photos" / f"{i}.png", picture)
+    records = tmp_path / "records"
+    prepare = ("prepare", "--hr-dirs", tmp_path / "photos", "--val-images", 1, "--out", records)
+    run_main(data_commands, monkeypatch, *prepare)
+    assert "2 for train, 1 for val sub-images of 3 pictures (0 left out)" in capsys.readouterr().out
+    run_main(data_commands, monkeypatch, "check", records)
+    assert "no problems" in capsys.readouterr().out
+    run_main(data_commands, monkeypatch, "distill", "--ckpt", weights, "--data", records)
+    assert str(records / "targets") in capsys.readouterr().out
+    assert list((records / "targets").glob("*/00000.npy"))
+
+    next(records.glob("*val.array_record*")).unlink()
+    with pytest.raises(SystemExit) as stop:
+        run_main(data_commands, monkeypatch, "check", records)
+    assert stop.value.code.startswith("error: 1 problems")
+    assert "is missing" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run_main(data_commands, monkeypatch, "check", tmp_path)
+    assert re.match(r"error: .*: holds no prepared records", stop.value.code)
+
+
+def test_loader_benchmark_runs(capsys):
+    loader.main(smoke=True)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 4

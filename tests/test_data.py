@@ -1,13 +1,24 @@
 """Crops are aligned, batches are a function of seed and step, pictures are prepared once."""
 
+import dataclasses
+import hashlib
+import json
+import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from dvmsr_jax import data, images
 from dvmsr_jax.config import DataConfig
+from dvmsr_jax.data import prepare
+from dvmsr_jax.data.check import check
+from dvmsr_jax.data.pictures import find_pictures
+from dvmsr_jax.data.records import ShardWriter, open_shard
 from dvmsr_jax.errors import UserError
 
 
@@ -29,26 +40,80 @@ def photos(tmp_path):
     return folder
 
 
+def aligned_records(count, side, scale):
+    """Records of equal sizes and different pixels."""
+    lr, hr = aligned_pair(side, side, scale)
+    return [{"lr": np.roll(lr, i, 0), "hr": np.roll(hr, scale * i, 0)} for i in range(count)]
+
+
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_crops_are_aligned(scale):
-    lr, hr = aligned_pair(20, 30, scale)
-    rng = np.random.default_rng(1)
-    seen = set()
-    for _ in range(200):
-        crop = data.random_crop(lr, hr, 8, scale, rng)
-        assert crop["lr"].shape == (8, 8, 3)
-        assert crop["hr"].shape == (8 * scale, 8 * scale, 3)
-        np.testing.assert_array_equal(crop["hr"][::scale, ::scale], crop["lr"])
-        seen.add(crop["lr"].tobytes())
-    assert len(seen) > 150  # of the 13 x 23 x 8 there are
+    records = aligned_records(2, 20, scale)
+    config = DataConfig(lr_crop=8, batch_size=100)
+    (batch,) = data.batches(records, config, scale=scale, seed=1, start=0, stop=1)
+    assert batch["lr"].shape == (100, 8, 8, 3)
+    assert batch["hr"].shape == (100, 8 * scale, 8 * scale, 3)
+    np.testing.assert_array_equal(batch["hr"][:, ::scale, ::scale], batch["lr"])
+    assert len({lr.tobytes() for lr in batch["lr"]}) > 80  # of the 2 x 13 x 13 x 8 there are
 
 
 def test_crops_come_in_all_eight_orientations():
-    lr, hr = aligned_pair(8, 8, 4)
-    rng = np.random.default_rng(0)
-    seen = {data.random_crop(lr, hr, 8, 4, rng)["lr"].tobytes() for _ in range(200)}
-    turned = [np.rot90(lr, turns) for turns in range(4)]
-    assert seen == {x.tobytes() for t in turned for x in (t, t[:, ::-1])}
+    records = aligned_records(1, 8, 4)
+    config = DataConfig(lr_crop=8, batch_size=200)
+    (batch,) = data.batches(records, config, scale=4, seed=0, start=0, stop=1)
+    turned = [np.rot90(records[0]["lr"], turns) for turns in range(4)]
+    assert {lr.tobytes() for lr in batch["lr"]} == {
+        x.tobytes() for t in turned for x in (t, t[:, ::-1])
+    }
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_device_cuts_the_same_batches(with_targets):
+    records = aligned_records(5, 13, 4)
+    targets = [255 - record["hr"] for record in records] if with_targets else None
+    config = DataConfig(lr_crop=6, batch_size=32)
+    span = {"seed": 3, "start": 1, "stop": 3}
+    cache = jax.device_put(data.load_cache(records, targets))
+    assert cache.keys() == {"lr", "hr", "target"} if with_targets else {"lr", "hr"}
+    cut = jax.jit(data.cut, static_argnums=(2, 3))
+    batches = data.batches(records, config, scale=4, targets=targets, **span)
+    symmetries = set()
+    for batch, plan in zip(batches, data.plans(records, config, **span), strict=True):
+        result = cut(cache, plan, 6, 4)
+        assert result.keys() == batch.keys()
+        for name in batch:
+            np.testing.assert_array_equal(result[name], batch[name])
+        symmetries |= set(plan["symmetry"].tolist())
+    assert symmetries == set(range(8))
+    if with_targets:
+        np.testing.assert_array_equal(batch["target"], 255 - batch["hr"])
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_processes_share_the_same_batches(parts):
+    """Each reads its records only."""
+
+    class Spy(dict):
+        def __getitem__(self, name):
+            if name == "hr":
+                read.append(self["index"])
+            return super().__getitem__(name)
+
+    records = [Spy(r, index=i) for i, r in enumerate(aligned_records(5, 13, 4))]
+    config = DataConfig(lr_crop=6, batch_size=6)
+
+    def run(shard):
+        span = {"seed": 3, "start": 2, "stop": 3, "shard": shard}
+        (plan,) = data.plans(records, config, **span)
+        read.clear()
+        (batch,) = data.batches(records, config, scale=4, **span)
+        assert read == plan["index"].tolist()
+        return plan | batch
+
+    read = []
+    whole, shares = run((0, 1)), [run((i, parts)) for i in range(parts)]
+    for name, values in whole.items():
+        np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), values)
 
 
 @pytest.mark.parametrize(("height", "width"), [(80, 80), (81, 200), (30, 90), (7, 5)])
@@ -63,8 +128,7 @@ def test_sub_images_cover_the_picture(height, width):
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    lr, hr = aligned_pair(20, 20, 2)
-    records = [{"lr": np.roll(lr, i, 0), "hr": np.roll(hr, 2 * i, 0)} for i in range(5)]
+    records = aligned_records(5, 20, 2)
     config = DataConfig(lr_crop=8, batch_size=3)
 
     def run(seed, start, stop):
@@ -94,8 +158,8 @@ def test_pictures_are_prepared_once_and_held_out(photos, tmp_path, monkeypatch):
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=2, lr_crop=8)
     records = data.load_records(config, 4)
     names = {
-        split: {records_of[i]["name"].decode() for i in range(len(records_of))}
-        for split, records_of in records._asdict().items()
+        split: {record["name"].decode() for record in getattr(records, split)}
+        for split in ("train", "val")
     }
     assert len(names["val"]) == len(records.val) == 2
     assert len(names["train"]) == 4
@@ -115,13 +179,81 @@ def test_pictures_are_prepared_once_and_held_out(photos, tmp_path, monkeypatch):
         data.load_records(config, 2)
 
 
-def test_unreadable_picture_is_named_and_leaves_nothing(photos, tmp_path):
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("cut_at", [0, 3, 5])
+def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at):
+    """And the records depend neither on that nor on the number of cores."""
+    monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 2)
+    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=2), 4)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.cpu_count", lambda: 3)
+        prepare.prepare(pictures, 4, whole)
+
+    read_rgb, read = images.read_rgb, []
+
+    def interrupted(path):
+        if len(read) == cut_at:
+            raise KeyboardInterrupt
+        read.append(path)
+        return read_rgb(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.cpu_count", lambda: 1)
+        patch.setattr(images, "read_rgb", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(pictures, 4, cut)
+        assert not cut.exists()
+        finished = len(read) // 2 * 2
+        cut_at, read = None, []
+        prepare.prepare(pictures, 4, cut)
+        assert len(read) == 6 - finished
+        read = []
+        prepare.prepare(pictures, 4, cut)  # done: nothing happens
+        assert read == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "photos", "whole"]
+    assert files_of(cut) == files_of(whole)
+
+
+def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
+    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    read_rgb, read, waiting = images.read_rgb, [], threading.Event()
+    monkeypatch.setattr("builtins.print", lambda *words, **_: waiting.set())
+
+    def slow(path):
+        assert waiting.wait(60)
+        read.append(path)
+        return read_rgb(path)
+
+    monkeypatch.setattr(images, "read_rgb", slow)
+    with ThreadPoolExecutor(2) as pool:
+        for future in [
+            pool.submit(prepare.prepare, pictures, 4, tmp_path / "out") for _ in range(2)
+        ]:
+            future.result()
+    assert len(read) == 6
+    assert check(tmp_path / "out") == []
+    assert not list(tmp_path.glob(".incomplete*"))
+
+
+def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch, capsys):
     bad = photos / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
-    with pytest.raises(UserError, match=re.escape(str(bad))):
+    with pytest.raises(
+        UserError, match=f"1 of 7 pictures .*more than 1%.*\n  {re.escape(str(bad))}"
+    ):
         data.load_records(config, 4)
-    assert list((tmp_path / "data").glob("*/*")) == []
+    assert [path.name for path in (tmp_path / "data").glob("*/*")] == [".incomplete"]
+
+    monkeypatch.setattr(prepare, "MAX_BAD", 0.2)
+    records = data.load_records(config, 4)
+    assert f"left out: {bad}" in capsys.readouterr().out
+    assert len(records.train) == 5
+    assert not (tmp_path / "data" / "sr_sub_images" / ".incomplete").exists()
 
 
 @pytest.mark.parametrize(
@@ -173,3 +305,108 @@ def test_div2k_goes_through_the_same_preparation(tmp_path, monkeypatch):
     assert len(records.train) == 3 * 2
     assert len(records.val) == 2
     np.testing.assert_array_equal(records.train[0]["lr"], lr[:80])
+
+
+def test_records_are_a_tfds_dataset(photos, tmp_path):
+    """TFDS reads what our own reader does."""
+    prepare.prepare(
+        find_pictures(DataConfig(hr_dirs=(photos,), val_images=2), 4), 4, tmp_path / "r"
+    )
+    records = data.load_records(DataConfig(prepared=tmp_path / "r"), 4)
+    source = tfds.builder_from_directory(tmp_path / "r").as_data_source("train")
+    assert len(source) == len(records.train)
+    for ours, theirs in zip(records.train, source, strict=True):
+        assert list(ours) == ["hr", "lr", "name"]  # whatever the process, for equal bytes
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_an_explicit_folder(photos, tmp_path):
+    folder = tmp_path / "prepared"
+    config = DataConfig(prepared=folder)
+    with pytest.raises(UserError, match=rf"prepare --hr-dirs DIR .* --out {folder}"):
+        data.load_records(config, 4)
+    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    prepare.prepare(pictures, 4, folder)
+    assert len(data.load_records(config, 4).train) == 5
+    with pytest.raises(UserError, match="was prepared for x4, the model is to be x2"):
+        data.load_records(config, 2)
+    with pytest.raises(UserError, match=r"data\.prepared and data\.hr_dirs exclude each other"):
+        data.load_records(DataConfig(prepared=folder, hr_dirs=(photos,)), 4)
+    with pytest.raises(UserError, match="prepared: holds records of other pictures"):
+        prepare.prepare({"train": pictures["train"][1:], "val": pictures["val"]}, 4, folder)
+    with pytest.raises(UserError, match="photos: holds something else"):
+        prepare.prepare(pictures, 4, photos)
+    assert len(images.find_images(photos)) == 6
+
+
+def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
+    """And a changed one is another, whatever its size and time."""
+    config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1)
+    before = data.load_records(config, 4).folder
+    moved = dataclasses.replace(config, hr_dirs=(photos.rename(tmp_path / "moved"),))
+    path = tmp_path / "moved" / "3.png"
+    os.utime(path, (0, 0))
+    assert data.load_records(moved, 4).folder == before
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(prepare, "MAX_BAD", 1)
+    assert data.load_records(moved, 4).folder != before
+
+
+@pytest.fixture
+def prepared(photos, tmp_path):
+    """A folder with a file of three pictures and one of two, and a picture for validation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PICTURES_PER_SHARD", 3)
+        pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+        prepare.prepare(pictures, 4, tmp_path / "prepared")
+    return tmp_path / "prepared"
+
+
+def test_check_finds_no_fault_in_good_records(prepared):
+    assert check(prepared) == []
+
+
+@pytest.mark.parametrize("file", ["train.array_record-00001-of-00002", "val.array_record-00000"])
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "checksum"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"lr", b"rl")), "checksum"),
+    ],
+)
+def test_check_finds_damaged_files(prepared, file, damage, problem):
+    (path,) = prepared.glob(f"*{file}*")
+    damage(path)
+    (found,) = check(prepared)
+    assert re.search(rf"{path.name}: .*{problem}", found)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda pairs: [(np.roll(lr, 1, 1), hr, n) for lr, hr, n in pairs], "LR is not HR"),
+        (lambda pairs: pairs[:-1], "holds 2 records, 3 were written"),
+        (lambda pairs: [*pairs, pairs[0]], "holds 4 records, 3 were written"),
+        (lambda pairs: [pairs[1], pairs[0], pairs[2]], "record [01] is of .*, not of"),
+    ],
+)
+def test_check_finds_wrong_records(prepared, change, problem):
+    """Though the checksum is theirs."""
+    (path,) = prepared.glob("*train.array_record-00000*")
+    pairs = [(record["lr"], record["hr"], record["name"].decode()) for record in open_shard(path)]
+    writer = ShardWriter(path)
+    for pair in change(pairs):
+        writer.write(*pair)
+    writer.close()
+    preparation = json.loads((prepared / "preparation.json").read_text())
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    preparation["shards"][path.name]["sha256"] = checksum
+    (prepared / "preparation.json").write_text(json.dumps(preparation))
+    found = check(prepared)
+    assert found
+    assert all(re.search(problem, line) for line in found)

@@ -1,8 +1,10 @@
 """Both phases learn, the teacher stays as it is, and an interrupted run ends like any other."""
 
 import dataclasses
+import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +16,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dvmsr_jax import images, parallel, report, training
+from dvmsr_jax import images, parallel, report, step, training
 from dvmsr_jax.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, TrainConfig
+from dvmsr_jax.data import load_records, targets
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import load_model
@@ -72,23 +75,23 @@ def student_of(config, **distill):
 
 def step_repeatedly(config, teacher, steps):
     """Metrics of steps on one fixed batch, and the state after them."""
+    config = dataclasses.replace(config, steps=100)
     mesh = parallel.make_mesh(config.data.batch_size)
-    optimizer = training.make_optimizer(config.optim, 100)
-    state = parallel.replicate(training.init_state(config, optimizer, teacher), mesh)
-    step = training.make_train_step(config, optimizer, mesh, teacher)
+    state = parallel.replicate(step.init_state(config, teacher), mesh)
+    train_step = step.TrainStep(config, mesh, teacher)
     rng = np.random.default_rng(0)
     lr = rng.integers(0, 256, (2, 8, 8, 3), np.uint8)
     batch = parallel.shard_batch({"lr": lr, "hr": lr.repeat(4, 1).repeat(4, 2)}, mesh)
     log = []
     for _ in range(steps):
-        state, metrics = step(state, batch)
+        state, metrics = train_step(state, batch)
         log.append(jax.device_get(metrics))
     return log, state
 
 
 def random_teacher():
     model = DVMSR(TEACHER, rngs=nnx.Rngs(1))
-    return training.Teacher(TEACHER, named_parameters(model))
+    return step.Teacher(TEACHER, named_parameters(model))
 
 
 def test_teacher_step_lowers_the_loss(config):
@@ -117,32 +120,29 @@ def test_output_distillation_is_the_distance_to_the_teacher(config):
     config = dataclasses.replace(
         config, phase="student", model=dataclasses.replace(TEACHER, drop_path=0.0)
     )
-    optimizer = training.make_optimizer(config.optim, 10)
-    state = training.init_state(config, optimizer, random_teacher())
+    state = step.init_state(config, random_teacher())
     lr = jnp.linspace(0, 1, 2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
-    hr = jnp.zeros((2, 32, 32, 3))
-    teacher = training.Teacher(config.model, state.params["model"])
-    _, parts = training.loss_function(
-        config, state.params, teacher, lr, hr, jax.random.split(jax.random.key(0))
-    )
+    batch = {"lr": lr, "hr": jnp.zeros((2, 32, 32, 3))}
+    teacher = step.Teacher(config.model, state.params["model"])
+    keys = jax.random.split(jax.random.key(0))
+    _, parts = step.loss_function(config, state.params, teacher, batch, keys)
     assert parts["distill_loss"] < 1e-6
 
 
 def test_ema_follows_the_weights(config):
     _, first = step_repeatedly(config, None, 1)
-    optimizer = training.make_optimizer(config.optim, 100)
-    start = training.init_state(config, optimizer, None).ema
+    start = step.init_state(config, None).ema
     for name, ema in first.ema.items():  # the decay of the first step is 1 / 10
         expected = 0.1 * start[name] + 0.9 * first.params["model"][name]
         np.testing.assert_allclose(ema, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_learning_rate_schedules():
-    halving = training.learning_rate(OptimConfig(), 500_000)
-    for step, factor in [(0, 1), (250_001, 2), (400_001, 4), (450_001, 8), (475_001, 16)]:
-        np.testing.assert_allclose(halving(step), 2e-4 / factor, rtol=1e-6)
+    halving = step.learning_rate(OptimConfig(), 500_000)
+    for at, factor in [(0, 1), (250_001, 2), (400_001, 4), (450_001, 8), (475_001, 16)]:
+        np.testing.assert_allclose(halving(at), 2e-4 / factor, rtol=1e-6)
     np.testing.assert_allclose(halving(249_999), 2e-4, rtol=1e-6)
-    cosine = training.learning_rate(OptimConfig(schedule="cosine", warmup=0.1), 1000)
+    cosine = step.learning_rate(OptimConfig(schedule="cosine", warmup=0.1), 1000)
     np.testing.assert_allclose([cosine(s) for s in (0, 50, 100)], [0, 1e-4, 2e-4], rtol=1e-6)
     np.testing.assert_allclose([cosine(s) for s in (550, 1000)], [1e-4, 0], rtol=1e-5, atol=1e-9)
 
@@ -157,7 +157,7 @@ def interrupt_at(step, monkeypatch, number):
 
     def spy(self, at, values):
         scalars(self, at, values)
-        if at == step:
+        if at == step and "loss" in values:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(report.Log, "scalars", spy)
@@ -194,11 +194,64 @@ def test_both_phases_leave_what_they_promise(config, monkeypatch):
     assert list((directory / "tensorboard").glob("events*"))
     sample = images.read_rgb(directory / "samples" / "0000006.png")
     assert sample.shape[1] > 3 * 300
-    assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == ["2", "4", "6"]
+    assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == ["3", "4", "6"]
 
     training.train(student)  # finished: nothing happens
     with pytest.raises(UserError, match=r"optim\.b1: 0\.9 there, 0\.8 now"):
         training.train(dataclasses.replace(student, optim=OptimConfig(learning_rate=5e-3, b1=0.8)))
+
+
+def test_dry_run_tells_the_cost_and_leaves_nothing(config, capsys):
+    training.dry_run(config)
+    printed = capsys.readouterr().out
+    for pattern in (
+        r"12,324 parameters, 6 steps of 2 crops",
+        r"GMACs",
+        r"[1-9]\d* MiB",
+        r"steps/s",
+    ):
+        assert re.search(pattern, printed), printed
+    assert not config.workdir.exists()
+
+
+def test_profile_and_pictures(config):
+    directory = training.train(dataclasses.replace(config, steps=8, val_every=8), profile=1)
+    (trace,) = directory.glob("profile/**/perfetto_trace.json.gz")
+    assert b"train_step" in gzip.decompress(trace.read_bytes())
+    assert images.read_rgb(directory / "curves.png").std() > 0
+
+
+def test_precomputed_targets_distil_like_the_teacher_itself(config):
+    """The first step's losses differ by the rounding to 8 bits only."""
+    training.train(config)
+    online = dataclasses.replace(student_of(config), steps=1)
+    precomputed = dataclasses.replace(
+        student_of(config, targets="precomputed"), steps=1, workdir=config.workdir / "other"
+    )
+    precomputed = dataclasses.replace(
+        precomputed,
+        distill=dataclasses.replace(precomputed.distill, teacher=config.workdir / "teacher"),
+        # Whole sub-images, because a crop's border looks different to the teacher.
+        data=dataclasses.replace(config.data, lr_crop=80),
+    )
+    online = dataclasses.replace(online, data=precomputed.data)
+    with pytest.raises(UserError, match=r"dvmsr_jax\.data distill"):
+        training.train(precomputed)
+    records = load_records(config.data, 4)
+    targets.distill(config.workdir / "teacher", records.folder, self_ensemble=False, batch_size=1)
+    losses = [
+        report.read_metrics(training.train(run) / "metrics.jsonl")[0]
+        for run in (online, precomputed)
+    ]
+    assert losses[0]["pixel_loss"] == pytest.approx(losses[1]["pixel_loss"], rel=1e-5)
+    assert losses[0]["distill_loss"] == pytest.approx(losses[1]["distill_loss"], abs=1 / 255)
+    assert losses[0]["distill_loss"] != losses[1]["distill_loss"]
+
+
+@pytest.mark.parametrize("options", [{"targets": "precomputed"}, {"self_ensemble": True}])
+def test_mid_level_distillation_needs_the_teacher_online(config, options):
+    with pytest.raises(UserError, match=r"for distill\.level=output only"):
+        training.train(student_of(config, level="mid", **options))
 
 
 def test_student_without_teacher_says_what_to_do(config):
@@ -216,29 +269,24 @@ def test_teacher_of_another_scale_is_refused(config):
 def test_rssb_pairs():
     config = TrainConfig(model=ModelConfig(rssbs=4))
     teacher = ModelConfig(rssbs=8)
-    assert training.rssb_pairs(config, teacher) == ((0, 1), (1, 3), (2, 5), (3, 7))
+    assert step.rssb_pairs(config, teacher) == ((0, 1), (1, 3), (2, 5), (3, 7))
     chosen = dataclasses.replace(config, distill=DistillConfig(rssbs=((0, 7),)))
-    assert training.rssb_pairs(chosen, teacher) == ((0, 7),)
+    assert step.rssb_pairs(chosen, teacher) == ((0, 7),)
     wrong = dataclasses.replace(config, distill=DistillConfig(rssbs=((4, 0),)))
     with pytest.raises(UserError, match=r"names \(4, 0\), but the student has 4"):
-        training.rssb_pairs(wrong, teacher)
+        step.rssb_pairs(wrong, teacher)
 
 
 def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     """The message names the step and the last checkpoint, and no later one is written."""
-    make = training.make_train_step
+    run = step.TrainStep.__call__
 
-    def poisoned(*args):
-        step = make(*args)
+    def poisoned(self, state, batch):
+        state, parts = run(self, state, batch)
+        return state, parts | {"loss": jnp.where(state.step == 4, jnp.nan, parts["loss"])}
 
-        def run(state, batch):
-            state, parts = step(state, batch)
-            return state, parts | {"loss": jnp.where(state.step == 4, jnp.nan, parts["loss"])}
-
-        return run
-
-    monkeypatch.setattr(training, "make_train_step", poisoned)
-    config = dataclasses.replace(config, log_every=6)
+    monkeypatch.setattr(step.TrainStep, "__call__", poisoned)
+    config = dataclasses.replace(config, log_every=6, val_every=6)
     with pytest.raises(
         UserError, match=r"loss is nan at step 4; the last good checkpoint is .*/2\."
     ):
@@ -249,37 +297,62 @@ def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
 
 def test_batch_must_split_over_the_devices(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    with pytest.raises(UserError, match="batch_size is 12, which 8 devices cannot share"):
+    with pytest.raises(UserError, match="batch size is 12, which 8 devices cannot share"):
         parallel.make_mesh(12)
+    with pytest.raises(UserError, match=r"16, which 8 devices .* in 4 accumulated parts"):
+        parallel.make_mesh(16, accumulate=4)
 
 
 DEVICES = """
-import sys
+import dataclasses, sys
 import jax, numpy as np
-from dvmsr_jax import parallel, training
+from flax import nnx
+from dvmsr_jax import data, parallel, step
 from dvmsr_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from dvmsr_jax.model import DVMSR, named_parameters
 
-config = TrainConfig(
-    phase="teacher",
-    model=ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4, drop_path=0.0),
-    data=DataConfig(batch_size=8), optim=OptimConfig(learning_rate=5e-3), steps=5,
-)
-mesh = parallel.make_mesh(8)
-optimizer = training.make_optimizer(config.optim, 5)
-state = parallel.replicate(training.init_state(config, optimizer, None), mesh)
-step = training.make_train_step(config, optimizer, mesh, None)
+SMALL = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4, drop_path=0.3)
+TEACHER = dataclasses.replace(SMALL, channels=12)
 rng = np.random.default_rng(0)
-for _ in range(5):
-    batch = {"lr": rng.integers(0, 256, (8, 6, 6, 3), np.uint8)}
-    batch["hr"] = batch["lr"].repeat(4, 1).repeat(4, 2)
-    state, metrics = step(state, parallel.shard_batch(batch, mesh))
-np.savez(sys.argv[1], loss=metrics["loss"], devices=jax.device_count(), **state.params["model"])
+records = {"lr": rng.integers(0, 256, (9, 8, 8, 3), np.uint8)}
+records["hr"] = records["lr"].repeat(4, 1).repeat(4, 2)
+records = [{name: x[i] for name, x in records.items()} for i in range(9)]
+teacher = step.Teacher(TEACHER, named_parameters(DVMSR(TEACHER, rngs=nnx.Rngs(1))))
+
+def run(phase, cached=False, **changes):
+    optim = OptimConfig(learning_rate=5e-3, accumulate=changes.pop("accumulate", 1))
+    config = TrainConfig(
+        phase=phase, model=SMALL, data=DataConfig(lr_crop=6, batch_size=8), optim=optim, steps=5,
+        **changes,
+    )
+    mesh = parallel.make_mesh(8, optim.accumulate)
+    frozen = teacher if phase == "student" else None
+    state = parallel.replicate(step.init_state(config, frozen), mesh)
+    cache = data.load_cache(records) if cached else None
+    train_step = step.TrainStep(config, mesh, frozen, cache)
+    span = {"seed": 0, "start": 0, "stop": 5}
+    batches = (
+        data.plans(records, config.data, **span)
+        if cached else data.batches(records, config.data, scale=4, **span)
+    )
+    for batch in parallel.prefetch(batches, mesh):
+        state, metrics = train_step(state, batch)
+    return {"loss": metrics["loss"], **state.params["model"]}
+
+results = {"teacher": run("teacher"), "student": run("student")}
+if jax.device_count() == 2:
+    results["student, accumulated"] = run("student", accumulate=4)
+    results["student, rematerialised"] = run("student", remat=True)
+    results["student, cached"] = run("student", cached=True)
+    print(*(len(x.sharding.device_set) for x in results["student"].values()))
+np.savez(sys.argv[1], **{f"{k}/{n}": x for k, v in results.items() for n, x in v.items()})
 """
 
 
-def test_any_number_of_devices_gives_the_same_result(tmp_path):
-    results = []
-    for devices in (1, 8):
+def test_devices_and_memory_savers_change_no_result(tmp_path):
+    """1, 2 and 8 devices in both phases; on 2, accumulation, rematerialisation and device cache."""
+    results = {}
+    for devices in (1, 2, 8):
         flags = (
             f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         )
@@ -289,9 +362,12 @@ def test_any_number_of_devices_gives_the_same_result(tmp_path):
             cwd=ROOT,
             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
             check=True,
+            capture_output=True,
         )
-        results.append(dict(np.load(path)))
-    one, eight = results
-    assert (one.pop("devices"), eight.pop("devices")) == (1, 8)
-    for name, value in one.items():
-        np.testing.assert_allclose(eight[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+        results |= {(devices, *name.split("/")): value for name, value in np.load(path).items()}
+    assert len({kind for _, kind, _ in results}) == 5
+    for (devices, kind, name), value in results.items():
+        expected = results[1, kind.split(",")[0], name]
+        np.testing.assert_allclose(
+            value, expected, rtol=1e-5, atol=1e-5, err_msg=f"{kind}, {devices} devices: {name}"
+        )

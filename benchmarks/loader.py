@@ -1,0 +1,136 @@
+"""Training crops a second, from disk and from device memory: `python -m benchmarks.loader`.
+
+Beside them stands what the models' steps (forward and backward, float32, without the optimizer)
+consume on this machine's devices. Crops per CPU-second count the time that the process's threads
+computed, so other programs on the machine disturb them little; crops a second need an idle machine.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from benchmarks import machine
+from configs import PRESETS
+from dvmsr_jax import data, losses
+from dvmsr_jax.config import DataConfig, ModelConfig
+from dvmsr_jax.data.pictures import Picture
+from dvmsr_jax.data.prepare import prepare
+from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+
+SCALE = 4
+COLUMNS = ("", "crops/s", "crops per CPU-second", "cores busy")
+
+
+def make_records(folder: Path, pictures: int) -> None:
+    """Prepares pictures of noise, 64 sub-images each; raw pixels, so noise reads like any other."""
+
+    def picture(i: int) -> Picture:
+        def load():
+            hr = np.random.default_rng(i).integers(0, 256, (2560, 2560, 3), np.uint8)
+            return hr, np.ascontiguousarray(hr[::SCALE, ::SCALE])
+
+        return Picture(f"noise {i}", f"noise {i}", load)
+
+    train = [picture(i) for i in range(pictures)]
+    prepare({"train": train, "val": [picture(pictures)]}, SCALE, folder)
+
+
+def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) -> list[str]:
+    """A row of the table; the first `warm_up` batches do not count."""
+    count = 0
+    for i, batch in enumerate(batches):
+        if i == warm_up:
+            start, cpu_start, count = time.perf_counter(), time.process_time(), 0
+        jax.block_until_ready(batch)
+        count += batch_size
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    rates = [count / seconds, count / cpu_seconds]
+    cells = [f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in rates]
+    return [name, *cells, f"{cpu_seconds / seconds:.1f}"]
+
+
+def make_step(config: ModelConfig) -> Callable[[dict[str, jax.Array]], Any]:
+    """The gradients of L1 by a model's weights, for a batch."""
+
+    def loss(parameters, batch):
+        lr, hr = (batch[name].astype(jnp.float32) / 255 for name in ("lr", "hr"))
+        return losses.l1(model_from_parameters(config, parameters)(lr), hr)
+
+    parameters = named_parameters(DVMSR(config, rngs=nnx.Rngs(0)))
+    gradients = jax.jit(jax.grad(loss))
+    return lambda batch: gradients(parameters, batch)
+
+
+def main(
+    records: Path | None = None,
+    workers: tuple[int, ...] = (1, 2, 4),
+    lr_crop: int = 64,
+    batch_size: int = 128,
+    step_batch_size: int = 8,
+    batches: int = 60,
+    smoke: bool = False,
+) -> None:
+    """Prints how fast crops are cut, and how fast training consumes them, as a Markdown table.
+
+    Args:
+        records: what `python -m dvmsr_jax.data prepare` made. None: 512 sub-images made for this,
+            which the system then has in its page cache.
+        workers: numbers of threads that read from disk.
+        lr_crop: side of the LR crops.
+        batch_size: crops in a batch.
+        step_batch_size: crops in a step of the models.
+        batches: batches to measure.
+        smoke: a quick run that only shows that everything works.
+    """
+    models = {
+        f"the {phase}'s step": PRESETS["paper"][phase].model for phase in ("student", "teacher")
+    }
+    pictures, warm_up, steps = 8, 5, 3
+    if smoke:
+        models = {"a small step": ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1)}
+        pictures, warm_up, steps, workers = 1, 1, 1, workers[:1]
+        lr_crop, batch_size, step_batch_size, batches = 16, 8, 2, 2
+    print(
+        f"{machine.describe()}; crops of {lr_crop}x{lr_crop} and {lr_crop * SCALE}x"
+        f"{lr_crop * SCALE} pixels, batches of {batch_size}\n"
+    )
+    print("|", " | ".join(COLUMNS), "|\n|", " | ".join(["---", *["---:"] * 3]), "|")
+    with tempfile.TemporaryDirectory() as temporary:
+        if records is None:
+            records = Path(temporary) / "records"
+            make_records(records, pictures)
+        train = data.load_records(DataConfig(prepared=records, lr_crop=lr_crop), SCALE).train
+        span: dict[str, Any] = {"seed": 0, "start": 0, "stop": warm_up + batches}
+
+        def show(name: str, batches: Iterable[Any], size: int = batch_size, skip: int = warm_up):
+            print("|", " | ".join(measure(name, batches, size, skip)), "|", flush=True)
+
+        for threads in workers:
+            config = DataConfig(lr_crop=lr_crop, batch_size=batch_size, workers=threads)
+            stream = data.batches(train, config, scale=SCALE, **span)
+            show(f"from disk, {threads} workers", stream)
+
+        show("plans alone", data.plans(train, config, **span))
+        cache = jax.device_put(data.load_cache(train))
+        cut = jax.jit(data.cut, static_argnums=(2, 3))
+        plans = data.plans(train, config, **span)
+        show("from device memory", (cut(cache, plan, lr_crop, SCALE) for plan in plans))
+
+        config = DataConfig(lr_crop=lr_crop, batch_size=step_batch_size)
+        (plan,) = data.plans(train, config, seed=0, start=0, stop=1)
+        batch = cut(cache, plan, lr_crop, SCALE)
+        for name, model in models.items():
+            step = make_step(model)
+            show(name, (step(batch) for _ in range(1 + steps)), step_batch_size, 1)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,203 @@
+"""Speed and memory of training steps: both phases, ways to distil, ways to save memory.
+
+python -m benchmarks.training
+python -m benchmarks.training --smoke
+
+The steps of a table's rows are taken in turns, so that a busy moment of the machine bears on all of
+them. Pictures are random numbers and weights are untrained, which changes no cost.
+"""
+
+import dataclasses
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+
+from benchmarks import machine
+from configs import PRESETS
+from dvmsr_jax import data, images, parallel
+from dvmsr_jax.config import Compute, TrainConfig
+from dvmsr_jax.cost import cost
+from dvmsr_jax.data.targets import distill
+from dvmsr_jax.model import DVMSR
+from dvmsr_jax.pretrained import save_safetensors
+from dvmsr_jax.step import init_state, memory_of
+from dvmsr_jax.training import load_teacher, make_machinery
+
+COLUMNS = ("step", "batch", "steps/s", "crops/s", "time", "waits for data", "TFLOP/s", "memory")
+
+
+class Row(NamedTuple):
+    """A line of a table: its label and what it trains."""
+
+    label: str
+    config: TrainConfig
+
+
+class Runner:
+    """A run whose steps are taken and timed one by one."""
+
+    def __init__(self, row: Row):
+        self.label, self.config = row
+        mesh = parallel.make_mesh(self.config.data.batch_size, self.config.optim.accumulate)
+        teacher = load_teacher(self.config)
+        self._teacher = None if teacher is None else teacher.config
+        self._state = parallel.replicate(init_state(self.config, teacher), mesh)
+        machinery = make_machinery(self.config, mesh, teacher)
+        self._batches, self._step = machinery.batches(0), machinery.step
+        self._memory = memory_of(self._step.compile(self._state, next(self._batches)))
+        self._seconds: list[float] = []
+        self._waited: list[float] = []
+
+    def step(self) -> None:
+        """One more step."""
+        begin = time.perf_counter()
+        batch = next(self._batches)
+        self._waited.append(time.perf_counter() - begin)
+        self._state, _ = jax.block_until_ready(self._step(self._state, batch))
+        self._seconds.append(time.perf_counter() - begin)
+
+    def forget(self) -> None:
+        """Drops the timings so far, of warming up."""
+        self._seconds, self._waited = [], []
+
+    def flops(self) -> int:
+        """Of a step: three times the forward pass, and once the teacher's if it is run."""
+        crop = self.config.data.lr_crop
+        own = cost(self.config.model, crop, crop)
+        total = 3 * (2 * own.macs + own.scan_flops)
+        if self._teacher and self.config.distill.targets == "online":
+            teachers = cost(self._teacher, crop, crop)
+            total += 2 * teachers.macs + teachers.scan_flops
+        return total * self.config.data.batch_size
+
+    def cells(self, first: "Runner") -> list[str]:
+        """The row, with the time relative to the first row's."""
+        seconds, batch = statistics.median(self._seconds), self.config.data.batch_size
+        return [
+            self.label,
+            f"{batch} x {self.config.data.lr_crop}²",
+            f"{1 / seconds:.3g}",
+            f"{batch / seconds:.3g}",
+            f"{seconds / statistics.median(first._seconds):.2f}",
+            f"{sum(self._waited) / sum(self._seconds):.1%}",
+            f"{self.flops() / seconds / 1e12:.3g}",
+            f"{self._memory / 2**20:,.0f} MiB",
+        ]
+
+
+def phases(student: TrainConfig, teacher: TrainConfig, weights: Path) -> Iterator[Row]:
+    """The student without and with a teacher, and the teacher."""
+
+    def taught(**options: Any) -> TrainConfig:
+        options = {"teacher": weights, **options}
+        return dataclasses.replace(student, distill=dataclasses.replace(student.distill, **options))
+
+    yield Row("student, no teacher", dataclasses.replace(student, phase="teacher"))
+    yield Row("student, precomputed targets", taught(targets="precomputed"))
+    yield Row("student, online teacher", taught())
+    yield Row("teacher", teacher)
+
+
+def savers(student: TrainConfig) -> Iterator[Row]:
+    """The student without a teacher, its step computed in several ways."""
+    plain = dataclasses.replace(student, phase="teacher")
+    accumulated = dataclasses.replace(plain.optim, accumulate=4)
+    yield Row("float32", plain)
+    yield Row(
+        "--precision bfloat16", dataclasses.replace(plain, compute=Compute(precision="bfloat16"))
+    )
+    yield Row("--optim.accumulate 4", dataclasses.replace(plain, optim=accumulated))
+    yield Row("--remat", dataclasses.replace(plain, remat=True))
+    yield Row("--remat, accumulate 4", dataclasses.replace(plain, remat=True, optim=accumulated))
+    cached = dataclasses.replace(plain.data, cache="device")
+    yield Row("--data.cache device", dataclasses.replace(plain, data=cached))
+
+
+def measure(rows: Iterator[Row], steps: int) -> None:
+    """Prints a table."""
+    runners = [Runner(row) for row in rows]
+    for runner in runners:
+        runner.step()
+        runner.forget()
+    for _, runner in itertools.product(range(steps), runners):
+        runner.step()
+    _print_row(COLUMNS)
+    _print_row(["---", *["---:"] * (len(COLUMNS) - 1)])
+    for runner in runners:
+        _print_row(runner.cells(runners[0]))
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """Pictures of random numbers."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        images.write_png(folder / f"{i}.png", rng.integers(0, 256, (640, 320, 3), np.uint8))
+
+
+def main(
+    presets: tuple[Literal["paper", "demo"], ...] = ("demo", "paper"),
+    tables: tuple[Literal["phases", "savers"], ...] = ("phases", "savers"),
+    batch_size: int | None = None,
+    steps: int = 5,
+    smoke: bool = False,
+) -> None:
+    """Prints speed and memory of training steps as Markdown tables.
+
+    "time" is relative to the table's first row. FLOP/s count three forward passes of the model in
+    training and one of an online teacher's.
+
+    Args:
+        presets: models and crops to take.
+        tables: phases: student and teacher, ways to distil. savers: precision, memory.
+        batch_size: crops a step; None: the preset's, but 4 on a CPU.
+        steps: steps to time for each row, after one that is not.
+        smoke: a quick run that only shows that everything works.
+    """
+    if smoke:
+        presets, steps, batch_size = ("demo",), 1, 4
+    if batch_size is None and jax.default_backend() == "cpu":
+        batch_size = 4
+    print(machine.describe())
+    with tempfile.TemporaryDirectory(prefix="dvmsr-benchmark-") as temporary:
+        folder = Path(temporary)
+        make_pictures(folder / "photos", 5)
+        for preset in presets:
+            configs = []
+            for config in PRESETS[preset].values():
+                size = batch_size or config.data.batch_size
+                crops = dataclasses.replace(
+                    config.data,
+                    batch_size=size,
+                    hr_dirs=(folder / "photos",),
+                    data_dir=folder,
+                    val_images=1,
+                )
+                configs.append(dataclasses.replace(config, data=crops, steps=10_000))
+            teacher, student = configs
+            for table in tables:
+                print(f"\n{preset}, {table}\n")
+                if table == "savers":
+                    measure(savers(student), steps)
+                    continue
+                weights = folder / f"{preset}.safetensors"
+                save_safetensors(DVMSR(teacher.model, rngs=nnx.Rngs(0)), weights)
+                records = data.load_records(student.data, student.model.scale)
+                distill(weights, records.folder, self_ensemble=False, batch_size=jax.device_count())
+                measure(phases(student, teacher, weights), steps)
+
+
+def _print_row(cells: Any) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,106 @@
+"""Prepares training data, checks it, and computes a teacher's outputs for it.
+
+python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
+python -m dvmsr_jax.data check DIR
+python -m dvmsr_jax.data distill --ckpt TEACHER --data DIR
+
+Each can be stopped at any time; the same command goes on where it was.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from dvmsr_jax.config import DataConfig
+from dvmsr_jax.data import targets
+from dvmsr_jax.data.check import check as find_problems
+from dvmsr_jax.data.pictures import find_pictures
+from dvmsr_jax.data.prepare import prepare as prepare_pictures
+from dvmsr_jax.data.records import read_counts, read_preparation
+from dvmsr_jax.errors import UserError
+
+# Problems that `check` prints at most; there can be one for each record.
+_SHOWN = 20
+
+
+def prepare(
+    out: Path,
+    hr_dirs: tuple[Path, ...] = (),
+    scale: Literal[2, 3, 4] = 4,
+    val_images: int = DataConfig.val_images,
+    data_dir: Path = DataConfig.data_dir,
+) -> None:
+    """Cuts pictures into aligned LR and HR sub-images, for train.py --data.prepared OUT.
+
+    Args:
+        out: the folder to make.
+        hr_dirs: folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K.
+        scale: upscaling factor.
+        val_images: pictures kept apart from training for validation.
+        data_dir: where TFDS keeps its downloads.
+    """
+    config = DataConfig(hr_dirs=hr_dirs, val_images=val_images, data_dir=data_dir)
+    prepare_pictures(find_pictures(config, scale), scale, out.expanduser())
+    print(_summary(out.expanduser()))
+
+
+def check(folder: tyro.conf.Positional[Path]) -> None:
+    """Checks a prepared folder: counts, sizes, checksums, and that each LR belongs to its HR.
+
+    Args:
+        folder: what `prepare` made.
+    """
+    problems = find_problems(folder.expanduser())
+    print(_summary(folder.expanduser()))
+    if problems:
+        print("\n".join(problems[:_SHOWN]))
+        more = f", the first {_SHOWN} above" if len(problems) > _SHOWN else ""
+        sys.exit(f"error: {len(problems)} problems{more}; remove the folder and prepare it anew")
+    print("no problems")
+
+
+def distill(ckpt: Path, data: Path, self_ensemble: bool = False, batch_size: int = 16) -> None:
+    """Computes a teacher's outputs for prepared sub-images, for --distill.targets=precomputed.
+
+    Args:
+        ckpt: the teacher: a checkpoint directory, a .safetensors file or a published .pth file.
+        data: what `prepare` made; the outputs go into its folder `targets`.
+        self_ensemble: average over the eight flips and turns; a better teacher, eight times slower.
+        batch_size: sub-images at a time, over all devices.
+    """
+    folder = targets.distill(
+        ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size
+    )
+    print(f"the teacher's outputs are in {folder}")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"prepare": prepare, "check": check, "distill": distill}
+
+
+def _summary(folder: Path) -> str:
+    shards = read_preparation(folder)["shards"].values()
+    pictures = sum(len(shard["pictures"]) for shard in shards)
+    left_out = sum(len(shard["left_out"]) for shard in shards)
+    counts = ", ".join(f"{n:,} for {split}" for split, n in read_counts(folder).items())
+    size = sum(shard["bytes"] for shard in shards) / 1e9
+    pictures_used = f"{pictures:,} pictures ({left_out} left out)"
+    return f"{folder}: {counts} sub-images of {pictures_used}, {size:.1f} GB"
+
+
+def main() -> None:
+    """Does what the command line says."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="python -m dvmsr_jax.data", description=__doc__
+        )
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from there")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Whether prepared records are whole and right."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from dvmsr_jax import bicubic
+from dvmsr_jax.data import records
+
+# Pixels from the border of a sub-image that see what lies outside when the picture is shrunk.
+_BORDER = 2
+# Largest mean difference, in grey levels, between LR and what HR gives when shrunk. It is 0 for
+# pictures that were shrunk here; one LR pixel's shift of a photograph makes several.
+_MAX_DIFFERENCE = 0.25
+
+
+def check(folder: Path) -> list[str]:
+    """What is wrong with a folder of records, a line each.
+
+    Compares files with their checksums, and records with the pictures that they are said to be of:
+    how many, how large, and whether each LR is what bicubic makes of its HR.
+
+    Raises:
+        DataError: it is no folder of prepared records.
+    """
+    preparation = records.read_preparation(folder)
+    scale, shards = preparation["scale"], preparation["shards"]
+    problems = list(_check_counts(folder, shards))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checked = pool.map(
+            lambda name: list(_check_shard(folder / name, shards[name], scale)), shards
+        )
+        for found in tqdm(checked, total=len(shards), desc="checking", unit="file"):
+            problems += found
+    return problems
+
+
+def _check_counts(folder: Path, shards: dict[str, dict[str, Any]]) -> Iterator[str]:
+    said = records.read_counts(folder)
+    for split, count in said.items():
+        listed = sum(shard["records"] for shard in shards.values() if shard["split"] == split)
+        if count != listed:
+            yield f"{folder}: {count} {split} records by TFDS's files, {listed} were prepared"
+
+
+def _check_shard(path: Path, shard: dict[str, Any], scale: int) -> Iterator[str]:
+    if not path.exists():
+        yield f"{path}: is missing"
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+            yield f"{path}: is damaged, its checksum is another one"
+            return
+    pictures = [p for p in shard["pictures"] for _ in range(p["records"])]
+    count = 0
+    for count, record in enumerate(records.open_shard(path), start=1):
+        if count > len(pictures):
+            continue
+        picture, name = pictures[count - 1], os.fsdecode(record["name"])
+        if name != picture["name"]:
+            yield f"{path}: record {count - 1} is of {name}, not of {picture['name']}"
+        seen = (picture["lr_height"], picture["lr_width"])
+        difference = _difference(record["lr"], record["hr"], seen, scale)
+        if difference > _MAX_DIFFERENCE:
+            yield (
+                f"{path}: record {count - 1}, of {name}: LR is not HR made small, they differ by "
+                f"{difference:.2f} grey levels on average"
+            )
+    if not count == len(pictures) == shard["records"]:
+        yield f"{path}: holds {count} records, {shard['records']} were written"
+
+
+def _difference(
+    lr: UInt8[np.ndarray, "h w 3"],
+    hr: UInt8[np.ndarray, "H W 3"],
+    picture_size: tuple[int, int],
+    scale: int,
+) -> float:
+    """Mean difference between LR and HR made small, where no border is near."""
+    inside = tuple(
+        slice(_BORDER, min(size, whole) - _BORDER)
+        for size, whole in zip(lr.shape, picture_size, strict=False)
+    )
+    made = bicubic.downscale(hr, scale)[inside].astype(np.int16)
+    return float(np.abs(made - lr[inside]).mean()) if made.size else 0.0

@@ -1,0 +1,243 @@
+"""The form of prepared records: aligned sub-images, a TFDS dataset in ArrayRecord files.
+
+A folder of them holds TFDS's own files and PREPARATION, which says what each shard was made of.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import UInt8
+from tensorflow_datasets.proto import tf_example_pb2
+
+from dvmsr_jax.errors import UserError
+
+# Side of a stored HR sub-image, rounded down to a multiple of the scale. Large enough for the
+# paper's 256x256 crops to move in, small enough to be read quickly for one crop.
+SUB_IMAGE = 320
+NAME = "sr_sub_images"
+PREPARATION = "preparation.json"
+
+
+class DataError(UserError):
+    """There is nothing to train on; the message says what to pass."""
+
+
+class Records(NamedTuple):
+    """Random-access sequences of {"hr", "lr", "name"}, and the folder that they lie in."""
+
+    train: Sequence[dict[str, Any]]
+    val: Sequence[dict[str, Any]]
+    folder: Path
+
+
+class SubImages(Sequence[dict[str, Any]]):
+    """A split's records, read from disk as they are used."""
+
+    def __init__(self, source: Sequence[bytes] | ArrayRecordDataSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return _decode(self._source[index])
+
+
+def hr_side(scale: int) -> int:
+    """Side of the stored HR sub-images."""
+    return SUB_IMAGE // scale * scale
+
+
+def sub_images(
+    lr: UInt8[np.ndarray, "h w 3"], hr: UInt8[np.ndarray, "H W 3"], side: int, scale: int
+) -> Iterator[tuple[UInt8[np.ndarray, "_ _ 3"], UInt8[np.ndarray, "_ _ 3"]]]:
+    """(LR, HR) squares of `side` HR pixels that cover the picture, overlapping as needed.
+
+    A picture smaller than that is continued by its mirror image.
+    """
+    lr_side = side // scale
+    pad = [(0, max(lr_side - size, 0)) for size in lr.shape[:2]]
+    lr = np.pad(lr, (*pad, (0, 0)), "symmetric")
+    hr = np.pad(hr, (*((0, after * scale) for _, after in pad), (0, 0)), "symmetric")
+
+    def offsets(size):
+        count = math.ceil(size / lr_side)
+        return np.linspace(0, size - lr_side, count).round().astype(int)
+
+    for y in offsets(lr.shape[0]):
+        for x in offsets(lr.shape[1]):
+            yield (
+                lr[y : y + lr_side, x : x + lr_side],
+                hr[y * scale : y * scale + side, x * scale : x * scale + side],
+            )
+
+
+def _features(scale: int) -> tfds.features.FeaturesDict:
+    def square(side):
+        # Raw bytes: decoding a PNG would take several times longer than all the rest.
+        return tfds.features.Tensor(
+            shape=(side, side, 3), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+        )
+
+    side = hr_side(scale)
+    return tfds.features.FeaturesDict(
+        {"lr": square(side // scale), "hr": square(side), "name": tfds.features.Text()}
+    )
+
+
+class ShardWriter:
+    """Writes records to one file of a split. Raises OSError if the disk is full."""
+
+    def __init__(self, path: Path):
+        # Photographs' raw pixels are compressed to half, but take three times as long to read then.
+        self._writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
+
+    def write(
+        self, lr: UInt8[np.ndarray, "h w 3"], hr: UInt8[np.ndarray, "H W 3"], name: str
+    ) -> None:
+        """Appends a record."""
+        values = {"hr": hr.tobytes(), "lr": lr.tobytes(), "name": os.fsencode(name)}
+        example = tf_example_pb2.Example()
+        for key, value in values.items():
+            example.features.feature[key].bytes_list.value.append(value)
+        # TFDS's own `serialize_example` writes the fields in another order in every process.
+        record = example.SerializeToString(deterministic=True)
+        with _as_os_error():
+            self._writer.write(record)
+
+    def close(self) -> None:
+        """The file is whole after this."""
+        with _as_os_error():
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def open_shard(path: Path) -> SubImages:
+    """The records in one file."""
+    return SubImages(ArrayRecordDataSource(os.fspath(path)))
+
+
+def _decode(record: bytes) -> dict[str, Any]:
+    """{"hr", "lr", "name"} of a serialized tf.train.Example, without a copy of the pixels.
+
+    protobuf's own parser makes two, which takes longer than reading the record.
+    """
+    (features,) = _messages(memoryview(record))
+    values: dict[str, Any] = {}
+    for entry in _messages(features):
+        key, feature = _messages(entry)
+        (bytes_list,) = _messages(feature)
+        (values[bytes(key).decode()],) = _messages(bytes_list)
+    for name in ("lr", "hr"):
+        pixels = np.frombuffer(values[name], np.uint8)
+        side = math.isqrt(len(pixels) // 3)
+        values[name] = pixels.reshape(side, side, 3)
+    return values | {"name": bytes(values["name"])}
+
+
+def _messages(message: memoryview) -> Iterator[memoryview]:
+    """The fields of a protobuf message that holds nothing but strings and messages."""
+    position = 0
+    while position < len(message):
+        position += 1  # the field's number and kind
+        length, shift, more = 0, 0, True
+        while more:
+            length |= (message[position] & 0x7F) << shift
+            more = message[position] >= 0x80
+            position, shift = position + 1, shift + 7
+        yield message[position : position + length]
+        position += length
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """TFDS's name for a file of a split."""
+    return f"{NAME}-{split}.array_record-{index:05}-of-{count:05}"
+
+
+def write_metadata(folder: Path, scale: int, shards: dict[str, list[tuple[int, int]]]) -> None:
+    """Makes a folder of shards a TFDS dataset; `shards` are (records, bytes), by split."""
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=NAME, filetype_suffix="array_record"
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=_features(scale),
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[records for records, _ in sizes],
+                num_bytes=sum(size for _, size in sizes),
+                filename_template=template.replace(split=split),
+            )
+            for split, sizes in shards.items()
+        ],
+        filename_template=template,
+        check_data=False,
+        description="Aligned low- and high-resolution sub-images.",
+    )
+
+
+def read_preparation(folder: Path) -> dict[str, Any]:
+    """What a folder of records was prepared of.
+
+    Raises:
+        DataError: it is no such folder.
+    """
+    try:
+        return json.loads((folder / PREPARATION).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}: holds no prepared records ({error}); make them with\n"
+            f"  python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out {folder}"
+        ) from error
+
+
+def read_counts(folder: Path) -> dict[str, int]:
+    """Numbers of records by split, as TFDS has them. Raises DataError if its files are damaged."""
+    return {split: info.num_examples for split, info in _builder(folder).info.splits.items()}
+
+
+def open_records(folder: Path) -> Records:
+    """The records in a folder that was prepared.
+
+    Raises:
+        DataError: it is none, or files of it are missing or damaged.
+    """
+    missing = [name for name in read_preparation(folder)["shards"] if not (folder / name).exists()]
+    if missing:
+        raise DataError(f"{folder}: {missing[0]} is missing; remove the folder and prepare it anew")
+    builder = _builder(folder)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    train, val = (
+        SubImages(builder.as_data_source(split, deserialize_method=raw))
+        for split in ("train", "val")
+    )
+    return Records(train, val, folder)
+
+
+def _builder(folder: Path) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # whatever TFDS stumbles over
+        raise DataError(
+            f"{folder}: TFDS cannot read it ({type(error).__name__}: {error}); remove the folder "
+            "and prepare it anew"
+        ) from error

@@ -1,0 +1,245 @@
+"""What one training step computes, in both phases: state, losses, gradients, update.
+
+teacher: L1 to the HR pictures. student: that plus lambda times L1 to a frozen teacher, at the
+output or at chosen RSSBs (arXiv 2405.03008, section 3.3). Both minimise with Adam under the paper's
+schedule and average the weights; validation, export and distillation use the average.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Key
+
+from dvmsr_jax import data, losses, parallel
+from dvmsr_jax.config import ModelConfig, OptimConfig, TrainConfig
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import average_over_symmetries
+from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+
+# The paper halves the learning rate at 250, 400, 450 and 475 of 500 thousand steps.
+HALVINGS = (0.5, 0.8, 0.9, 0.95)
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. Random keys and batches are functions of the seed and the step."""
+
+    step: Array
+    params: dict[str, dict[str, Array]]
+    """"model" and, in mid-level distillation, "projections"; each by name."""
+    opt_state: Any
+    ema: dict[str, Array]
+    """The averaged weights of the model."""
+
+
+class Teacher(NamedTuple):
+    """A frozen teacher."""
+
+    config: ModelConfig
+    parameters: dict[str, Array]
+
+
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+    """The learning rate at each step of a run of `steps`."""
+    warmup = round(config.warmup * steps)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1))
+    else:
+        halvings = {round(share * steps) - warmup: 0.5 for share in HALVINGS}
+        main = optax.piecewise_constant_schedule(config.learning_rate, halvings)
+    if not warmup:
+        return main
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    return optax.join_schedules([rise, main], [warmup])
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Adam under the schedule, on gradients clipped by their global norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adam(learning_rate(config, steps), b1=config.b1, b2=config.b2),
+    )
+
+
+def rssb_pairs(config: TrainConfig, teacher: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """Which RSSB's features are compared with which of the teacher's, in mid-level distillation."""
+    if not config.distill.rssbs:
+        ratio = teacher.rssbs / config.model.rssbs
+        return tuple((i, round((i + 1) * ratio) - 1) for i in range(config.model.rssbs))
+    for student_rssb, teacher_rssb in config.distill.rssbs:
+        if not (0 <= student_rssb < config.model.rssbs and 0 <= teacher_rssb < teacher.rssbs):
+            raise UserError(
+                f"distill.rssbs names ({student_rssb}, {teacher_rssb}), but the student has "
+                f"{config.model.rssbs} RSSBs and the teacher {teacher.rssbs}, counted from 0"
+            )
+    return config.distill.rssbs
+
+
+def init_state(config: TrainConfig, teacher: Teacher | None) -> TrainState:
+    """The state before the first step."""
+    optimizer = make_optimizer(config.optim, config.steps)
+
+    @jax.jit  # to compile once rather than operation by operation
+    def init():
+        key = jax.random.key(config.seed)
+        model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key)))
+        params = {"model": model, "projections": {}}
+        if teacher is not None and config.distill.level == "mid":
+            shape = (config.model.channels, teacher.config.channels)
+            for i in range(len(rssb_pairs(config, teacher.config))):
+                projection = nnx.initializers.lecun_normal()(jax.random.fold_in(key, i), shape)
+                params["projections"][f"{i}"] = projection
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), model)
+
+    return init()
+
+
+def loss_function(
+    config: TrainConfig,
+    params: dict[str, dict[str, Array]],
+    teacher: Teacher | None,
+    batch: dict[str, Float[Array, "b _ _ 3"]],
+    keys: Key[Array, " b"],
+) -> tuple[Array, dict[str, Array]]:
+    """(loss, its parts) on crops in [0, 1], "lr" and "hr", with a drop-path key for each.
+
+    Distils if there is a `teacher`, whose answers are computed here unless they are in the batch as
+    "target".
+    """
+    model = model_from_parameters(config.model, params["model"], compute=config.compute)
+    output, features = model.with_features(batch["lr"], keys=keys, remat=config.remat)
+    pixel = losses.l1(output, batch["hr"])
+    if teacher is None:
+        return pixel, {"loss": pixel, "pixel_loss": pixel}
+
+    if "target" in batch:
+        distillation = losses.l1(output, batch["target"])
+    else:
+        teach = model_from_parameters(teacher.config, teacher.parameters, compute=config.compute)
+        if config.distill.level == "output":
+            ensemble = config.distill.self_ensemble
+            lr = batch["lr"]
+            target = average_over_symmetries(teach, lr) if ensemble else teach(lr)
+            distillation = losses.l1(output, jax.lax.stop_gradient(target))
+        else:
+            pairs = rssb_pairs(config, teacher.config)
+            target_features = jax.lax.stop_gradient(teach.with_features(batch["lr"])[1])
+            distillation = losses.mid_level(
+                [features.rssbs[i] for i, _ in pairs],
+                [target_features.rssbs[j] for _, j in pairs],
+                [params["projections"][f"{i}"] for i in range(len(pairs))],
+            )
+    loss = pixel + config.distill.weight * distillation
+    return loss, {"loss": loss, "pixel_loss": pixel, "distill_loss": distillation}
+
+
+class TrainStep:
+    """step(state, batch) -> (state, metrics), compiled once; donates the state.
+
+    A batch is of uint8 crops, {"lr", "hr"[, "target"]}, or, with a `cache` of the whole sub-images
+    on the devices, a plan of them (`data.plans`); it is sharded over the mesh, all else replicated.
+
+    Loss and gradients are computed under `shard_map`, each device on its share of the batch, so
+    that kernels which XLA cannot partition stay local; their means over the devices update the
+    parameters. The result depends on the global batch and not on how many devices and
+    accumulated parts share it, but for rounding.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        teacher: Teacher | None = None,
+        cache: Mapping[str, Array | np.ndarray] | None = None,
+    ):
+        optimizer = make_optimizer(config.optim, config.steps)
+        schedule = learning_rate(config.optim, config.steps)
+        replicated, sharded = PartitionSpec(), PartitionSpec(parallel.AXIS)
+
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(replicated, replicated, replicated, sharded),
+            out_specs=replicated,
+            check_vma=False,  # the means below are explicit, and custom VJPs stay simple
+        )
+        def gradients(params, constants, step, batch):
+            if cache is not None:
+                batch = data.cut(constants["cache"], batch, config.data.lr_crop, config.model.scale)
+            frozen = None if teacher is None else Teacher(teacher.config, constants["teacher"])
+            count = len(batch["lr"])
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            numbers = jax.lax.axis_index(parallel.AXIS) * count + jnp.arange(count)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+
+            def one_part(batch, keys):
+                crops = {name: x.astype(jnp.float32) / 255 for name, x in batch.items()}
+                loss = functools.partial(loss_function, config)
+                return jax.grad(loss, has_aux=True)(params, frozen, crops, keys)
+
+            result = _mean_over_parts(one_part, config.optim.accumulate, batch, keys)
+            return jax.lax.pmean(result, parallel.AXIS)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def train_step(state, constants, batch):
+            grads, parts = gradients(state.params, constants, state.step, batch)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            # Early averages would remember the random start: let the memory grow with the run.
+            t = state.step.astype(jnp.float32)
+            decay = jnp.minimum(config.optim.ema_decay, (1 + t) / (10 + t))
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params["model"])
+            parts |= {
+                "gradient_norm": optax.tree.norm(grads),
+                "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            }
+            return TrainState(state.step + 1, params, opt_state, ema), parts
+
+        self._step: Any = train_step
+        # Arguments rather than constants, for XLA not to fold 7 million weights into the code.
+        self._constants = parallel.replicate(
+            {"teacher": {} if teacher is None else teacher.parameters, "cache": cache or {}}, mesh
+        )
+
+    def __call__(
+        self, state: TrainState, batch: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The state after the step and the metrics of its batch."""
+        return self._step(state, self._constants, batch)
+
+    def compile(self, state: TrainState, batch: dict[str, Array]) -> jax.stages.Compiled:
+        """Compiles it for such a batch, and gives the program, which tells what it costs."""
+        self._step = self._step.lower(state, self._constants, batch).compile()
+        return self._step
+
+
+def memory_of(program: jax.stages.Compiled) -> int:
+    """Bytes that a program takes on each device: arguments, results and temporary arrays."""
+    sizes: Any = program.memory_analysis()
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
+    )
+
+
+def _mean_over_parts(function, parts, *inputs):
+    """The mean of `function` over equal parts of the inputs, one after the other."""
+    if parts == 1:
+        return function(*inputs)
+    inputs = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
+    shapes = jax.eval_shape(lambda inputs: function(*jax.tree.map(lambda x: x[0], inputs)), inputs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    total, _ = jax.lax.scan(add, zeros, inputs)
+    return jax.tree.map(lambda x: x / parts, total)

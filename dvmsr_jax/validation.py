@@ -1,0 +1,57 @@
+"""Scores of weights in training, on the pictures kept apart."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt8
+
+from dvmsr_jax import bicubic, data, images, metrics, report
+from dvmsr_jax.config import ModelConfig, TrainConfig
+from dvmsr_jax.model import model_from_parameters
+from dvmsr_jax.step import Teacher
+
+
+class Validator:
+    """Upscales the validation sub-images, on one device."""
+
+    def __init__(self, config: TrainConfig, records: data.Records, teacher: Teacher | None):
+        self._config = config
+        self._records = [records.val[i] for i in range(len(records.val))]
+        self._forward = jax.jit(self._upscale, static_argnums=0)
+        bicubics = [bicubic.upscale(record["lr"], config.model.scale) for record in self._records]
+        self._first_bicubic = bicubics[0]
+        self.fixed_scores = {"val_bicubic_psnr_y": self._mean_psnr_y(bicubics)}
+        """Scores that stay the same: of bicubic and, if there is one, of the teacher."""
+        if teacher is not None:
+            results = self._results(teacher.config, teacher.parameters)
+            self.fixed_scores["val_teacher_psnr_y"] = self._mean_psnr_y(results)
+
+    def __call__(self, parameters: Mapping[str, Array]) -> tuple[float, UInt8[np.ndarray, "H W 3"]]:
+        """(mean PSNR-Y, a sample picture bicubic | ours | HR)."""
+        results = self._results(self._config.model, parameters)
+        panels = {"bicubic": self._first_bicubic, "ours": results[0], "HR": self._records[0]["hr"]}
+        return self._mean_psnr_y(results), report.side_by_side(panels)
+
+    def describe(self, step: int, psnr_y: float) -> str:
+        """A line for the terminal."""
+        others = [f"{name.split('_')[1]} {x:.2f}" for name, x in self.fixed_scores.items()]
+        return f"step {step}: PSNR-Y {psnr_y:.2f} dB ({', '.join(others)})"
+
+    def _results(self, config, parameters):
+        # By way of the host, so that the arrays are no longer spread over a mesh.
+        parameters = {name: np.asarray(x) for name, x in parameters.items()}
+        return [
+            images.to_uint8(np.asarray(self._forward(config, parameters, record["lr"][None])[0]))
+            for record in self._records
+        ]
+
+    def _upscale(self, config: ModelConfig, parameters, lr):
+        model = model_from_parameters(config, parameters, compute=self._config.compute)
+        return model(lr.astype(jnp.float32) / 255)
+
+    def _mean_psnr_y(self, results):
+        scale = self._config.model.scale
+        pairs = zip(results, self._records, strict=True)
+        return float(np.mean([metrics.psnr_y(sr, record["hr"], scale) for sr, record in pairs]))

@@ -1,0 +1,187 @@
+"""Runs of whole processes: several of them together, killed ones, and full disks."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dvmsr_jax import images
+from dvmsr_jax.checkpoint import load_weights
+from dvmsr_jax.report import read_metrics
+from tests import crash_resume
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "--preset=demo",
+    "--model.channels",
+    "8",
+    "--model.rssbs",
+    "1",
+    "--model.states",
+    "4",
+    "--model.drop-path",
+    "0.2",
+    "--data.lr-crop",
+    "8",
+    "--data.batch-size",
+    "8",
+    "--steps",
+    "6",
+    "--log-every",
+    "1",
+    "--checkpoint-every",
+    "2",
+    "--val-every",
+    "3",
+]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Pictures of noise."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        images.write_png(
+            tmp_path / "photos" / f"{i}.png", rng.integers(0, 256, (90, 96, 3), np.uint8)
+        )
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def start(tmp_path, photos):
+    """start(phase, name, devices, *options): a process that trains in the folder `name`."""
+    processes = []
+
+    def start(phase, name, devices, *options):
+        words = ["--workdir", tmp_path / name, "--data.hr-dirs", photos]
+        words += ["--data.data-dir", tmp_path / "records"]
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "train.py", f"--phase={phase}", *SMALL, *words, *options],
+            env=os.environ
+            | {
+                "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def finish(*processes):
+    """Their output, when they have ended well."""
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def pair(start, phase, name, *options):
+    """Two processes of two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    addresses = ["--cluster.coordinator-address", f"localhost:{port}", "--cluster.num-processes=2"]
+    return [
+        start(phase, name, 2, *options, *addresses, f"--cluster.process-id={i}") for i in range(2)
+    ]
+
+
+def assert_same_run(one, other, **tolerance):
+    """The same losses at the same steps, and the same weights."""
+    logs = [
+        {
+            line["step"]: line["loss"]
+            for line in read_metrics(run / "metrics.jsonl")
+            if "loss" in line
+        }
+        for run in (one, other)
+    ]
+    assert sorted(logs[0]) == list(range(1, 7))
+    np.testing.assert_allclose(*(list(log.values()) for log in logs), **tolerance)
+    (_, expected), (_, found) = load_weights(one), load_weights(other)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, **tolerance, err_msg=name)
+
+
+def test_two_processes_are_like_one(start, tmp_path):
+    """In both phases, the first one stopped by a signal to one of them and started again."""
+    finish(start("teacher", "one", 4))
+    both = pair(start, "teacher", "two")
+    while not read_metrics(tmp_path / "two/teacher/metrics.jsonl"):
+        assert both[0].poll() is None, both[0].communicate()[0]
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGTERM)  # the one that logs learns of it from the other
+    first, second = finish(*both)
+    assert re.search(r"stopped after step [1-5]; the same command goes on", first), first
+    assert "step/s" not in second  # one of them speaks
+    first, _ = finish(*pair(start, "teacher", "two"))
+    assert not re.search("steps 0 to 6", first), first
+    assert_same_run(tmp_path / "one/teacher", tmp_path / "two/teacher", rtol=1e-5, atol=1e-5)
+
+    teacher = ["--distill.teacher", tmp_path / "one/teacher"]
+    finish(start("student", "one", 4, *teacher))
+    finish(*pair(start, "student", "two", *teacher))
+    assert_same_run(tmp_path / "one/student", tmp_path / "two/student", rtol=1e-5, atol=1e-5)
+
+
+def test_killed_runs_end_like_an_undisturbed_one(tmp_path):
+    """The short form; `python tests/crash_resume.py` kills twenty times."""
+    crash_resume.main(tmp_path / "work", kills=3, steps=12, seed=1)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 4 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk(start, small_disk, tmp_path):
+    """The run ends with a message, and goes on from the last good checkpoint later."""
+    finish(start("teacher", "whole", 1))
+    process = start("teacher", "small/run", 1)
+    while not (small_disk / "run/teacher/checkpoints/2").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    newest = max(int(p.name) for p in (small_disk / "run/teacher/checkpoints").iterdir())
+    process = start("teacher", "small/run", 1)
+    output = process.communicate(timeout=600)[0]
+    if newest < 6:
+        assert process.returncode == 1, output
+        assert re.search(r"^error: .*No space left on device", output, re.MULTILINE), output
+        assert "Traceback" not in output
+    load_weights(small_disk / "run/teacher/checkpoints" / str(newest))
+
+    filler.unlink()
+    finish(start("teacher", "small/run", 1))
+    assert_same_run(tmp_path / "whole/teacher", small_disk / "run/teacher", rtol=0, atol=0)
