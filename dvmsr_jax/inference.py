@@ -166,7 +166,7 @@ def keep_compiled_programs() -> None:
     For programs to call, not for libraries: it changes JAX's settings. A folder that the user has
     set (JAX_COMPILATION_CACHE_DIR) stays.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "programs"))
 
 
