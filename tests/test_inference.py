@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from flax import nnx
 from jax import monitoring
 
+from benchmarks import inference
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import make_streamer, make_tiler
+from dvmsr_jax.inference import _columns, keep_compiled_programs, make_streamer, make_tiler
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import load_model
 
@@ -101,6 +103,36 @@ def test_one_program_serves_all_heights(monkeypatch):
         assert events
     finally:
         monitoring.unregister_event_duration_listener(listen)
+
+
+def test_columns_are_few_and_never_too_few():
+    columns = [_columns(w) for w in range(1, 4097)]
+    assert all(w <= c <= 1.125 * w for w, c in enumerate(columns, start=1))
+    assert len(set(columns)) == 16 + 8 * 8  # 1 to 16, and eight in each doubling up to 4,096
+
+
+def test_compiled_programs_are_kept_where_the_user_wants_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = "jax_compilation_cache_dir"
+    before = jax.config.values[name]
+    try:
+        keep_compiled_programs()
+        assert jax.config.values[name] == before
+        jax.config.update(name, None)
+        keep_compiled_programs()
+        assert Path(jax.config.values[name]).is_relative_to(tmp_path)
+    finally:
+        jax.config.update(name, before)
+
+
+@pytest.mark.parametrize("mode", ["whole", "streaming"])
+def test_benchmark_measures(mode, monkeypatch):
+    monkeypatch.setattr(inference, "CONFIG", TINY)
+    monkeypatch.setattr(inference, "CASE_SECONDS", 0)
+    result = inference.measure(5, 7, inference.How(mode, "bfloat16", "auto"))
+    assert result.first > 0
+    assert result.seconds > 0
+    assert inference.growth({n: 3e-6 * n**1.5 for n in (4, 16, 64)}) == pytest.approx(1.5)
 
 
 def test_bidirectional_models_are_not_streamed():
