@@ -113,6 +113,7 @@ def main(
         "sequential",
         "chunked-carried",
         "chunked-parallel",
+        "auto",
     ),
     smoke: bool = False,
 ) -> None:
@@ -122,7 +123,7 @@ def main(
         sizes: of the low-resolution picture, WIDTHxHEIGHT or the side of a square.
         modes: the picture at once, or in bands.
         precisions: of convolutions and projections.
-        scans: implementations of the selective scan.
+        scans: implementations of the selective scan (auto: native or triton where they run).
         smoke: a quick run that only shows that everything works.
     """
     if smoke:

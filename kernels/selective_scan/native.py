@@ -86,13 +86,13 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 @functools.cache
-def is_available() -> bool:
-    """Whether `selective_scan` runs here. Compiles it if need be, which takes seconds, once."""
+def missing() -> str | None:
+    """What `selective_scan` lacks here, None if it can run. Compiles it if need be, in seconds."""
     try:
         register()
-    except NativeUnavailableError:
-        return False
-    return True
+    except NativeUnavailableError as error:
+        return str(error)
+    return None
 
 
 @functools.cache
