@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -21,6 +22,10 @@ from kernels.selective_scan import chunked
 
 SOURCE = Path(__file__).with_suffix(".cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+
+
+# XLA knows one library only, so that no two threads may compile one each.
+_LOCK = threading.Lock()
 
 
 class NativeUnavailableError(RuntimeError):
@@ -39,11 +44,7 @@ def selective_scan(
     delta_softplus: bool,
     initial_state: Float[Array, "b d n"],
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract.
-
-    Raises NativeUnavailableError.
-    """
-    register()
+    """(y, final state); `op.selective_scan` has the contract."""
     return _scan(delta_softplus, u, delta, A, B, C, D, z, delta_bias, initial_state)
 
 
@@ -97,13 +98,14 @@ def missing() -> str | None:
 
 @functools.cache
 def register() -> str:
-    """Makes the compiled scan known to XLA; its name there."""
+    """Makes the compiled scan known to XLA; its name there. Raises NativeUnavailableError."""
     if jax.default_backend() != "cpu":
-        raise NativeUnavailableError("the native scan runs on CPUs only")
-    library = compile_library()
-    name = f"dvmsr_{library.stem}"
-    handler = ctypes.CDLL(str(library)).SelectiveScan
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+        raise NativeUnavailableError("it is for CPUs only")
+    with _LOCK:
+        library = compile_library()
+        name = f"dvmsr_{library.stem}"
+        handler = ctypes.CDLL(str(library)).SelectiveScan
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return name
 
 

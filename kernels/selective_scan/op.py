@@ -39,6 +39,8 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "triton": triton_scan.selective_scan,
 }
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+# The others run everywhere.
+_PARTICULAR = {"native": native, "triton": triton_scan}
 
 
 @no_type_check  # checked by `_check_arguments`, whose messages say more than an annotation's
@@ -80,8 +82,8 @@ def selective_scan(
         return_final_state: also return the state after the last token.
         implementation: "sequential" (the specification), "associative", "chunked" (its
             "chunked-carried" form on CPU, "chunked-parallel" elsewhere; both can be named),
-            "native" (C++, CPUs with a compiler), "triton" (NVIDIA GPUs), or "auto": one of these two
-            where it can run, else "chunked".
+            "native" (C++, CPUs with a compiler), "triton" (NVIDIA GPUs), or "auto": the last two
+            where they can run, else "chunked".
 
     Returns:
         y in u's dtype, or (y, final state in float32). State and sums are float32 throughout.
@@ -99,6 +101,12 @@ def selective_scan(
     return (y, final_state) if return_final_state else y
 
 
+def missing(implementation: str) -> str | None:
+    """What this implementation lacks here; None if it can run."""
+    module = _PARTICULAR.get(implementation)
+    return None if module is None else module.missing()
+
+
 def _resolve(implementation: str) -> str:
     """The key of _FUNCTIONS that `implementation` stands for on the platform in use."""
     if implementation not in IMPLEMENTATIONS:
@@ -106,20 +114,20 @@ def _resolve(implementation: str) -> str:
             f"selective_scan: implementation is {implementation!r}, expected one of "
             + ", ".join(repr(name) for name in IMPLEMENTATIONS)
         )
-    if implementation == "triton" and (lack := triton_scan.missing()):
-        raise RuntimeError(f"selective_scan: implementation 'triton' cannot run: {lack}")
+    if lack := missing(implementation):
+        raise RuntimeError(f"selective_scan: implementation {implementation!r} cannot run: {lack}")
     if implementation not in ("auto", "chunked"):
         return implementation
     device = jax.config.values["jax_default_device"]  # a Device, a platform's name, or None
     platform = getattr(device, "platform", device) or jax.default_backend()
     if implementation == "auto" and platform in ("gpu", "cuda"):
-        lack = triton_scan.missing()
+        lack = missing("triton")
         if lack is None:
             return "triton"
         _log_once(f"selective_scan runs without its Triton kernels, slower: {lack}")
     if platform != "cpu":
         return "chunked-parallel"
-    return "native" if implementation == "auto" and not native.missing() else "chunked-carried"
+    return "native" if implementation == "auto" and not missing("native") else "chunked-carried"
 
 
 @functools.cache
