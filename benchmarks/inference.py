@@ -10,6 +10,7 @@ in. The one that comes out is held with `whole`, and dropped row by row with `st
 import itertools
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,8 +28,7 @@ from configs import PRESETS
 from dvmsr_jax.config import Compute
 from dvmsr_jax.inference import Upscale, make_streamer
 from dvmsr_jax.model import DVMSR
-from kernels.selective_scan import Implementation
-from kernels.selective_scan.native import NativeUnavailableError
+from kernels.selective_scan import Implementation, missing
 
 CONFIG = PRESETS["paper"]["student"].model
 BASELINE: Implementation = "associative"
@@ -85,23 +85,18 @@ def _make_whole(model: DVMSR) -> Upscale:
     return upscale
 
 
-def measure_apart(width: int, height: int, how: How) -> Result | str:
-    """Upscales in a process of its own; says what is in the way, if anything is."""
+def measure_apart(width: int, height: int, how: How) -> Result | None:
+    """Upscales in a process of its own; None if that was killed for the memory it took."""
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
             return pool.submit(measure, width, height, how).result()
-    except BrokenProcessPool:  # killed for the memory that it took
-        return _OUT_OF_MEMORY
-    except NativeUnavailableError:
-        return "not available here"
+    except BrokenProcessPool:
+        return None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _OUT_OF_MEMORY
-
-
-_OUT_OF_MEMORY = "out of memory"
+        return None
 
 
 def growth(results: dict[int, float]) -> float:
@@ -119,7 +114,7 @@ def main(
         "sequential",
         "chunked-carried",
         "chunked-parallel",
-        "native",
+        "auto",
     ),
     smoke: bool = False,
 ) -> None:
@@ -129,11 +124,14 @@ def main(
         sizes: of the low-resolution picture, WIDTHxHEIGHT or the side of a square.
         modes: the picture at once, or in bands.
         precisions: of convolutions and projections.
-        scans: implementations of the selective scan.
+        scans: implementations of the selective scan (auto: native or triton where they run).
         smoke: a quick run that only shows that everything works.
     """
     if smoke:
         sizes, precisions, scans = ("8", "8x16"), ("float32",), ("auto",)
+    for scan in scans:
+        if lack := missing(scan):
+            sys.exit(f"benchmarks.inference: the scan {scan!r} cannot run here: {lack}")
     print(f"{machine.describe()}\n")
     print_head(("size", *How._fields, "first", "seconds", "MP/s", "memory"), text=How._fields)
     ways = list(itertools.starmap(How, itertools.product(modes, precisions, scans)))
@@ -142,7 +140,7 @@ def main(
         width, height = map(int, size.split("x") if "x" in size else (size, size))
         result = measure_apart(width, height, how)
         pixels = width * height
-        if isinstance(result, Result):
+        if result is not None:
             times[how][pixels] = result.seconds
         baseline = times.get(how._replace(scan=BASELINE), {}).get(pixels)
         print_row([f"{width} x {height}", *how, *_cells(pixels, result, baseline)])
@@ -154,9 +152,9 @@ def main(
             print_row([*how, f"{growth(seconds):.2f}"])
 
 
-def _cells(pixels: int, result: Result | str, baseline: float | None) -> list[str]:
-    if isinstance(result, str):
-        return [result, "", "", ""]
+def _cells(pixels: int, result: Result | None, baseline: float | None) -> list[str]:
+    if result is None:
+        return ["out of memory", "", "", ""]
     times = f"{result.seconds:.3g} s"
     if baseline:
         times += f" ({rounded(baseline / result.seconds)}x)"

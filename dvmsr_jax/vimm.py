@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
-from kernels.selective_scan import selective_scan
+from dvmsr_jax.errors import UserError
+from kernels.selective_scan import missing, selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
 # A step size of 0 before its softplus: a token with it leaves the scan's state alone.
@@ -61,7 +62,12 @@ class Direction(nnx.Module):
     def __call__(
         self, u: Float[Array, "b l d"], z: Float[Array, "b l d"], band: Whole | Band
     ) -> Float[Array, "b l d"]:
-        """The gated scan of u; z is the gate before its silu."""
+        """The gated scan of u; z is the gate before its silu.
+
+        Raises UserError if the implementation that was asked for cannot run here.
+        """
+        if lack := missing(self.scan):
+            raise UserError(f"the scan {self.scan!r} cannot run here: {lack}")
         u = jax.nn.silu(self.conv(u, band))
         d, n = self.A_log.shape
         delta, B, C = jnp.split(self.x_proj(u), [self.rank, self.rank + n], axis=-1)

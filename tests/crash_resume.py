@@ -86,8 +86,11 @@ class Run:
         return {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(items)}
 
 
-def main(work: Path, kills: int, steps: int, seed: int) -> None:
-    """Runs both, and compares them; fails with a message or an assertion."""
+def main(work: Path, kills: int, steps: int, seed: int) -> int:
+    """Runs both, and compares them; the number of kills before the run had ended.
+
+    Fails with a message or an assertion.
+    """
     rng = np.random.default_rng(seed)
     (work / "photos").mkdir(parents=True)
     for i in range(5):
@@ -102,8 +105,8 @@ def main(work: Path, kills: int, steps: int, seed: int) -> None:
     done = 0
     while done < kills:
         # Every fourth one while it starts, the others within a few steps of the one aimed at.
-        aim = 0 if done % 4 == 3 else random.randint(1, max(1, 2 * steps // kills))
-        if not killed.kill_after(aim, random.uniform(0, 0.3 if aim else 10)):
+        aim = 0 if done % 4 == 3 else random.randint(1, max(1, steps // kills))
+        if not killed.kill_after(aim, random.uniform(0, 0.1 if aim else 10)):
             break
         done += 1
         print(f"kill {done} at step {max(killed.losses(), default=0)}", flush=True)
@@ -119,13 +122,16 @@ def main(work: Path, kills: int, steps: int, seed: int) -> None:
     temporary = [p for p in (killed.folder / "checkpoints").iterdir() if not p.name.isdigit()]
     assert not temporary, f"left behind: {temporary}"
     print(f"{done} kills, and the same {len(expected)} arrays, bit for bit")
+    return done
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="crash-resume-") as folder:
-        main(Path(folder), arguments.kills, arguments.steps, arguments.seed)
+        done = main(Path(folder), arguments.kills, arguments.steps, arguments.seed)
+    if done < arguments.kills:
+        sys.exit(f"the run had ended after {done} kills; take more --steps")

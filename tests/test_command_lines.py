@@ -24,6 +24,7 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
+from kernels.selective_scan import native
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
@@ -126,6 +127,15 @@ def weights(tmp_path):
     path = tmp_path / "tiny.safetensors"
     save_safetensors(DVMSR(config, rngs=nnx.Rngs(0)), path)
     return path
+
+
+def test_a_scan_that_cannot_run_is_an_error(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: "there is no C++ compiler")
+    images.write_png(tmp_path / "Mine" / "HR" / "one.png", np.zeros((64, 48, 3), np.uint8))
+    arguments = ("--ckpt", weights, "--data", tmp_path / "Mine", "--scan", "native")
+    with pytest.raises(SystemExit) as stop:
+        run_main(evaluate, monkeypatch, *arguments)
+    assert stop.value.code == ("error: the scan 'native' cannot run here: there is no C++ compiler")
 
 
 def test_evaluation_prints_and_writes_scores(weights, tmp_path, monkeypatch, capsys):

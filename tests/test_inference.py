@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 from flax import nnx
 from jax import monitoring
 
+from benchmarks import inference
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import make_streamer, make_tiler
+from dvmsr_jax.inference import _columns, keep_compiled_programs, make_streamer, make_tiler
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import load_model
 
-TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=2, states=4)
+TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
 HEIGHTS = (1, 2, 7, 8, 63, 257)
 BANDS = (1, 3, 8, 32)
 
@@ -66,9 +68,9 @@ def test_rows_far_away_bear_on_the_result():
     assert np.abs(after - before)[-8:].max() > 1e-3
 
 
-@pytest.mark.parametrize(("scale", "w"), [(2, 1), (3, 2), (4, 9), (4, 17), (4, 33)])
-def test_streaming_at_each_scale(scale, w):
-    config = dataclasses.replace(TINY, scale=scale, rssbs=1, conv_width=5)
+@pytest.mark.parametrize(("scale", "w", "vimms"), [(2, 1, 1), (3, 2, 1), (4, 17, 2)])
+def test_streaming_at_each_scale(scale, w, vimms):
+    config = dataclasses.replace(TINY, scale=scale, rssbs=1, vimms_per_rssb=vimms, conv_width=5)
     assert_streams_like_whole(config, 8, w, 3)
 
 
@@ -78,9 +80,8 @@ def test_streaming_the_published_weights(shared):
         image, expected = np.float32(reference["lr_uint8"]) / 255, reference["sr"]
     whole = np.asarray(nnx.jit(model)(image[None])[0])
     np.testing.assert_allclose(whole, expected.reshape(whole.shape), atol=1e-4, rtol=0)
-    for band_rows in (1, 7):
-        bands = list(make_streamer(model, band_rows=band_rows)(image))
-        np.testing.assert_allclose(np.concatenate(bands), whole, atol=1e-5, rtol=0)
+    bands = list(make_streamer(model, band_rows=7)(image))
+    np.testing.assert_allclose(np.concatenate(bands), whole, atol=1e-5, rtol=0)
 
 
 def test_one_program_serves_all_heights(monkeypatch):
@@ -101,6 +102,36 @@ def test_one_program_serves_all_heights(monkeypatch):
         assert events
     finally:
         monitoring.unregister_event_duration_listener(listen)
+
+
+def test_columns_are_few_and_never_too_few():
+    columns = [_columns(w) for w in range(1, 4097)]
+    assert all(w <= c <= 1.125 * w for w, c in enumerate(columns, start=1))
+    assert len(set(columns)) == 16 + 8 * 8  # 1 to 16, and eight in each doubling up to 4,096
+
+
+def test_compiled_programs_are_kept_where_the_user_wants_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = "jax_compilation_cache_dir"
+    before = jax.config.values[name]
+    try:
+        keep_compiled_programs()
+        assert jax.config.values[name] == before
+        jax.config.update(name, None)
+        keep_compiled_programs()
+        assert Path(jax.config.values[name]).is_relative_to(tmp_path)
+    finally:
+        jax.config.update(name, before)
+
+
+@pytest.mark.parametrize("mode", ["whole", "streaming"])
+def test_benchmark_measures(mode, monkeypatch):
+    monkeypatch.setattr(inference, "CONFIG", dataclasses.replace(TINY, rssbs=1))
+    monkeypatch.setattr(inference, "CASE_SECONDS", 0)
+    result = inference.measure(5, 7, inference.How(mode, "bfloat16", "auto"))
+    assert result.first > 0
+    assert result.seconds > 0
+    assert inference.growth({n: 3e-6 * n**1.5 for n in (4, 16, 64)}) == pytest.approx(1.5)
 
 
 def test_bidirectional_models_are_not_streamed():

@@ -11,10 +11,15 @@ from jax.test_util import check_grads
 
 from kernels.selective_scan import native, selective_scan
 
-DIFFERENTIATED = ["associative", "chunked-carried", "chunked-parallel"]
+DIFFERENTIATED = [
+    "associative",
+    "chunked-carried",
+    "chunked-parallel",
+    pytest.param("triton", marks=pytest.mark.gpu),
+]
 # Its gradient is that of chunked-carried.
 NATIVE = pytest.param(
-    "native", marks=pytest.mark.skipif(not native.is_available(), reason="needs a C++ compiler")
+    "native", marks=pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
 )
 FAST = [*DIFFERENTIATED, NATIVE]
 LENGTHS = [1, 2, 63, 256, 1000]
@@ -296,14 +301,14 @@ def test_native_is_never_required(compiler, empty_cache, monkeypatch, tmp_path):
         (tmp_path / "c++").write_text(compiler)
         (tmp_path / "c++").chmod(0o755)
     native.register.cache_clear()
-    native.is_available.cache_clear()
+    native.missing.cache_clear()
     try:
         arrays, flags, expected = case(20, ALL_OPTIONS)
         actual = outputs(arrays, flags, "auto")
         assert_close(actual, {name: expected[name] for name in actual}, 2e-5)
-        with pytest.raises(native.NativeUnavailableError, match="broken" if compiler else "is no"):
+        with pytest.raises(RuntimeError, match="broken" if compiler else "is no C"):
             selective_scan(**arrays, **flags, implementation="native")
         assert not list(empty_cache.glob("*"))
     finally:
         native.register.cache_clear()
-        native.is_available.cache_clear()
+        native.missing.cache_clear()

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -21,6 +22,10 @@ from kernels.selective_scan import chunked
 
 SOURCE = Path(__file__).with_suffix(".cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+
+
+# XLA knows one library only, so that no two threads may compile one each.
+_LOCK = threading.Lock()
 
 
 class NativeUnavailableError(RuntimeError):
@@ -39,11 +44,7 @@ def selective_scan(
     delta_softplus: bool,
     initial_state: Float[Array, "b d n"],
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract.
-
-    Raises NativeUnavailableError.
-    """
-    register()
+    """(y, final state); `op.selective_scan` has the contract."""
     return _scan(delta_softplus, u, delta, A, B, C, D, z, delta_bias, initial_state)
 
 
@@ -86,24 +87,25 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 @functools.cache
-def is_available() -> bool:
-    """Whether `selective_scan` runs here. Compiles it if need be, which takes seconds, once."""
+def missing() -> str | None:
+    """What `selective_scan` lacks here, None if it can run. Compiles it if need be, in seconds."""
     try:
         register()
-    except NativeUnavailableError:
-        return False
-    return True
+    except NativeUnavailableError as error:
+        return str(error)
+    return None
 
 
 @functools.cache
 def register() -> str:
-    """Makes the compiled scan known to XLA; its name there."""
+    """Makes the compiled scan known to XLA; its name there. Raises NativeUnavailableError."""
     if jax.default_backend() != "cpu":
-        raise NativeUnavailableError("the native scan runs on CPUs only")
-    library = compile_library()
-    name = f"dvmsr_{library.stem}"
-    handler = ctypes.CDLL(str(library)).SelectiveScan
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+        raise NativeUnavailableError("it is for CPUs only")
+    with _LOCK:
+        library = compile_library()
+        name = f"dvmsr_{library.stem}"
+        handler = ctypes.CDLL(str(library)).SelectiveScan
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return name
 
 

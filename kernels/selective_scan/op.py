@@ -6,6 +6,7 @@ Legend of the shapes, used by every signature of this package:
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args, no_type_check
 
@@ -14,10 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels.selective_scan import associative, chunked, native, sequential
+from kernels.selective_scan import associative, chunked, native, sequential, triton_scan
+
+log = logging.getLogger(__name__)
 
 Implementation: TypeAlias = Literal[
-    "auto", "sequential", "associative", "chunked", "chunked-carried", "chunked-parallel", "native"
+    "auto",
+    "sequential",
+    "associative",
+    "chunked",
+    "chunked-carried",
+    "chunked-parallel",
+    "native",
+    "triton",
 ]
 
 _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
@@ -26,8 +36,11 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "chunked-carried": functools.partial(chunked.selective_scan, parallel=False),
     "chunked-parallel": functools.partial(chunked.selective_scan, parallel=True),
     "native": native.selective_scan,
+    "triton": triton_scan.selective_scan,
 }
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+# The others run everywhere.
+_PARTICULAR = {"native": native, "triton": triton_scan}
 
 
 @no_type_check  # checked by `_check_arguments`, whose messages say more than an annotation's
@@ -69,8 +82,8 @@ def selective_scan(
         return_final_state: also return the state after the last token.
         implementation: "sequential" (the specification), "associative", "chunked" (its
             "chunked-carried" form on CPU, "chunked-parallel" elsewhere; both can be named),
-            "native" (C++, for CPUs with a compiler), or "auto", which picks the fastest that the
-            platform has.
+            "native" (C++, CPUs with a compiler), "triton" (NVIDIA GPUs), or "auto": the last two
+            where they can run, else "chunked".
 
     Returns:
         y in u's dtype, or (y, final state in float32). State and sums are float32 throughout.
@@ -78,7 +91,7 @@ def selective_scan(
     Raises:
         TypeError: an argument has a dtype outside the contract.
         ValueError: an argument has the wrong shape, or `implementation` is unknown.
-        native.NativeUnavailableError: "native" was asked for and cannot be had.
+        RuntimeError: `implementation` is "native" or "triton", and that cannot run here.
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if initial_state is None:
@@ -88,6 +101,12 @@ def selective_scan(
     return (y, final_state) if return_final_state else y
 
 
+def missing(implementation: str) -> str | None:
+    """What this implementation lacks here; None if it can run."""
+    module = _PARTICULAR.get(implementation)
+    return None if module is None else module.missing()
+
+
 def _resolve(implementation: str) -> str:
     """The key of _FUNCTIONS that `implementation` stands for on the platform in use."""
     if implementation not in IMPLEMENTATIONS:
@@ -95,13 +114,25 @@ def _resolve(implementation: str) -> str:
             f"selective_scan: implementation is {implementation!r}, expected one of "
             + ", ".join(repr(name) for name in IMPLEMENTATIONS)
         )
+    if lack := missing(implementation):
+        raise RuntimeError(f"selective_scan: implementation {implementation!r} cannot run: {lack}")
     if implementation not in ("auto", "chunked"):
         return implementation
     device = jax.config.values["jax_default_device"]  # a Device, a platform's name, or None
     platform = getattr(device, "platform", device) or jax.default_backend()
+    if implementation == "auto" and platform in ("gpu", "cuda"):
+        lack = missing("triton")
+        if lack is None:
+            return "triton"
+        _log_once(f"selective_scan runs without its Triton kernels, slower: {lack}")
     if platform != "cpu":
         return "chunked-parallel"
-    return "native" if implementation == "auto" and native.is_available() else "chunked-carried"
+    return "native" if implementation == "auto" and not missing("native") else "chunked-carried"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)
 
 
 def _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:

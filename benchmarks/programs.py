@@ -1,0 +1,113 @@
+"""What the scan's benchmarks run: calls on random inputs, compiled."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import machine
+from benchmarks.table import rounded
+from kernels.selective_scan import Implementation, selective_scan
+
+# A program wants to be timed at least MIN_REPETITIONS times, and until that has taken CELL_SECONDS.
+CELL_SECONDS = 2.0
+MIN_REPETITIONS = 2
+
+
+def make_inputs(
+    l: int, d: int, n: int = 16, b: int = 1, dtype: jnp.dtype = jnp.float32
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """(the arrays of a call, with Mamba's initial A and step sizes; the loss's weights)."""
+    keys = iter(jax.random.split(jax.random.key(0), 7))
+
+    def normal(channels):
+        return jax.random.normal(next(keys), (b, l, channels), dtype)
+
+    step_sizes = jnp.exp(jax.random.uniform(next(keys), (d,), minval=-6.9, maxval=-2.3))
+    arrays = {
+        "u": normal(d),
+        "delta": (0.1 * normal(d)).astype(dtype),
+        "A": jnp.broadcast_to(-jnp.arange(1.0, n + 1), (d, n)),
+        "B": normal(n),
+        "C": normal(n),
+        "D": jnp.ones(d),
+        "z": normal(d),
+        "delta_bias": jnp.log(jnp.expm1(step_sizes)),
+    }
+    return arrays, normal(d)
+
+
+def forward(implementation: Implementation, arrays, weights) -> jax.Array:
+    """y; the weights are the loss's alone."""
+    del weights
+    return selective_scan(**arrays, delta_softplus=True, implementation=implementation)
+
+
+def forward_backward(implementation: Implementation, arrays, weights) -> dict[str, jax.Array]:
+    """The gradients of sum(y weights) by every array."""
+    return jax.grad(lambda arrays: jnp.sum(forward(implementation, arrays, weights) * weights))(
+        arrays
+    )
+
+
+class Program:
+    """A function compiled for its inputs, and what was measured of it."""
+
+    def __init__(self, function: Callable, *inputs):
+        self.inputs = inputs
+        self.seconds: list[float] = []
+        self.temp_bytes: int | None = None
+        self.obstacle = ""  # why it cannot run
+        with self._noting_lack_of_memory():
+            self.compiled = jax.jit(function).lower(*inputs).compile()
+            sizes = self.compiled.memory_analysis()
+            assert sizes is not None, f"no memory analysis on {jax.default_backend()}"
+            self.temp_bytes = sizes.temp_size_in_bytes
+            needed = self.temp_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+            # A CPU program that takes too much is killed by the system, without an exception.
+            if jax.default_backend() == "cpu" and needed > machine.available_memory():
+                self.obstacle = f"needs {needed / machine.GIB:.0f} GiB"
+
+    def wants_repetition(self) -> bool:
+        """Whether it can run, and has not yet used up the time that a cell gets."""
+        enough = len(self.seconds) >= MIN_REPETITIONS and sum(self.seconds) >= CELL_SECONDS
+        return not (self.obstacle or enough)
+
+    def repeat(self) -> None:
+        """Times one call, after another that makes memory and caches this program's own again."""
+        with self._noting_lack_of_memory():
+            jax.block_until_ready(self.compiled(*self.inputs))
+            start = time.perf_counter()
+            jax.block_until_ready(self.compiled(*self.inputs))
+            self.seconds.append(time.perf_counter() - start)
+
+    @contextlib.contextmanager
+    def _noting_lack_of_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            self.obstacle = "out of memory"
+
+    def time_cell(self, baseline: "Program | None") -> str:
+        """Median time and its ratio to the baseline's, for the table."""
+        if self.obstacle:
+            return self.obstacle
+        seconds = statistics.median(self.seconds)
+        cell = f"{rounded(seconds * 1e3)} ms"
+        if baseline and not baseline.obstacle:
+            cell += f" ({rounded(statistics.median(baseline.seconds) / seconds)}x)"
+        return cell
+
+    def memory_cell(self, baseline: "Program | None") -> str:
+        """Temporary memory and its ratio to the baseline's, for the table."""
+        if self.temp_bytes is None:
+            return self.obstacle
+        cell = f"{rounded(self.temp_bytes / 2**20)} MiB"
+        if baseline and baseline.temp_bytes and self.temp_bytes:
+            cell += f" ({rounded(baseline.temp_bytes / self.temp_bytes)}x)"
+        return cell

@@ -1,0 +1,57 @@
+"""What the Triton kernels take of a GPU's processors, found by compiling them; needs no GPU."""
+
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.selective_scan import triton_kernels, triton_scan
+
+KERNELS = ("chunk_ends", "chunk_start_gradients", "chunk_borders", "outputs", "gradients")
+TARGETS = (80, 90, 100)  # compute capabilities times ten: A100, H100 and H200, B200
+SIZES = ("l", "chunk", "chunks", "sharing")
+TOKENS = ("u", "delta", "B", "C", "z", "dout", "y", "du", "ddelta", "dz")
+
+
+def registers_and_stack(
+    kernel: str, target: int, dtype: str, d: int = 120, n: int = 16
+) -> tuple[int, int]:
+    """(registers a thread, bytes of stack a thread, where registers would be spilt to), for tokens
+    of Triton's type `dtype`, with every option on."""
+    function = getattr(triton_kernels, kernel)
+    tile_d, tile_n = triton_scan.tile_sizes(d, n)
+    constants = {"d": d, "n": n, "TILE_D": tile_d, "TILE_N": tile_n}
+    constants |= {"SOFTPLUS": True, "GATE": True, "SAVE": True, "REVERSE": True}
+    warps = 1
+    if kernel == "chunk_borders":
+        constants["TILE_C"], constants["TILE_D"] = triton_scan.BORDER_TILE
+        warps = triton_scan.BORDER_WARPS
+    constants = {name: x for name, x in constants.items() if name in function.arg_names}
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        return "i32" if name in SIZES else f"*{dtype if name in TOKENS else 'fp32'}"
+
+    signature = {name: type_of(name) for name in function.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if signature[name].startswith("*")
+    }
+    compiled = triton.compile(
+        ASTSource(function, signature, constants, aligned),
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": warps, "enable_fp_fusion": True},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])

@@ -1,0 +1,199 @@
+"""The Triton form: without a GPU in Triton's interpreter, compiled and lowered; on one at length.
+
+`test_selective_scan.py` holds it to the specification on a GPU, like every other form.
+"""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernels.selective_scan import op, selective_scan, triton_scan
+from tests.test_selective_scan import (
+    assert_close,
+    make_inputs,
+    outputs,
+    outputs_and_gradients,
+)
+
+TESTS = Path(__file__).parent
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs the package triton (Linux)"
+)
+
+
+def run_in_a_process_of_its_own(file: str, **environment: str) -> None:
+    """Runs the tests in `file` under these environment variables."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", TESTS / file],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
+def test_in_the_interpreter():
+    run_in_a_process_of_its_own("interpreted_triton.py", TRITON_INTERPRET="1")
+
+
+def test_lowered_for_cuda():
+    if not triton_scan.cuda_plugin():
+        pytest.skip(
+            "needs JAX's CUDA plugin, which lowers without a GPU too: "
+            "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, in jax's version"
+        )
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    run_in_a_process_of_its_own("lowered_triton.py", XLA_FLAGS=flags)
+
+
+@needs_triton
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize(
+    "kernel",
+    ["chunk_ends", "chunk_start_gradients", "chunk_borders", "outputs", "gradients"],
+)
+def test_compiles_without_spilling_registers(kernel, target):
+    from benchmarks.registers import registers_and_stack
+
+    registers, stack = registers_and_stack(kernel, target, "bf16" if target == 80 else "fp32")
+    assert 0 < registers <= 255
+    assert stack == 0
+
+
+@pytest.mark.parametrize("package", ["triton", "jax_triton"])
+def test_a_missing_package_is_named(monkeypatch, package):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
+    arrays, flags = make_inputs(9)
+    with pytest.raises(RuntimeError, match=f"cannot run: the package {package} is not .*pip"):
+        selective_scan(**arrays, **flags, implementation="triton")
+
+
+def with_packages(monkeypatch, plugin=True):
+    names = ["triton", "jax_triton"] + ["jax_cuda13_plugin"] * plugin
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: SimpleNamespace() if name in names else None
+    )
+
+
+def test_a_missing_plugin_is_named(monkeypatch):
+    with_packages(monkeypatch, plugin=False)
+    arrays, flags = make_inputs(9)
+    with pytest.raises(RuntimeError, match=r'cannot run: JAX.s CUDA plugin .*"jax\[cuda13\]=='):
+        selective_scan(**arrays, **flags, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "message"),
+    [
+        (None, "JAX finds no NVIDIA GPU.*nvidia-smi"),
+        ("7.5", "Old has compute capability 7.5;.*8.0"),
+    ],
+)
+def test_a_missing_gpu_is_named(monkeypatch, capability, message):
+    def devices(platform=None):
+        assert platform == "cuda"
+        if capability is None:
+            raise RuntimeError("Unknown backend cuda")
+        return [SimpleNamespace(compute_capability=capability, device_kind="Old")]
+
+    with_packages(monkeypatch)
+    monkeypatch.setattr(jax, "devices", devices)
+    arrays, flags = make_inputs(9)
+    with pytest.raises(RuntimeError, match=f"cannot run: {message}"):
+        selective_scan(**arrays, **flags, implementation="triton")
+
+
+def test_automatic_choice_on_gpus(monkeypatch, caplog):
+    """Triton where it can run; else `chunked`, and one line that says why."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(triton_scan, "missing", lambda: None)
+    assert op._resolve("auto") == "triton"
+    assert op._resolve("chunked") == "chunked-parallel"
+    assert not caplog.records
+
+    monkeypatch.setattr(triton_scan, "missing", lambda: "the moon is in the wrong phase")
+    arrays, flags = make_inputs(9)
+    for _ in range(2):
+        selective_scan(**arrays, **flags)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "the moon is in the wrong phase" in record.message
+
+
+def test_automatic_choice_on_cpus_is_silent(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert op._resolve("auto") == "chunked-carried"
+    assert not caplog.records
+
+
+# On a GPU, at real sizes. The reference there is `chunked-parallel`, which the suite holds to the
+# specification at small ones: a million steps of `sequential`, with gradients, take too long.
+
+
+def real_inputs(b, l, d, dtype=jnp.float32):
+    """Mamba's own decay rates and step sizes, so that states remember thousands of tokens."""
+    arrays, flags = make_inputs(l, b=b, d=d, dtype=dtype)
+    arrays["A"] = jnp.broadcast_to(-jnp.arange(1.0, 17), (d, 16))
+    arrays["delta_bias"] -= 4
+    return arrays, flags
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("d", [120, 384])
+@pytest.mark.parametrize(("b", "l"), [(1, 65_536), (1, 1_048_576), (32, 4096)])
+def test_real_sizes(b, l, d, dtype):
+    arrays, flags = real_inputs(b, l, d, dtype)
+    actual = jax.tree.map(np.asarray, outputs_and_gradients(arrays, flags, "triton"))
+    expected = outputs_and_gradients(arrays, flags, "chunked-parallel")
+    assert_close(actual, expected, 1e-4 if dtype == jnp.float32 else 8e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("b", "l"), [(1, 100_003), (32, 1000)])
+def test_the_same_bits_twice(b, l):
+    arrays, flags = real_inputs(b, l, 120)
+    first = jax.tree.map(np.asarray, outputs_and_gradients(arrays, flags, "triton"))
+    second = outputs_and_gradients(arrays, flags, "triton")
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+@pytest.mark.gpu
+def test_sharded_over_two_devices():
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    arrays, flags = real_inputs(4, 1000, 120)
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
+    specs = {k: PartitionSpec(*["data"] * (x.shape[0] == 4)) for k, x in arrays.items()}
+    function = jax.shard_map(
+        lambda arrays: outputs(arrays, flags, "triton")["y"],
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=PartitionSpec("data"),
+        check_vma=False,
+    )
+
+    def results(function, arrays):
+        y, vjp = jax.vjp(function, arrays)
+        return {"y": y, **vjp(jnp.cos(y))[0]}
+
+    sharded = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in arrays.items()}
+    actual = jax.jit(lambda x: results(function, x))(sharded)
+    expected = results(lambda x: outputs(x, flags, "sequential")["y"], arrays)
+    assert_close(actual, expected, 1e-4)
