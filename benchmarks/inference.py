@@ -10,6 +10,7 @@ in. The one that comes out is held with `whole`, and dropped row by row with `st
 import itertools
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +28,7 @@ from configs import PRESETS
 from dvmsr_jax.config import Compute
 from dvmsr_jax.inference import Upscale, make_streamer
 from dvmsr_jax.model import DVMSR
-from kernels.selective_scan import Implementation
+from kernels.selective_scan import Implementation, missing
 
 CONFIG = PRESETS["paper"]["student"].model
 BASELINE: Implementation = "associative"
@@ -128,6 +129,9 @@ def main(
     """
     if smoke:
         sizes, precisions, scans = ("8", "8x16"), ("float32",), ("auto",)
+    for scan in scans:
+        if lack := missing(scan):
+            sys.exit(f"benchmarks.inference: the scan {scan!r} cannot run here: {lack}")
     print(f"{machine.describe()}\n")
     print_head(("size", *How._fields, "first", "seconds", "MP/s", "memory"), text=How._fields)
     ways = list(itertools.starmap(How, itertools.product(modes, precisions, scans)))
