@@ -239,7 +239,7 @@ def _write_with_pillow(
     encoded = io.BytesIO()  # because Pillow does not tell why it cannot write to a file
     try:
         held[0].save(encoded, form.name, **options)
-    except (OSError, ValueError, SystemError) as error:
+    except (OSError, ValueError, RuntimeError, SystemError) as error:
         raise FormatError(f"cannot be written as {form.name} ({error})") from error
     path.write_bytes(encoded.getbuffer())
 

@@ -143,6 +143,7 @@ class Picture:
             # MPO is JPEG with more pictures behind it: previews, depth maps and the like.
             self.format = "JPEG" if image.format == "MPO" else str(image.format)
             """Pillow's name of it."""
+            self._size = image.size
             self._frames, self.pixels = [], 0
             """Pixels of all frames together."""
             for i in range(1 if self.format == "JPEG" else getattr(image, "n_frames", 1)):
@@ -187,12 +188,14 @@ class Picture:
             raise ImageError("16-bit samples in separate planes; save it with interleaved ones")
         if ";16" in rawmode and image.mode in ("RGB", "RGBA") and not self.is_animation:
             pixels = self._read_16_bit(image, i, rawmode)
+        elif self.format == "GIF" and self.is_animation:  # its mode and size change on the way
+            width, height = self._size
+            pixels = np.array(image.convert("RGBA"))[:height, :width]
+        elif self.is_animation:  # whose decoder goes on from what it has
+            pixels = _pixels(ImageOps.exif_transpose(image), rawmode)
         else:
             ImageOps.exif_transpose(image, in_place=True)
-            if self.format == "GIF" and self.is_animation:  # its mode changes from frame to frame
-                pixels = np.array(image.convert("RGBA"))
-            else:
-                pixels = _pixels(image, rawmode)
+            pixels = _pixels(image, rawmode)
         return Frame(pixels, _read_metadata(image, exif, channels=pixels.shape[2]))
 
     def _read_16_bit(self, image: Image.Image, i: int, rawmode: str) -> Pixels:

@@ -205,6 +205,26 @@ def test_animations():
     assert Picture(saved(first, "GIF", **endless)).plays == 0
 
 
+@pytest.mark.parametrize("form", ["WEBP", "PNG"])
+def test_animations_are_turned_upright(form):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    options = {"lossless": True} if form == "WEBP" else {}
+    others = [Image.fromarray(np.ascontiguousarray(x)) for x in (RGB[::-1], RGB[:, ::-1])]
+    data = saved(RGB, form, save_all=True, append_images=others, exif=exif.tobytes(), **options)
+    for frame, pixels in zip(Picture(data).frames(), (RGB, *others), strict=True):
+        np.testing.assert_array_equal(frame.pixels[:, :, :3], np.rot90(pixels, -1))
+
+
+def test_frames_do_not_outgrow_an_animation():
+    first, second = Image.new("L", (8, 6), 9), Image.new("L", (8, 6), 90)
+    data = bytearray(saved(first, "GIF", save_all=True, append_images=[second]))
+    place = data.rfind(b"," + struct.pack("<4H", 0, 0, 8, 6))
+    data[place + 1] = 4  # the second frame starts in the fifth column
+    shapes = [frame.pixels.shape for frame in Picture(bytes(data)).frames()]
+    assert shapes == [(6, 8, 4)] * 2
+
+
 def test_pages():
     grey = Image.fromarray(RGB[:3, :4, 0])
     data = saved(RGB, "TIFF", save_all=True, append_images=[grey], dpi=(90, 90))
