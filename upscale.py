@@ -7,6 +7,11 @@ python upscale.py - < photo.jpg > photo_x4.png
 A result that exists is skipped, so a command that was interrupted can be given again.
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import logging
 import sys
 from collections.abc import Sequence
@@ -125,9 +130,10 @@ def use_device(name: str) -> None:
 
 def main() -> None:
     """Upscales what the command line names."""
-    arguments = parse(sys.argv[1:])
-    keep_compiled_programs()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        arguments = parse(sys.argv[1:])
+        keep_compiled_programs()
         sys.exit(run(arguments))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
