@@ -14,7 +14,7 @@ from dvmsr_jax import bicubic, evaluation, images, report
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.training import train
+from dvmsr_jax.training import StoppedError, train
 
 FOLDER = Path("demo")
 HELD_OUT = "astronaut"
@@ -54,5 +54,9 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except StoppedError as stopped:
+        sys.exit(f"{stopped}")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from there")

@@ -20,7 +20,7 @@ from configs import PRESETS
 from dvmsr_jax import parallel
 from dvmsr_jax.config import Cluster, TrainConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.training import dry_run, train
+from dvmsr_jax.training import StoppedError, dry_run, train
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Arguments:
     cluster: Cluster = field(default_factory=Cluster)
     dry_run: bool = False
     """Build everything, run one step, print memory, speed and expected duration, and exit."""
+    allow_changes: bool = False
+    """Go on from a checkpoint although configuration, data or teacher were others; the shapes of
+    the weights cannot change."""
     profile: int = 0
     """Record a trace of so many steps, for TensorBoard or Perfetto, in WORKDIR/PHASE/profile."""
 
@@ -58,7 +61,14 @@ def main() -> None:
         if arguments.dry_run:
             dry_run(arguments.config)
         else:
-            train(arguments.config, profile=arguments.profile)
+            train(
+                arguments.config,
+                profile=arguments.profile,
+                allow_changes=arguments.allow_changes,
+            )
+    except StoppedError as stopped:
+        if parallel.is_first():
+            print(stopped)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:

@@ -9,6 +9,7 @@ them. Pictures are random numbers and weights are untrained, which changes no co
 
 import dataclasses
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -25,7 +26,7 @@ from benchmarks import machine
 from benchmarks.table import print_head, print_row
 from configs import PRESETS
 from dvmsr_jax import data, images, parallel
-from dvmsr_jax.config import Compute, TrainConfig
+from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.data.targets import distill
 from dvmsr_jax.model import DVMSR
@@ -52,7 +53,8 @@ class Runner:
         teacher = load_teacher(self.config)
         self._teacher = None if teacher is None else teacher.config
         self._state = parallel.replicate(init_state(self.config, teacher), mesh)
-        machinery = make_machinery(self.config, mesh, teacher)
+        records = data.load_records(self.config.data, self.config.model.scale)
+        machinery = make_machinery(self.config, mesh, teacher, records)
         self._batches, self._step = machinery.batches(0), machinery.step
         self._memory = memory_of(self._step.compile(self._state, next(self._batches)))
         self._seconds: list[float] = []
@@ -160,9 +162,11 @@ def main(
         tables: phases: student and teacher, ways to distil. savers: precision, memory.
         batch_size: crops a step; None: the preset's, but 4 on a CPU.
         steps: steps to time for each row, after one that is not.
-        smoke: a quick run that only shows that everything works.
+        smoke: a quick run of tiny models that only shows that everything works.
     """
+    tiny = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=2)
     if smoke:
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
         presets, steps, batch_size = ("demo",), 1, 4
     if batch_size is None and jax.default_backend() == "cpu":
         batch_size = 4
@@ -181,7 +185,8 @@ def main(
                     data_dir=folder,
                     val_images=1,
                 )
-                configs.append(dataclasses.replace(config, data=crops, steps=10_000))
+                model = tiny if smoke else config.model
+                configs.append(dataclasses.replace(config, model=model, data=crops, steps=10_000))
             teacher, student = configs
             for table in tables:
                 print(f"\n{preset}, {table}\n")

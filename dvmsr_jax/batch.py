@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import jax
 from tqdm import tqdm
 
-from dvmsr_jax import formats, images, pictures
+from dvmsr_jax import files, formats, images, pictures
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.pictures import BandedFrame, Picture
 from dvmsr_jax.upscaler import Upscaler
@@ -269,7 +269,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _destination(target: Path) -> Iterator[Path]:
     """Where to write what shall be in the target, which then is there completely or not at all."""
     if target != STANDARD:
-        with images.replacing(target) as path:
+        with files.replacing(target) as path:
             yield path
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
 A run's checkpoints lie under WORKDIR/PHASE/checkpoints/STEP, each with the items
 
-    config  the TrainConfig, as JSON
+    config  the TrainConfig, as JSON, and "sources": what data and which teacher it was made from
     best    the best validation so far, as JSON
     ema     the averaged weights, by name: what evaluation, export and distillation read
     state   the weights being trained and the optimizer's state: what resuming reads besides
@@ -12,9 +12,10 @@ Several processes save and restore together, into a folder that all of them see.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ FREE_FIELDS = frozenset(
         "val_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "data.hr_dirs",  # what lies there counts, which is among the sources
+        "data.prepared",
+        "data.val_images",
         "data.data_dir",
         "data.workers",
         "data.cache",
@@ -43,6 +47,8 @@ FREE_FIELDS = frozenset(
         "distill.teacher",
     ]
 )
+# Fields that the shapes of the weights depend on: they cannot change, allowed or not.
+_SHAPING = ("phase", "model.", "distill.level", "distill.rssbs")
 
 
 class CheckpointError(UserError):
@@ -76,8 +82,20 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one phase of a run: the newest ones and the best by validation."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(
+        self,
+        config: TrainConfig,
+        sources: Mapping[str, str | None] | None = None,
+        *,
+        allow_changes: bool = False,
+    ):
+        """`sources` names what the run is made from; a run made from others is not gone on with.
+
+        With `allow_changes` it is all the same, and with another configuration, where possible.
+        """
         self.config = config
+        self._description = to_json(config) | {"sources": dict(sources or {})}
+        self._allow_changes = allow_changes
         self.directory = phase_directory(config) / "checkpoints"
         self._keep_best = _KeepBest()
         policies = [ocp.checkpoint_managers.LatestN(config.keep_checkpoints), self._keep_best]
@@ -102,7 +120,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    config=ocp.args.JsonSave(to_json(self.config)),
+                    config=ocp.args.JsonSave(self._description),
                     best=ocp.args.JsonSave(best._asdict()),
                     ema=ocp.args.StandardSave(ema),
                     state=ocp.args.StandardSave(state),
@@ -122,20 +140,23 @@ class Checkpoints:
         failures: list[UnreadableError] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step)
+            failure: UnreadableError | None = None
             try:
                 with _reading(path):
                     args = ocp.args.Composite(
                         config=ocp.args.JsonRestore(), best=ocp.args.JsonRestore()
                     )
                     stored = self._manager.restore(step, args=args)
-                _check_same(stored["config"], to_json(self.config), path)
+                self._check_same(stored["config"], path)
                 with _reading(path):
                     args = ocp.args.Composite(
                         ema=ocp.args.StandardRestore(ema), state=ocp.args.StandardRestore(state)
                     )
                     arrays = self._manager.restore(step, args=args)
             except UnreadableError as error:
-                failures.append(error)
+                failure = error
+            if not parallel.everywhere(failure is None):
+                failures.append(failure or UnreadableError(path, "by another process"))
                 continue
             for failure in failures:
                 self._put_aside(failure, path)
@@ -167,14 +188,49 @@ class Checkpoints:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory} ({reason}); the last good one "
-                f"is {self.newest() or 'not there yet'}. With enough disk space, the same command "
+                f"is {self.newest() or 'not there yet'}. When that is mended, the same command "
                 "goes on from there."
             ) from error
+
+    def _check_same(self, stored: dict[str, Any], path: Path) -> None:
+        """Raises CheckpointError if a run described so must not be gone on with as this one."""
+
+        def flat(tree, prefix=""):
+            for key, value in tree.items():
+                if isinstance(value, dict):
+                    yield from flat(value, f"{prefix}{key}.")
+                elif prefix + key not in FREE_FIELDS:
+                    yield prefix + key, value
+
+        current = dict(flat(self._description))
+        # A field that an older version did not have is as it was then: at its default.
+        defaults = to_json(TrainConfig()) | {"sources": self._description["sources"]}
+        stored = dict(flat(defaults)) | dict(flat(stored))
+        differing = [
+            name
+            for name in sorted(stored.keys() | current.keys())
+            if stored.get(name) != current.get(name)
+        ]
+        if not differing:
+            return
+        lines = "\n".join(f"  {n}: {stored.get(n)} there, {current.get(n)} now" for n in differing)
+        shaping = [*_SHAPING, *(["sources.teacher"] if self.config.distill.level == "mid" else [])]
+        fixed = any(name.startswith(tuple(shaping)) for name in differing)
+        if fixed or not self._allow_changes:
+            remedy = "" if fixed else ", or go on all the same with --allow-changes"
+            raise CheckpointError(
+                f"{path} was made with another configuration:\n{lines}\n"
+                f"Use the same, or another --workdir{remedy}."
+            )
+        if parallel.is_first():
+            print(f"going on from {path} with another configuration:\n{lines}", file=sys.stderr)
 
     def _put_aside(self, failure: "UnreadableError", instead: Path) -> None:
         parallel.wait_for_all(f"put aside {failure.path}")
         if parallel.is_first():
-            aside = failure.path.with_name(f"{failure.path.name}.damaged")
+            suffixes = itertools.chain([".damaged"], map(".damaged-{}".format, itertools.count(2)))
+            names = (failure.path.with_name(failure.path.name + suffix) for suffix in suffixes)
+            aside = next(path for path in names if not path.exists())
             failure.path.rename(aside)
             print(
                 f"warning: {failure}; it is now {aside}, going on from {instead}", file=sys.stderr
@@ -211,6 +267,18 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         return config, read_arrays(step / "ema")
 
 
+def steps_left(path: Path) -> int:
+    """How many steps the run whose newest checkpoint this is had still to go.
+
+    Raises:
+        CheckpointError: there is no readable checkpoint at `path`.
+    """
+    step = _find_step(path).absolute()
+    with _reading(step):
+        config = ocp.JsonCheckpointHandler().restore(step / "config")
+        return config["steps"] - int(step.name)
+
+
 def read_arrays(item: Path) -> Any:
     """An item of a checkpoint as NumPy arrays: the devices that they were on need not be here."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
@@ -224,7 +292,11 @@ def read_arrays(item: Path) -> Any:
 def _reading(step: Path) -> Iterator[None]:
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged checkpoint can fail in any way
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
         reason = " ".join(str(error).split())
         raise UnreadableError(step, f"{type(error).__name__}: {reason}") from error
 
@@ -247,27 +319,3 @@ def _find_step(path: Path) -> Path:
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The configuration in JSON's types."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def _check_same(stored: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            elif prefix + key not in FREE_FIELDS:
-                yield prefix + key, value
-
-    # A field that an older version did not have is as it was then: at its default.
-    stored = dict(flat(to_json(TrainConfig()))) | dict(flat(stored))
-    current = dict(flat(current))
-    differing = [
-        f"  {name}: {stored.get(name)} there, {current.get(name)} now"
-        for name in sorted(stored.keys() | current.keys())
-        if stored.get(name) != current.get(name)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{path} was made with another configuration:\n"
-            + "\n".join(differing)
-            + "\nUse the same, or another --workdir."
-        )

@@ -1,11 +1,14 @@
 """Every setting of a model and of a training run, as frozen dataclasses; `configs/` fills them."""
 
+import math
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from dvmsr_jax.errors import UserError
 from kernels.selective_scan import Implementation
 
 
@@ -149,3 +152,38 @@ class Cluster:
     """Which one this is, from 0."""
     timeout: int = 300
     """Seconds to wait for the others."""
+
+
+# What a run's numbers have to lie within: from the first up, and below the second.
+_LIMITS = {
+    "steps": (1, math.inf),
+    "seed": (0, 2**32),
+    "log_every": (1, math.inf),
+    "val_every": (1, math.inf),
+    "checkpoint_every": (1, math.inf),
+    "keep_checkpoints": (1, math.inf),
+    "data.val_images": (1, math.inf),
+    "data.lr_crop": (1, math.inf),
+    "data.batch_size": (1, math.inf),
+    "data.workers": (0, math.inf),
+    "optim.learning_rate": (0, math.inf),
+    "optim.warmup": (0, 1),
+    "optim.b1": (0, 1),
+    "optim.b2": (0, 1),
+    "optim.clip": (0, math.inf),
+    "optim.accumulate": (1, math.inf),
+    "optim.ema_decay": (0, 1),
+    "distill.weight": (0, math.inf),
+}
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError, naming them, if numbers other than the model's are out of range."""
+    problems = []
+    for name, (low, high) in _LIMITS.items():
+        value = operator.attrgetter(name)(config)
+        if not low <= value < high:
+            below = "" if high == math.inf else f" and below {high}"
+            problems.append(f"{name} is {value}, expected from {low} up{below}")
+    if problems:
+        raise UserError("; ".join(problems))

@@ -1,8 +1,7 @@
 """Reading and writing pictures: uint8 RGB arrays in memory, files by Pillow."""
 
-import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import skimage.data
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+from dvmsr_jax import files
 from dvmsr_jax.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -52,21 +52,8 @@ def read_rgb(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
 
 def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Writes an RGB picture, making its folder; whatever happens, PATH is whole or untouched."""
-    with replacing(Path(path)) as temporary:
+    with files.replacing(Path(path)) as temporary:
         Image.fromarray(image).save(temporary, format="PNG")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path beside this one, whose folder is made, to write to. What was written gets this
-    one's name at the end, and is removed if there was an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def find_images(folder: str | os.PathLike[str], suffixes: Collection[str] = SUFFIXES) -> list[Path]:

@@ -6,6 +6,8 @@ one alone writes to the terminal and the logs.
 
 import collections
 import itertools
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,6 +37,8 @@ def start(cluster: Cluster) -> None:
             "cluster.coordinator-address, cluster.num-processes and cluster.process-id belong "
             "together: pass all three or none"
         )
+    if cluster.coordinator_address is not None and cluster.process_id:
+        _wait_for(cluster.coordinator_address, cluster.timeout)
     # It would swallow a SIGTERM that comes before the training loop, which has its own way to stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -45,9 +49,9 @@ def start(cluster: Cluster) -> None:
             initialization_timeout=cluster.timeout,
         )
     except ValueError as error:
-        if given[0] is not None:
-            raise UserError(f"cluster: {error}") from error
-        # No cluster was found.
+        if not str(error).startswith("coordinator_address should be defined"):
+            raise UserError(f"a cluster is only half described: {error}") from error
+        # There is none.
     except RuntimeError as error:
         raise UserError(f"the processes of the cluster did not find each other: {error}") from error
 
@@ -65,6 +69,11 @@ def wait_for_all(name: str) -> None:
 def from_first(value: float) -> float:
     """The first process's value, in all of them."""
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether it is true in all processes; the same answer in each."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(flag))))
 
 
 def make_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
@@ -100,6 +109,23 @@ def prefetch(batches: Iterable[Any], mesh: Mesh, ahead: int = 2) -> Iterator[Any
     while queue:
         yield queue.popleft()
         queue.extend(itertools.islice(batches, 1))
+
+
+def _wait_for(address: str, timeout: int) -> None:
+    """Returns when something answers at HOST:PORT: JAX would end the process if nothing did."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=timeout):
+                return
+        except (OSError, ValueError, OverflowError) as error:
+            if not isinstance(error, OSError) or time.monotonic() >= deadline:
+                raise UserError(
+                    f"cluster.coordinator-address {address}: no answer ({error}); is the first "
+                    "process running, and reachable from here?"
+                ) from error
+        time.sleep(0.2)
 
 
 class AnyProcess:

@@ -5,7 +5,6 @@ python -m dvmsr_jax.pretrained IN OUT.safetensors
 
 import dataclasses
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import safetensors
 import safetensors.numpy
 import tyro
 
-from dvmsr_jax import checkpoint, pth
+from dvmsr_jax import checkpoint, files, pth
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
@@ -53,14 +52,8 @@ def save_safetensors(model: DVMSR, path: Path) -> None:
     """Writes the weights in float32, with the configuration in the metadata."""
     metadata = {"format": "dvmsr_jax", "config": json.dumps(dataclasses.asdict(model.config))}
     arrays = {name: np.asarray(x, np.float32) for name, x in named_parameters(model).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A half-written file would be left behind if the disk filled up.
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with files.replacing(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(arrays, metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:

@@ -15,7 +15,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dvmsr_jax import images
+from dvmsr_jax import files, images
 
 
 class Log:
@@ -31,7 +31,8 @@ class Log:
         self._path = directory / "metrics.jsonl"
         (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with files.replacing(self._path) as unfinished:
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
         prefix = directory / "tensorboard" / "events"
         self._events = EventsWriter(str(prefix), filename_suffix=f".{os.getpid()}")
         self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
@@ -108,10 +109,12 @@ def plot_training(directories: Sequence[Path], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=100)
+    with files.replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100, format="png")
 
 
 def _plot(axes, lines, key, label, style="-"):
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:
-        axes.plot(*zip(*points, strict=True), style, label=label)
+        marker = "." if len(points) == 1 else ""
+        axes.plot(*zip(*points, strict=True), style, marker=marker, label=label)

@@ -23,6 +23,16 @@ from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 
+# For the step, on CPUs. XLA's own order of operations favours concurrency, which takes half as much
+# memory again and is no faster; and it forgets optimization barriers before it decides, among them
+# those of `remat`.
+_SPARING = {
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+# For what runs once, on CPUs: optimising it takes longer than anything.
+_HASTY = {"xla_backend_optimization_level": 0}
+
 # The paper halves the learning rate at 250, 400, 450 and 475 of 500 thousand steps.
 HALVINGS = (0.5, 0.8, 0.9, 0.95)
 
@@ -85,7 +95,8 @@ def init_state(config: TrainConfig, teacher: Teacher | None) -> TrainState:
     """The state before the first step."""
     optimizer = make_optimizer(config.optim, config.steps)
 
-    @jax.jit  # to compile once rather than operation by operation
+    # Compiled once rather than operation by operation.
+    @functools.partial(jax.jit, compiler_options=_on_cpus(_HASTY))
     def init():
         key = jax.random.key(config.seed)
         model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key)))
@@ -161,6 +172,7 @@ class TrainStep:
         optimizer = make_optimizer(config.optim, config.steps)
         schedule = learning_rate(config.optim, config.steps)
         replicated, sharded = PartitionSpec(), PartitionSpec(parallel.AXIS)
+        cached = cache is not None  # the arrays themselves are not to be kept on the host
 
         @functools.partial(
             jax.shard_map,
@@ -170,7 +182,7 @@ class TrainStep:
             check_vma=False,  # the means below are explicit, and custom VJPs stay simple
         )
         def gradients(params, constants, step, batch):
-            if cache is not None:
+            if cached:
                 batch = data.cut(constants["cache"], batch, config.data.lr_crop, config.model.scale)
             frozen = None if teacher is None else Teacher(teacher.config, constants["teacher"])
             count = len(batch["lr"])
@@ -186,9 +198,11 @@ class TrainStep:
             result = _mean_over_parts(one_part, config.optim.accumulate, batch, keys)
             return jax.lax.pmean(result, parallel.AXIS)
 
-        @functools.partial(jax.jit, donate_argnums=0)
+        @functools.partial(jax.jit, donate_argnums=0, compiler_options=_on_cpus(_SPARING))
         def train_step(state, constants, batch):
             grads, parts = gradients(state.params, constants, state.step, batch)
+            # Or else XLA, on its way to their norm, may keep what all of them are made of.
+            grads = jax.lax.optimization_barrier(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             # Early averages would remember the random start: let the memory grow with the run.
@@ -197,6 +211,7 @@ class TrainStep:
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params["model"])
             parts |= {
                 "gradient_norm": optax.tree.norm(grads),
+                "weight_norm": optax.tree.norm(params),
                 "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             }
             return TrainState(state.step + 1, params, opt_state, ema), parts
@@ -228,6 +243,10 @@ def memory_of(program: jax.stages.Compiled) -> int:
         - sizes.alias_size_in_bytes
         + sizes.temp_size_in_bytes
     )
+
+
+def _on_cpus(options):
+    return options if jax.default_backend() == "cpu" else None
 
 
 def _mean_over_parts(function, parts, *inputs):

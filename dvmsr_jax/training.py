@@ -1,6 +1,7 @@
 """The two training phases from beginning to end: feed, step, validate, log, save, stop, go on."""
 
 import contextlib
+import fcntl
 import signal
 import sys
 import time
@@ -15,8 +16,8 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from dvmsr_jax import data, parallel, report
-from dvmsr_jax.checkpoint import Best, Checkpoints, phase_directory
-from dvmsr_jax.config import TrainConfig
+from dvmsr_jax.checkpoint import Best, Checkpoints, phase_directory, steps_left
+from dvmsr_jax.config import TrainConfig, check
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import named_parameters
@@ -32,95 +33,109 @@ class TrainingError(UserError):
     """The run cannot go on; the message says why and from where it can be taken up."""
 
 
+class StoppedError(Exception):
+    """A signal ended the run before its last step; the message says how to go on."""
+
+
 class Machinery(NamedTuple):
     """What takes a run from step to step."""
 
-    records: data.Records
     step: TrainStep
     batches: Callable[[int], Iterator[Any]]
     """batches(start): those from step `start` to the end, on the devices."""
 
 
-def train(config: TrainConfig, *, profile: int = 0) -> Path:
+def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False) -> Path:
     """Runs a phase from its newest checkpoint, or from the start, to `config.steps`.
 
     SIGINT and SIGTERM, in any of the processes, end it after the step under way, with a checkpoint.
-    With `profile`, a trace of so many steps is left in the phase's directory.
+    With `profile`, a trace of so many steps is left in the phase's directory. With `allow_changes`,
+    configuration, data and teacher may be others than the checkpoint's, where that is possible.
 
     Returns:
         The phase's directory, which `load_model` takes.
 
     Raises:
+        StoppedError: a signal ended it.
         UserError: the configuration, the data or the teacher cannot be used, the loss is not
-            finite, or a checkpoint cannot be read or written.
+            finite, a checkpoint cannot be read or written, or another run writes to the directory.
     """
+    check(config)
     directory = phase_directory(config)
     mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
     teacher = load_teacher(config)
-    state, best = parallel.replicate(init_state(config, teacher), mesh), Best()
-    checkpoints = Checkpoints(config)
-    if (restored := checkpoints.restore(state.ema, state._replace(ema={}))) is not None:
-        best, state = restored.best, restored.state._replace(ema=restored.ema)
-    start = int(state.step)
-    _print(f"{config.phase}: steps {start} to {config.steps}, in {directory}")
-    if start >= config.steps:
-        checkpoints.close()
-        return directory
-
-    machinery = make_machinery(config, mesh, teacher)
-    validate = Validator(config, machinery.records, teacher)
-    log = report.Log(directory, start) if parallel.is_first() else None
-    trace = _Trace(directory / "profile", start + BEFORE_PROFILE, profile)
-    batches = machinery.batches(start)
-    recent = _Recent(start)
-    stop_anywhere = parallel.AnyProcess(mesh)
+    records = data.load_records(config.data, config.model.scale)
+    sources = {
+        "data": data.identity(records.folder),
+        "teacher": teacher and data.teacher_id(teacher.config, teacher.parameters),
+    }
     with (
+        _sole_use(directory),
         _StopSignals() as stop,
-        contextlib.closing(trace),
-        tqdm(
-            total=config.steps,
-            initial=start,
-            unit="step",
-            desc=config.phase,
-            disable=not parallel.is_first(),
-        ) as bar,
+        contextlib.closing(
+            Checkpoints(config, sources, allow_changes=allow_changes)
+        ) as checkpoints,
     ):
-        for step in range(start + 1, config.steps + 1):
-            with recent.waiting():
-                batch = next(batches)
-            state, parts = machinery.step(state, batch)
-            recent.add(parts)
-            trace.step_done(step, state)
-            bar.update()
-            last = stop_anywhere(stop.requested) or step == config.steps
-            validate_now = step == config.steps or step % config.val_every == 0
-            save_now = last or validate_now or step % config.checkpoint_every == 0
+        state, best = parallel.replicate(init_state(config, teacher), mesh), Best()
+        if (restored := checkpoints.restore(state.ema, state._replace(ema={}))) is not None:
+            best, state = restored.best, restored.state._replace(ema=restored.ema)
+        start = int(state.step)
+        _print(f"{config.phase}: steps {start} to {config.steps}, in {directory}")
+        if start >= config.steps:
+            return directory
 
-            if save_now or step % config.log_every == 0:
-                values = recent.means(checkpoints)
-                bar.set_postfix(loss=f"{values['loss']:.4f}")
-                if log:
-                    log.scalars(step, values)
-                recent.begin()
-            if validate_now:
-                psnr_y, sample = validate(state.ema)
-                psnr_y = parallel.from_first(psnr_y)
-                best = max(best, Best(step, psnr_y), key=lambda best: best.psnr_y)
-                if log:
-                    log.scalars(step, {"val_psnr_y": psnr_y, **validate.fixed_scores})
-                    log.sample(step, sample)
-                    bar.write(validate.describe(step, psnr_y))
-                recent.begin()
-            if save_now:
-                checkpoints.save(step, best, state.ema, state._replace(ema={}))
-            if last:
-                break
-    checkpoints.close()
-    if log:
-        log.close()
+        machinery = make_machinery(config, mesh, teacher, records)
+        validate = Validator(config, records, teacher)
+        log = report.Log(directory, start) if parallel.is_first() else None
+        trace = _Trace(directory / "profile", start, profile)
+        batches = machinery.batches(start)
+        recent = _Recent(start)
+        stop_anywhere = parallel.AnyProcess(mesh)
+        with (
+            contextlib.closing(trace),
+            tqdm(
+                total=config.steps,
+                initial=start,
+                unit="step",
+                desc=config.phase,
+                disable=not parallel.is_first(),
+            ) as bar,
+        ):
+            for step in range(start + 1, config.steps + 1):
+                with recent.waiting():
+                    batch = next(batches)
+                state, parts = machinery.step(state, batch)
+                recent.add(parts)
+                trace.step_done(step, state)
+                bar.update()
+                last = stop_anywhere(stop.requested) or step == config.steps
+                validate_now = step == config.steps or step % config.val_every == 0
+                save_now = last or validate_now or step % config.checkpoint_every == 0
+
+                if save_now or step % config.log_every == 0:
+                    values = recent.means(checkpoints)
+                    bar.set_postfix(loss=f"{values['loss']:.4f}")
+                    if log:
+                        log.scalars(step, values)
+                    recent.begin()
+                if validate_now:
+                    psnr_y, sample = validate(state.ema)
+                    psnr_y = parallel.from_first(psnr_y)
+                    best = max(best, Best(step, psnr_y), key=lambda best: best.psnr_y)
+                    if log:
+                        log.scalars(step, {"val_psnr_y": psnr_y, **validate.fixed_scores})
+                        log.sample(step, sample)
+                        bar.write(validate.describe(step, psnr_y))
+                    recent.begin()
+                if save_now:
+                    checkpoints.save(step, best, state.ema, state._replace(ema={}))
+                if last:
+                    break
+        if log:
+            log.close()
     if step < config.steps:
-        _print(f"stopped after step {step}; the same command goes on from there")
-    elif best.step < step:
+        raise StoppedError(f"stopped after step {step}; the same command goes on from there")
+    if best.step < step:
         where = checkpoints.directory / str(best.step)
         _print(f"the best validation was {best.psnr_y:.2f} dB at step {best.step}: {where}")
     return directory
@@ -133,10 +148,12 @@ def dry_run(config: TrainConfig) -> None:
     Raises:
         UserError: as `train`.
     """
+    check(config)
     mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
     teacher = load_teacher(config)
+    records = data.load_records(config.data, config.model.scale)
     state = parallel.replicate(init_state(config, teacher), mesh)
-    machinery = make_machinery(config, mesh, teacher)
+    machinery = make_machinery(config, mesh, teacher, records)
     batch = next(machinery.batches(0))
     memory = memory_of(machinery.step.compile(state, batch))
     seconds = []
@@ -151,9 +168,9 @@ def dry_run(config: TrainConfig) -> None:
     _print(
         f"{config.phase}: {parameters:,} parameters, {config.steps:,} steps of {batch_size} crops"
     )
-    _print(f"one crop's forward pass: {macs / 1e9:.2f} GMACs in convolutions and projections")
+    _print(f"one crop's forward pass: {macs / 1e9:.3g} GMACs in convolutions and projections")
     _print(
-        f"memory a device: {memory / 2**20:,.0f} MiB, of {mesh.size} {mesh.devices[0].device_kind}"
+        f"memory a device: {memory / 2**20:,.1f} MiB, of {mesh.size} {mesh.devices[0].device_kind}"
     )
     _print(f"loss {float(parts['loss']):.4f}")
     _print(
@@ -161,30 +178,32 @@ def dry_run(config: TrainConfig) -> None:
     )
 
 
-def make_machinery(config: TrainConfig, mesh: Mesh, teacher: Teacher | None) -> Machinery:
-    """Reads the data, and builds what cuts batches from it and what learns from them.
+def make_machinery(
+    config: TrainConfig, mesh: Mesh, teacher: Teacher | None, records: data.Records
+) -> Machinery:
+    """Builds what cuts batches from the data and what learns from them.
 
     Raises:
-        UserError: the data cannot be used, or the teacher's outputs for it are not there.
+        UserError: the teacher's outputs for the data are not there.
     """
-    records = data.load_records(config.data, config.model.scale)
     targets = None
     if teacher is not None and config.distill.targets == "precomputed":
         name = data.teacher_id(teacher.config, teacher.parameters)
         targets = data.load_targets(
-            records.folder, name, self_ensemble=config.distill.self_ensemble
+            records.folder,
+            name,
+            self_ensemble=config.distill.self_ensemble,
+            ckpt=config.distill.teacher or config.workdir / "teacher",
         )
     span: dict[str, Any] = {
         "seed": config.seed,
         "stop": config.steps,
         "shard": (jax.process_index(), jax.process_count()),
     }
-    cache = None
-    if config.data.cache == "device":
-        cache = data.load_cache(records.train, targets)
+    cached = config.data.cache == "device"
 
     def batches(start):
-        if cache is not None:
+        if cached:
             source = data.plans(records.train, config.data, start=start, **span)
         else:
             scale = config.model.scale
@@ -193,7 +212,8 @@ def make_machinery(config: TrainConfig, mesh: Mesh, teacher: Teacher | None) -> 
             )
         return parallel.prefetch(source, mesh)
 
-    return Machinery(records, TrainStep(config, mesh, teacher, cache), batches)
+    cache = data.load_cache(records.train, targets) if cached else None
+    return Machinery(TrainStep(config, mesh, teacher, cache), batches)
 
 
 def load_teacher(config: TrainConfig) -> Teacher | None:
@@ -216,6 +236,11 @@ def load_teacher(config: TrainConfig) -> Teacher | None:
             raise UserError(
                 f"there is no teacher in {path}; run the teacher phase under the same --workdir, "
                 "or pass a checkpoint with --distill.teacher PATH"
+            )
+        if (left := steps_left(path)) > 0:
+            raise UserError(
+                f"the teacher in {path} has {left} steps to go; finish it, or pass it as it is "
+                f"with --distill.teacher {path}"
             )
     teacher = load_model(path)
     if teacher.config.scale != config.model.scale:
@@ -258,12 +283,15 @@ class _Recent:
         """
         fetched = jax.device_get(self._pending)
         for i, parts in enumerate(fetched):
-            if not np.isfinite(parts["loss"]):
-                raise TrainingError(
-                    f"the loss is {parts['loss']} at step {self._step - len(fetched) + 1 + i}; the "
-                    f"last good checkpoint is {checkpoints.newest() or 'not written yet'}. A lower "
-                    "--optim.learning-rate or --optim.clip may help."
-                )
+            for name, what in (("loss", "loss"), ("weight_norm", "norm of the weights")):
+                if not np.isfinite(parts[name]):
+                    step = self._step - len(fetched) + 1 + i
+                    raise TrainingError(
+                        f"the {what} is {parts[name]} at step {step}; "
+                        f"the last good checkpoint is {checkpoints.newest() or 'not written yet'}. "
+                        "A lower --optim.learning-rate or --optim.clip may help, together with "
+                        "--allow-changes to go on from there."
+                    )
         seconds = time.perf_counter() - self._begin
         means = {name: float(np.mean([parts[name] for parts in fetched])) for name in fetched[0]}
         means |= {"steps_per_second": len(fetched) / seconds, "data_wait": self._waited / seconds}
@@ -273,15 +301,16 @@ class _Recent:
 class _Trace:
     """Records some steps for TensorBoard and Perfetto."""
 
-    def __init__(self, folder: Path, after: int, steps: int):
-        self._folder, self._begin, self._end = folder, after, after + steps
-        self._on = False
+    def __init__(self, folder: Path, start: int, steps: int):
+        self._folder, self._begin = folder, start + BEFORE_PROFILE
+        self._end = self._begin + steps
+        self._on, self._wanted = False, steps > 0
 
     def step_done(self, step: int, state: Any) -> None:
         """To be called after each step."""
         if step == self._begin < self._end and parallel.is_first():
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-            self._on = True
+            self._on, self._wanted = True, False
         if step == self._end:
             jax.block_until_ready(state)
             self.close()
@@ -292,6 +321,28 @@ class _Trace:
             jax.profiler.stop_trace()
             self._on = False
             _print(f"the profile is in {self._folder}")
+        if self._wanted:
+            _print(f"no profile: the run ended before step {self._begin + 1}")
+            self._wanted = False
+
+
+@contextlib.contextmanager
+def _sole_use(directory: Path) -> Iterator[None]:
+    """While entered, no other run can have the directory."""
+    if not parallel.is_first():
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing to {directory}; stop it, or use another --workdir"
+            ) from error
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
 
 
 class _StopSignals:

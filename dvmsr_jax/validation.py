@@ -9,6 +9,7 @@ from jaxtyping import Array, UInt8
 
 from dvmsr_jax import bicubic, data, images, metrics, report
 from dvmsr_jax.config import ModelConfig, TrainConfig
+from dvmsr_jax.inference import average_over_symmetries
 from dvmsr_jax.model import model_from_parameters
 from dvmsr_jax.step import Teacher
 
@@ -19,13 +20,14 @@ class Validator:
     def __init__(self, config: TrainConfig, records: data.Records, teacher: Teacher | None):
         self._config = config
         self._records = [records.val[i] for i in range(len(records.val))]
-        self._forward = jax.jit(self._upscale, static_argnums=0)
+        self._forward = jax.jit(self._upscale, static_argnums=(0, 1))
         bicubics = [bicubic.upscale(record["lr"], config.model.scale) for record in self._records]
         self._first_bicubic = bicubics[0]
         self.fixed_scores = {"val_bicubic_psnr_y": self._mean_psnr_y(bicubics)}
         """Scores that stay the same: of bicubic and, if there is one, of the teacher."""
         if teacher is not None:
-            results = self._results(teacher.config, teacher.parameters)
+            ensemble = config.distill.self_ensemble
+            results = self._results(teacher.config, teacher.parameters, ensemble)
             self.fixed_scores["val_teacher_psnr_y"] = self._mean_psnr_y(results)
 
     def __call__(self, parameters: Mapping[str, Array]) -> tuple[float, UInt8[np.ndarray, "H W 3"]]:
@@ -39,17 +41,18 @@ class Validator:
         others = [f"{name.split('_')[1]} {x:.2f}" for name, x in self.fixed_scores.items()]
         return f"step {step}: PSNR-Y {psnr_y:.2f} dB ({', '.join(others)})"
 
-    def _results(self, config, parameters):
+    def _results(self, config, parameters, ensemble=False):
         # By way of the host, so that the arrays are no longer spread over a mesh.
         parameters = {name: np.asarray(x) for name, x in parameters.items()}
         return [
-            images.to_uint8(np.asarray(self._forward(config, parameters, record["lr"][None])[0]))
+            images.to_uint8(np.asarray(self._forward(config, ensemble, parameters, record["lr"])))
             for record in self._records
         ]
 
-    def _upscale(self, config: ModelConfig, parameters, lr):
+    def _upscale(self, config: ModelConfig, ensemble: bool, parameters, lr):
         model = model_from_parameters(config, parameters, compute=self._config.compute)
-        return model(lr.astype(jnp.float32) / 255)
+        image = lr[None].astype(jnp.float32) / 255
+        return (average_over_symmetries(model, image) if ensemble else model(image))[0]
 
     def _mean_psnr_y(self, results):
         scale = self._config.model.scale

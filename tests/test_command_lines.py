@@ -202,7 +202,19 @@ def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
     assert "no problems" in capsys.readouterr().out
     run_main(data_commands, monkeypatch, "distill", "--ckpt", weights, "--data", records)
     assert str(records / "targets") in capsys.readouterr().out
-    assert list((records / "targets").glob("*/00000.npy"))
+    (target,) = (records / "targets").glob("*/00000.npy")
+
+    target.write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        run_main(data_commands, monkeypatch, "check", records)
+    assert stop.value.code == "error: 1 problems"
+    assert f"{target}: is damaged" in capsys.readouterr().out
+    target.unlink()
+    run_main(data_commands, monkeypatch, "check", records)
+    output = capsys.readouterr().out
+    assert "0 of the 1 files" in output
+    assert f"distill --ckpt {weights} --data {records}" in output
+    assert "no problems" in output
 
     next(records.glob("*val.array_record*")).unlink()
     with pytest.raises(SystemExit) as stop:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +20,7 @@ from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import prepare
 from dvmsr_jax.data.check import check
 from dvmsr_jax.data.pictures import find_pictures
-from dvmsr_jax.data.records import ShardWriter, open_shard
+from dvmsr_jax.data.records import ShardWriter, open_records, open_shard
 from dvmsr_jax.errors import UserError
 
 
@@ -74,7 +76,7 @@ def test_device_cuts_the_same_batches(with_targets):
     config = DataConfig(lr_crop=6, batch_size=32)
     span = {"seed": 3, "start": 1, "stop": 3}
     cache = jax.device_put(data.load_cache(records, targets))
-    assert cache.keys() == {"lr", "hr", "target"} if with_targets else {"lr", "hr"}
+    assert cache.keys() == ({"lr", "hr", "target"} if with_targets else {"lr", "hr"})
     cut = jax.jit(data.cut, static_argnums=(2, 3))
     batches = data.batches(records, config, scale=4, targets=targets, **span)
     symmetries = set()
@@ -247,13 +249,49 @@ def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch,
         UserError, match=f"1 of 7 pictures .*more than 1%.*\n  {re.escape(str(bad))}"
     ):
         data.load_records(config, 4)
-    assert [path.name for path in (tmp_path / "data").glob("*/*")] == [".incomplete"]
+    (unfinished,) = (tmp_path / "data").glob("*/*")
+    assert unfinished.name.startswith(".incomplete-")
 
     monkeypatch.setattr(prepare, "MAX_BAD", 0.2)
     records = data.load_records(config, 4)
     assert f"left out: {bad}" in capsys.readouterr().out
     assert len(records.train) == 5
-    assert not (tmp_path / "data" / "sr_sub_images" / ".incomplete").exists()
+    assert not unfinished.exists()
+
+
+def test_mended_pictures_are_read_again(photos, tmp_path):
+    """Though their names, sizes and middles are what they were."""
+    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    path = photos / "3.png"
+    content = path.read_bytes()
+    path.write_bytes(b"overwrit" + content[8:])
+    with pytest.raises(UserError, match=rf"mend or remove.*\n  {path}"):
+        prepare.prepare(pictures, 4, tmp_path / "out")
+    path.write_bytes(content)
+    prepare.prepare(pictures, 4, tmp_path / "out")
+    assert len(open_records(tmp_path / "out").train) == 5
+
+
+def test_another_set_leaves_an_interrupted_one_alone(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    read_rgb, read = images.read_rgb, []
+
+    def interrupted(path):
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        read.append(path)
+        return read_rgb(path)
+
+    config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
+    monkeypatch.setattr(images, "read_rgb", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.load_records(config, 4)
+    monkeypatch.setattr(images, "read_rgb", read_rgb)
+    data.load_records(dataclasses.replace(config, hr_dirs=(photos / "more",)), 4)
+    monkeypatch.setattr(images, "read_rgb", lambda path: read.append(path) or read_rgb(path))
+    data.load_records(config, 4)
+    assert len(read) == len(set(read)) == 6
 
 
 @pytest.mark.parametrize(
@@ -356,6 +394,36 @@ def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
     assert data.load_records(moved, 4).folder != before
 
 
+def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeypatch):
+    def identity(folder, name, *, scale=4, val_images=1):
+        splits = find_pictures(DataConfig(hr_dirs=(folder,), val_images=val_images), scale)
+        prepare.prepare(splits, scale, tmp_path / name)
+        return data.identity(tmp_path / name)
+
+    first = identity(photos, "first")
+    assert re.fullmatch("[0-9a-f]{12}", first)
+    copied = shutil.copytree(photos, tmp_path / "copied")
+    assert identity(copied, "again") == first
+    assert data.identity((tmp_path / "first").rename(tmp_path / "moved")) == first
+
+    others = [identity(photos, "two", val_images=2), identity(photos, "x2", scale=2)]
+    (copied / "5.png").unlink()
+    others.append(identity(copied, "fewer"))
+
+    read_rgb, unreadable = images.read_rgb, None
+
+    def read(path):
+        if path.name == unreadable:
+            raise images.ImageError(f"{path}: cannot be read")
+        return read_rgb(path)
+
+    monkeypatch.setattr(images, "read_rgb", read)
+    monkeypatch.setattr(prepare, "MAX_BAD", 0.2)
+    for unreadable in ("3.png", "4.png"):
+        others.append(identity(photos, unreadable))
+    assert len({first, *others}) == 6
+
+
 @pytest.fixture
 def prepared(photos, tmp_path):
     """A folder with a file of three pictures and one of two, and a picture for validation."""
@@ -384,6 +452,31 @@ def test_check_finds_damaged_files(prepared, file, damage, problem):
     damage(path)
     (found,) = check(prepared)
     assert re.search(rf"{path.name}: .*{problem}", found)
+
+
+@pytest.mark.parametrize("file", ["train.array_record-00001-of-00002", "val.array_record-00000"])
+def test_damaged_files_are_named_when_used(prepared, file):
+    (path,) = prepared.glob(f"*{file}*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    records = open_records(prepared)
+    with pytest.raises(UserError, match=rf"{path}: cannot be read .*\n.*data check {prepared}"):
+        list(itertools.chain(records.train, records.val))
+    path.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"{path}: has {len(content) - 1} bytes, not"):
+        open_records(prepared)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path}: is missing"):
+        open_records(prepared)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "nothing"])
+def test_another_preparation_file_is_refused(tmp_path, text):
+    (tmp_path / "preparation.json").write_text(text)
+    for use in (check, data.identity, open_records):
+        with pytest.raises(UserError, match="holds no prepared records"):
+            use(tmp_path)
 
 
 @pytest.mark.parametrize(

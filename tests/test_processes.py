@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dvmsr_jax import images
+from dvmsr_jax import images, parallel
 from dvmsr_jax.checkpoint import load_weights
+from dvmsr_jax.config import Cluster
+from dvmsr_jax.errors import UserError
 from dvmsr_jax.report import read_metrics
 from tests import crash_resume
 
@@ -124,24 +126,41 @@ def assert_same_run(one, other, **tolerance):
 
 
 def test_two_processes_are_like_one(start, tmp_path):
-    """In both phases, the first one stopped by a signal to one of them and started again."""
-    finish(start("teacher", "one", 4))
-    both = pair(start, "teacher", "two")
-    while not read_metrics(tmp_path / "two/teacher/metrics.jsonl"):
-        assert both[0].poll() is None, both[0].communicate()[0]
-        time.sleep(0.01)
-    both[1].send_signal(signal.SIGTERM)  # the one that logs learns of it from the other
-    first, second = finish(*both)
-    assert re.search(r"stopped after step [1-5]; the same command goes on", first), first
-    assert "step/s" not in second  # one of them speaks
-    first, _ = finish(*pair(start, "teacher", "two"))
-    assert not re.search("steps 0 to 6", first), first
-    assert_same_run(tmp_path / "one/teacher", tmp_path / "two/teacher", rtol=1e-5, atol=1e-5)
+    """In both phases, stopped by a signal to one of them and started again."""
+    for phase, options in (
+        ("teacher", []),
+        ("student", ["--distill.teacher", tmp_path / "one/teacher"]),
+    ):
+        finish(start(phase, "one", 4, *options))
+        both = pair(start, phase, "two", *options)
+        while not read_metrics(tmp_path / "two" / phase / "metrics.jsonl"):
+            assert both[0].poll() is None, both[0].communicate()[0]
+            time.sleep(0.01)
+        both[1].send_signal(signal.SIGTERM)  # the one that logs learns of it from the other
+        first, second = finish(*both)
+        assert re.search(r"stopped after step [1-5]; the same command goes on", first), first
+        assert "step/s" not in second  # one of them speaks
+        first, _ = finish(*pair(start, phase, "two", *options))
+        assert not re.search("steps 0 to 6", first), first
+        runs = (tmp_path / name / phase for name in ("one", "two"))
+        assert_same_run(*runs, rtol=1e-5, atol=1e-5)
 
-    teacher = ["--distill.teacher", tmp_path / "one/teacher"]
-    finish(start("student", "one", 4, *teacher))
-    finish(*pair(start, "student", "two", *teacher))
-    assert_same_run(tmp_path / "one/student", tmp_path / "two/student", rtol=1e-5, atol=1e-5)
+
+def test_cluster_that_is_not_there():
+    """An error in time, where JAX would abort the process, or take it for the only one."""
+    with pytest.raises(UserError, match="localhost:1: no answer"):
+        parallel.start(Cluster("localhost:1", num_processes=2, process_id=1, timeout=0))
+    with pytest.raises(UserError, match="pass all three or none"):
+        parallel.start(Cluster("localhost:1"))
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_PLATFORMS": "cpu"}
+    alone = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--phase=teacher"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert alone.returncode == 1
+    assert alone.stderr.startswith("error: a cluster is only half described: ")
 
 
 def test_killed_runs_end_like_an_undisturbed_one(tmp_path):

@@ -1,6 +1,12 @@
 """Targets computed beforehand are the teacher's outputs, whatever interrupted their making."""
 
+import io
+import os
+import re
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +16,12 @@ from flax import nnx
 from dvmsr_jax import data, images, inference
 from dvmsr_jax.config import DataConfig, ModelConfig
 from dvmsr_jax.data import targets
+from dvmsr_jax.data.check import check_targets
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import load_model, save_safetensors
 
+ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ModelConfig(channels=4, rssbs=1, vimms_per_rssb=1, states=2)
 
 
@@ -42,12 +50,27 @@ def id_of(teacher):
     return data.teacher_id(model.config, named_parameters(model))
 
 
+def load(records, teacher, self_ensemble=False):
+    return data.load_targets(
+        records.folder, id_of(teacher), self_ensemble=self_ensemble, ckpt=teacher
+    )
+
+
+def problems_of(path):
+    """What `check` says of this folder of targets; other tests' lie beside it."""
+    return [line for line in check_targets(path.parents[1]) if str(path) in line]
+
+
+def unfinished_of(path):
+    return [line for line in targets.find_unfinished(path.parents[1]) if str(path) in line]
+
+
 @pytest.mark.parametrize("self_ensemble", [False, True])
 def test_targets_are_the_teachers_outputs(records, teacher, self_ensemble, monkeypatch):
     monkeypatch.setattr(targets, "PER_SHARD", 3)
     # Batches of 2, the last of each file padded.
     targets.distill(teacher, records.folder, self_ensemble=self_ensemble, batch_size=2)
-    found = data.load_targets(records.folder, id_of(teacher), self_ensemble=self_ensemble)
+    found = load(records, teacher, self_ensemble)
     assert len(found) == len(records.train) == 5
     model = nnx.jit(load_model(teacher))
     for record, target in zip(records.train, found, strict=True):
@@ -79,33 +102,107 @@ def test_interrupted_distillation_ends_with_the_same_bytes(records, teacher, mon
         return path, {file.name: file.read_bytes() for file in path.iterdir()}
 
     path, whole = distill()
-    assert len(whole) == 3
+    assert whole.keys() == {"00000.npy", "00001.npy", "00002.npy", "targets.json"}
     for file in path.iterdir():
         file.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(targets, "_make_upscaler", interrupted)
         with pytest.raises(KeyboardInterrupt):
             distill()
-        assert [file.name for file in path.iterdir()] == ["00000.npy"]
-        with pytest.raises(
-            UserError, match=r"1 of the 3 files .*\n  python -m dvmsr_jax\.data dis"
-        ):
-            data.load_targets(records.folder, id_of(teacher), self_ensemble=False)
+        assert {file.name for file in path.iterdir()} == {"00000.npy", "targets.json"}
+        command = f"distill --ckpt {teacher} --data {records.folder}"
+        with pytest.raises(UserError, match=rf"1 of the 3 files .*\n.* {command}$"):
+            load(records, teacher)
+        (line,) = unfinished_of(path)
+        assert line.startswith(f"{path}: 1 of the 3 files")
+        assert line.endswith(command)
+        assert problems_of(path) == []
         assert distill()[1] == whole
         assert calls == [2, 2, 2, 1]  # the first file was not made again
+        assert unfinished_of(path) == problems_of(path) == []
 
 
-def test_missing_targets_name_the_command(records):
-    with pytest.raises(UserError, match=f"--data {records.folder} --self-ensemble"):
-        data.load_targets(records.folder, "0123456789ab", self_ensemble=True)
+def test_missing_targets_name_the_command(records, teacher):
+    command = f"--ckpt {teacher} --data {records.folder} --self-ensemble"
+    with pytest.raises(UserError, match=rf"0 of the 1 files .*\n.*{command}"):
+        load(records, teacher, self_ensemble=True)
 
 
-def test_damaged_targets_are_named(records, teacher):
-    path = targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
+def flip_a_bit(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def fewer_rows(content):
+    file = io.BytesIO()
+    np.save(file, np.load(io.BytesIO(content))[1:])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem", "loads"),
+    [
+        (lambda content: content[:1000], "is damaged", False),
+        (lambda content: b"", "is damaged", False),
+        (fewer_rows, r"holds uint8 \(4, .*expected uint8 \(5, ", False),
+        (flip_a_bit, "its checksum is another one", True),
+    ],
+)
+def test_damaged_targets_are_named_and_made_again(records, teacher, damage, problem, loads):
+    def distill():
+        return targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
+
+    path = distill()
     shard = path / "00000.npy"
-    shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"00000\.npy: is damaged"):
-        data.load_targets(records.folder, id_of(teacher), self_ensemble=False)
+    content = shard.read_bytes()
+    shard.write_bytes(damage(content))
+    if not loads:
+        with pytest.raises(UserError, match=rf"00000\.npy: .*{problem}"):
+            load(records, teacher)
+    (line,) = problems_of(path)
+    assert re.search(rf"00000\.npy: .*{problem}.*; remove it and distil again", line)
+    shard.unlink()
+    distill()
+    assert shard.read_bytes() == content
+    assert problems_of(path) == []
+
+
+def test_targets_without_a_checksum_get_one(records, teacher):
+    path = targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
+    (path / "targets.json").unlink()
+    (line,) = problems_of(path)
+    assert "has no checksum" in line
+    targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
+    assert problems_of(path) == []
+
+
+def test_devices_change_no_target(records, teacher):
+    """Two of them, in a process of its own, against one."""
+    path = targets.distill(teacher, records.folder, self_ensemble=False, batch_size=4)
+    one = np.load(path / "00000.npy")
+    (path / "00000.npy").unlink()
+    program = f"""
+import jax
+from pathlib import Path
+from dvmsr_jax.data.targets import distill
+assert jax.device_count() == 2
+distill(Path({str(teacher)!r}), Path({str(records.folder)!r}), self_ensemble=False, batch_size=4)
+"""
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        check=True,
+    )
+    two = np.load(path / "00000.npy")
+    assert np.abs(one.astype(int) - two).max() <= 1
+    assert np.mean(one == two) > 0.999
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_holds_something(records, teacher, batch_size):
+    with pytest.raises(UserError, match=f"batch_size is {batch_size}, expected at least 1"):
+        targets.distill(teacher, records.folder, self_ensemble=False, batch_size=batch_size)
 
 
 def test_another_scale_is_refused(records, tmp_path):

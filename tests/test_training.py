@@ -1,10 +1,12 @@
 """Both phases learn, the teacher stays as it is, and an interrupted run ends like any other."""
 
 import dataclasses
+import fcntl
 import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,14 @@ import pytest
 from flax import nnx
 
 from dvmsr_jax import images, parallel, report, step, training
-from dvmsr_jax.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, TrainConfig
+from dvmsr_jax.config import (
+    Compute,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from dvmsr_jax.data import load_records, targets
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, named_parameters
@@ -168,10 +177,14 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkey
     cut = dataclasses.replace(config, workdir=tmp_path / "cut")
     with monkeypatch.context() as patch:
         interrupt_at(3, patch, signal.SIGTERM)
-        directory = training.train(cut)
-    assert "the same command goes on" in capsys.readouterr().out
+        with pytest.raises(training.StoppedError, match="after step 4; the same command goes on"):
+            training.train(cut)
+    directory = cut.workdir / "teacher"
     logged = [line["step"] for line in report.read_metrics(directory / "metrics.jsonl")]
     assert max(logged) == 4  # the step under way when the signal came is finished
+    with pytest.raises(UserError, match=r"teacher in .* has 2 steps to go; .*--distill\.teacher"):
+        training.load_teacher(student_of(cut))
+    assert training.load_teacher(student_of(cut, teacher=directory)) is not None
     training.train(cut)
     for name, value in parameters_of(directory).items():
         np.testing.assert_array_equal(value, whole[name], err_msg=name)
@@ -293,6 +306,91 @@ def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
         training.train(config)
     steps = [p.name for p in (config.workdir / "teacher" / "checkpoints").iterdir()]
     assert steps == ["2"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(config):
+    """The loss is the one before the step that spoils them."""
+    config = dataclasses.replace(
+        config, optim=OptimConfig(learning_rate=1e38), checkpoint_every=1, log_every=6
+    )
+    with pytest.raises(UserError, match=r"norm of the weights is inf at step 1; .* not written"):
+        training.train(config)
+    assert not list((config.workdir / "teacher" / "checkpoints").iterdir())
+
+
+def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
+    """Of data and options; a run that diverged can go on with a lower learning rate."""
+    training.train(dataclasses.replace(config, steps=2))
+    fewer = tmp_path / "fewer"
+    shutil.copytree(photos, fewer)
+    (fewer / "0.png").unlink()
+    changed = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, hr_dirs=(fewer,)),
+        optim=OptimConfig(learning_rate=1e-3),
+    )
+    with pytest.raises(UserError) as caught:
+        training.train(changed)
+    differing = re.findall(r"^  (.*): .* there, .* now$", str(caught.value), re.MULTILINE)
+    assert differing == ["optim.learning_rate", "sources.data", "steps"]
+    assert "--allow-changes" in str(caught.value)
+    capsys.readouterr()
+    training.train(changed, allow_changes=True)
+    printed = capsys.readouterr()
+    assert "learning_rate: 0.005 there, 0.001 now" in printed.err
+    assert "steps 2 to 6" in printed.out
+    training.train(changed)  # the changes are the run's own now
+    other = dataclasses.replace(changed, model=STUDENT)
+    with pytest.raises(UserError, match=r"rssbs: 2 there, 1 now\n.*another --workdir\.$"):
+        training.train(other, allow_changes=True)
+
+
+def test_one_run_at_a_time(config):
+    folder = config.workdir / "teacher"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"another run is writing to {folder}"):
+            training.train(config)
+
+
+def test_numbers_out_of_range(config):
+    wrong = dataclasses.replace(
+        config, steps=0, seed=-1, optim=OptimConfig(warmup=1.5, learning_rate=float("nan"))
+    )
+    with pytest.raises(UserError) as caught:
+        training.train(wrong)
+    assert str(caught.value).split("; ") == [
+        "steps is 0, expected from 1 up",
+        "seed is -1, expected from 0 up and below 4294967296",
+        "optim.learning_rate is nan, expected from 0 up",
+        "optim.warmup is 1.5, expected from 0 up and below 1",
+    ]
+    with pytest.raises(UserError, match="batch_size is 0"):
+        training.dry_run(dataclasses.replace(config, data=DataConfig(batch_size=0)))
+
+
+def test_bfloat16_learns_alike(config):
+    """The step's loss, after it has fallen by a half."""
+    narrow = dataclasses.replace(config, compute=Compute(precision="bfloat16"))
+    wide, narrow = (step_repeatedly(c, None, 30)[0] for c in (config, narrow))
+    assert wide[-1]["loss"] < wide[0]["loss"] / 2
+    assert 0 < abs(narrow[-1]["loss"] - wide[-1]["loss"]) < 0.02 * wide[-1]["loss"]
+
+
+def test_remat_saves_memory(config):
+    """Of the activations within the RSSBs, those of one of them remain."""
+    model = dataclasses.replace(TEACHER, rssbs=4)
+    data = dataclasses.replace(config.data, lr_crop=24)
+    lr = np.zeros((2, 24, 24, 3), np.uint8)
+    memory = []
+    for remat in (False, True):
+        changed = dataclasses.replace(config, model=model, data=data, remat=remat)
+        mesh = parallel.make_mesh(2)
+        state = parallel.replicate(step.init_state(changed, None), mesh)
+        batch = parallel.shard_batch({"lr": lr, "hr": lr.repeat(4, 1).repeat(4, 2)}, mesh)
+        memory.append(step.memory_of(step.TrainStep(changed, mesh).compile(state, batch)))
+    assert memory[1] < 0.7 * memory[0]
 
 
 def test_batch_must_split_over_the_devices(monkeypatch):

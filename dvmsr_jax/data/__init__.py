@@ -10,16 +10,16 @@ of them by the device. A teacher's outputs for the sub-images can be kept beside
 
 from dvmsr_jax.data.batches import batches, cut, load_cache, plans
 from dvmsr_jax.data.prepare import load_records
-from dvmsr_jax.data.records import SUB_IMAGE, DataError, Records, sub_images
+from dvmsr_jax.data.records import DataError, Records, identity, sub_images
 from dvmsr_jax.data.targets import Targets, load_targets, teacher_id
 
 __all__ = [
-    "SUB_IMAGE",
     "DataError",
     "Records",
     "Targets",
     "batches",
     "cut",
+    "identity",
     "load_cache",
     "load_records",
     "load_targets",

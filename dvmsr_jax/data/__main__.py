@@ -4,7 +4,7 @@ python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
 python -m dvmsr_jax.data check DIR
 python -m dvmsr_jax.data distill --ckpt TEACHER --data DIR
 
-Each can be stopped at any time; the same command goes on where it was.
+The first and the last can be stopped at any time; the same command goes on where it was.
 """
 
 import sys
@@ -17,6 +17,7 @@ import tyro
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import targets
 from dvmsr_jax.data.check import check as find_problems
+from dvmsr_jax.data.check import check_targets
 from dvmsr_jax.data.pictures import find_pictures
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
 from dvmsr_jax.data.records import read_counts, read_preparation
@@ -50,15 +51,22 @@ def prepare(
 def check(folder: tyro.conf.Positional[Path]) -> None:
     """Checks a prepared folder: counts, sizes, checksums, and that each LR belongs to its HR.
 
+    And the teachers' outputs in it, as far as they were computed.
+
     Args:
         folder: what `prepare` made.
     """
-    problems = find_problems(folder.expanduser())
-    print(_summary(folder.expanduser()))
+    folder = folder.expanduser()
+    in_records, in_targets = find_problems(folder), check_targets(folder)
+    print(_summary(folder))
+    for line in targets.find_unfinished(folder):
+        print(line)
+    problems = in_records + in_targets
     if problems:
         print("\n".join(problems[:_SHOWN]))
         more = f", the first {_SHOWN} above" if len(problems) > _SHOWN else ""
-        sys.exit(f"error: {len(problems)} problems{more}; remove the folder and prepare it anew")
+        remedy = "; remove the folder and prepare it anew" if in_records else ""
+        sys.exit(f"error: {len(problems)} problems{more}{remedy}")
     print("no problems")
 
 

@@ -1,6 +1,5 @@
-"""Whether prepared records are whole and right."""
+"""Whether prepared records, and teachers' outputs for them, are whole and right."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from dvmsr_jax import bicubic
-from dvmsr_jax.data import records
+from dvmsr_jax.data import records, targets
+from dvmsr_jax.files import checksum
 
 # Pixels from the border of a sub-image that see what lies outside when the picture is shrunk.
 _BORDER = 2
@@ -42,6 +42,39 @@ def check(folder: Path) -> list[str]:
     return problems
 
 
+def check_targets(folder: Path) -> list[str]:
+    """What is wrong with the teachers' outputs beside a folder of records, a line each.
+
+    Compares shapes and checksums of the files that are there; `targets.find_unfinished` tells of
+    others.
+
+    Raises:
+        DataError: it is no folder of prepared records.
+    """
+    shards = [
+        (path, shape, targets.read_info(parent)["sha256"].get(path.name))
+        for parent in targets.target_folders(folder)
+        for path, shape in targets.shard_shapes(parent).items()
+        if path.exists()
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checked = pool.map(lambda shard: _check_targets(*shard), shards)
+        bar = tqdm(checked, total=len(shards), desc="checking targets", unit="file")
+        return [problem for problem in bar if problem is not None]
+
+
+def _check_targets(path: Path, shape: tuple[int, ...], expected: str | None) -> str | None:
+    try:
+        targets.open_shard(path, shape)
+    except records.DataError as error:
+        return str(error)
+    if expected is None:
+        return f"{path}: has no checksum; distil again to have it written"
+    if checksum(path) != expected:
+        return f"{path}: is damaged, its checksum is another one; remove it and distil again"
+    return None
+
+
 def _check_counts(folder: Path, shards: dict[str, dict[str, Any]]) -> Iterator[str]:
     said = records.read_counts(folder)
     for split, count in said.items():
@@ -54,10 +87,9 @@ def _check_shard(path: Path, shard: dict[str, Any], scale: int) -> Iterator[str]
     if not path.exists():
         yield f"{path}: is missing"
         return
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-            yield f"{path}: is damaged, its checksum is another one"
-            return
+    if checksum(path) != shard["sha256"]:
+        yield f"{path}: is damaged, its checksum is another one"
+        return
     pictures = [p for p in shard["pictures"] for _ in range(p["records"])]
     count = 0
     for count, record in enumerate(records.open_shard(path), start=1):

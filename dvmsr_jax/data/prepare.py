@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
 from dvmsr_jax.data.pictures import Picture, find_pictures
 from dvmsr_jax.data.records import DataError, Records
+from dvmsr_jax.files import checksum, replacing, write_json
 
 PICTURES_PER_SHARD = 16
 # Largest share of the pictures that may be left out because they cannot be read.
@@ -45,8 +46,13 @@ def load_records(config: DataConfig, scale: int) -> Records:
     if config.prepared is None:
         splits = find_pictures(config, scale)
         parent = config.data_dir.expanduser() / records.NAME
-        folder = parent / _key(splits["train"] + splits["val"], scale, f"{config.val_images} apart")
-        prepare(splits, scale, folder, parent / ".incomplete")
+        apart = f"{config.val_images} apart"
+        folder = parent / _key(splits["train"] + splits["val"], scale, apart)
+        # By the folders: what is finished is still of use when pictures were mended or removed.
+        sources = _hash(
+            f"x{scale}", apart, *(str(path.expanduser().resolve()) for path in config.hr_dirs)
+        )
+        prepare(splits, scale, folder, parent / f".incomplete-{sources}")
     else:
         folder = config.prepared.expanduser()
         if config.hr_dirs:
@@ -97,7 +103,7 @@ def prepare(
             if not sum(count for count, _ in sizes[split]):
                 raise DataError(f"none of the pictures for {split!r} can be read")
         records.write_metadata(unfinished, scale, sizes)
-        _write_json(unfinished / records.PREPARATION, {"scale": scale, "shards": infos})
+        write_json(unfinished / records.PREPARATION, {"scale": scale, "shards": infos})
         os.rename(unfinished, folder)
         for path in [folder / _LOCK, *(shard.info_path(folder) for shard in shards)]:
             path.unlink()
@@ -122,12 +128,16 @@ class _Shard:
         return folder / f"{self.name}.json"
 
     def read_info(self, folder: Path) -> dict[str, Any] | None:
-        """What was written, None if it was not finished or of other pictures."""
+        """What was written, None if it was not finished, or is of other pictures, or lacks some.
+
+        Those that could not be read may have been mended since.
+        """
         try:
             info = json.loads(self.info_path(folder).read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return info if info["key"] == self.key and (folder / self.name).exists() else None
+        whole = info["key"] == self.key and not info["left_out"] and (folder / self.name).exists()
+        return info if whole else None
 
 
 def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
@@ -141,7 +151,10 @@ def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
 
 
 def _key(pictures: list[Picture], scale: int, *more: str) -> str:
-    parts = [f"x{scale} {records.hr_side(scale)}", *more, *(p.fingerprint for p in pictures)]
+    return _hash(f"x{scale} {records.hr_side(scale)}", *more, *(p.fingerprint for p in pictures))
+
+
+def _hash(*parts: str) -> str:
     return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
 
 
@@ -173,11 +186,8 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, d
             if shard.name not in kept
         }
         try:
-            _check_bad(kept, total)
             for future in as_completed(futures):
-                info = future.result()
-                assert info is not None, "only stopped below"
-                kept[futures[future]] = info
+                info = kept[futures[future]] = future.result()
                 for reason in info["left_out"]:
                     bar.write(f"left out: {reason}")
                 _check_bad(kept, total)
@@ -198,61 +208,52 @@ def _check_bad(infos: dict[str, dict[str, Any]], total: int) -> None:
 
 def _write_shard(
     shard: _Shard, scale: int, folder: Path, advance: Callable[[], bool]
-) -> dict[str, Any] | None:
-    """Writes a shard and what it holds; None if `advance`, called for each picture, says stop."""
-    unfinished = folder / f"{shard.name}.unfinished"
-    writer = records.ShardWriter(unfinished)
+) -> dict[str, Any]:
+    """Writes a shard and what it holds.
+
+    Raises CancelledError if `advance`, called for each picture, says stop.
+    """
     pictures, left_out = [], []
-    for picture in shard.pictures:
-        try:
-            hr, lr = picture.load()
-            hr = bicubic.modcrop(hr, scale)
-        except ValueError as error:
-            reason = str(error)
-            left_out.append(reason if picture.name in reason else f"{picture.name}: {reason}")
-        else:
-            if lr is None:
-                lr = bicubic.downscale(hr, scale)
-            squares = list(records.sub_images(lr, hr, records.hr_side(scale), scale))
-            if shard.split == "val":
-                squares = [squares[len(squares) // 2]]
-            for lr_square, hr_square in squares:
-                writer.write(lr_square, hr_square, picture.name)
-            pictures.append(
-                {
-                    "name": picture.name,
-                    "lr_height": lr.shape[0],
-                    "lr_width": lr.shape[1],
-                    "records": len(squares),
-                }
-            )
-        if not advance():
-            break
-    writer.close()
-    if len(pictures) + len(left_out) < len(shard.pictures):
-        unfinished.unlink()
-        return None
-    with unfinished.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())  # before anything says that it is finished
+    with (
+        replacing(folder / shard.name) as unfinished,
+        contextlib.closing(records.ShardWriter(unfinished)) as writer,
+    ):
+        for picture in shard.pictures:
+            try:
+                hr, lr = picture.load()
+                hr = bicubic.modcrop(hr, scale)
+            except ValueError as error:
+                reason = str(error)
+                left_out.append(reason if picture.name in reason else f"{picture.name}: {reason}")
+            else:
+                if lr is None:
+                    lr = bicubic.downscale(hr, scale)
+                squares = list(records.sub_images(lr, hr, records.hr_side(scale), scale))
+                if shard.split == "val":
+                    squares = [squares[len(squares) // 2]]
+                for lr_square, hr_square in squares:
+                    writer.write(lr_square, hr_square, picture.name)
+                pictures.append(
+                    {
+                        "name": picture.name,
+                        "lr_height": lr.shape[0],
+                        "lr_width": lr.shape[1],
+                        "records": len(squares),
+                    }
+                )
+            if not advance():
+                raise CancelledError
     info = {
         "key": shard.key,
         "split": shard.split,
         "records": sum(picture["records"] for picture in pictures),
-        "bytes": unfinished.stat().st_size,
-        "sha256": checksum,
+        "bytes": (folder / shard.name).stat().st_size,
+        "sha256": checksum(folder / shard.name),
         "pictures": pictures,
         "left_out": left_out,
     }
-    os.replace(unfinished, folder / shard.name)
-    _write_json(shard.info_path(folder), info)
+    write_json(shard.info_path(folder), info)
     return info
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f"{path.name}.unfinished")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

@@ -3,11 +3,14 @@
 A folder of them holds TFDS's own files and PREPARATION, which says what each shard was made of.
 """
 
+import bisect
 import contextlib
+import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +43,16 @@ class Records(NamedTuple):
 
 
 class SubImages(Sequence[dict[str, Any]]):
-    """A split's records, read from disk as they are used."""
+    """Records, read from disk as they are used.
 
-    def __init__(self, source: Sequence[bytes] | ArrayRecordDataSource):
+    `shards` are the files that `source`, of bytes, reads, and how many records each holds.
+    """
+
+    # Not Sequence[bytes]: checking that in tests reads from files.
+    def __init__(self, source: Sequence[Any] | ArrayRecordDataSource, shards: Mapping[Path, int]):
         self._source = source
+        self._paths = list(shards)
+        self._stops = list(itertools.accumulate(shards.values()))
 
     def __len__(self) -> int:
         return len(self._source)
@@ -51,7 +60,15 @@ class SubImages(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return _decode(self._source[index])
+        try:
+            record = self._source[index]
+        except RuntimeError as error:
+            path = self._paths[bisect.bisect(self._stops, index)]
+            raise DataError(
+                f"{path}: cannot be read ({error}); this tells what is damaged:\n"
+                f"  python -m dvmsr_jax.data check {path.parent}"
+            ) from error
+        return _decode(record)
 
 
 def hr_side(scale: int) -> int:
@@ -132,7 +149,8 @@ def _as_os_error() -> Iterator[None]:
 
 def open_shard(path: Path) -> SubImages:
     """The records in one file."""
-    return SubImages(ArrayRecordDataSource(os.fspath(path)))
+    source = ArrayRecordDataSource(os.fspath(path))
+    return SubImages(source, {path: len(source)})
 
 
 def _decode(record: bytes) -> dict[str, Any]:
@@ -202,12 +220,39 @@ def read_preparation(folder: Path) -> dict[str, Any]:
         DataError: it is no such folder.
     """
     try:
-        return json.loads((folder / PREPARATION).read_text())
+        preparation = json.loads((folder / PREPARATION).read_text())
+        if not isinstance(preparation, dict) or not preparation.keys() >= {"scale", "shards"}:
+            raise ValueError(f"{PREPARATION} is not one that `prepare` wrote")
+        return preparation
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder}: holds no prepared records ({error}); make them with\n"
             f"  python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out {folder}"
         ) from error
+
+
+def identity(folder: Path) -> str:
+    """12 hex digits that name what is in a folder of records, wherever it and the pictures lie.
+
+    The same ones for the same pictures (of which the same ones could be read) in the same order,
+    kept apart for validation in the same way, and prepared for the same scale.
+
+    Raises:
+        DataError: it is no folder of prepared records.
+    """
+    preparation = read_preparation(folder)
+    # A shard's key stands for its pictures, but not for which of them were left out; and of their
+    # names, which are paths, only the last part is the same everywhere.
+    contents = [
+        (
+            shard["split"],
+            shard["key"],
+            [(Path(picture["name"]).name, picture["records"]) for picture in shard["pictures"]],
+        )
+        for shard in preparation["shards"].values()
+    ]
+    text = json.dumps([preparation["scale"], contents])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_counts(folder: Path) -> dict[str, int]:
@@ -221,13 +266,20 @@ def open_records(folder: Path) -> Records:
     Raises:
         DataError: it is none, or files of it are missing or damaged.
     """
-    missing = [name for name in read_preparation(folder)["shards"] if not (folder / name).exists()]
-    if missing:
-        raise DataError(f"{folder}: {missing[0]} is missing; remove the folder and prepare it anew")
+    shards = read_preparation(folder)["shards"]
+    for name, shard in shards.items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size != shard["bytes"]:
+            fault = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
+            raise DataError(f"{path}: {fault}; remove the folder and prepare it anew")
     builder = _builder(folder)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     train, val = (
-        SubImages(builder.as_data_source(split, deserialize_method=raw))
+        SubImages(
+            builder.as_data_source(split, deserialize_method=raw),
+            {folder / name: s["records"] for name, s in shards.items() if s["split"] == split},
+        )
         for split in ("train", "val")
     )
     return Records(train, val, folder)

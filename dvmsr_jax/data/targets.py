@@ -1,11 +1,15 @@
-"""A teacher's outputs for the training sub-images, computed once and kept beside them."""
+"""A teacher's outputs for the training sub-images, computed once and kept beside them.
+
+Each teacher has a folder of them, with arrays in files of `PER_SHARD` and, in INFO, their checksums
+and where the teacher was found.
+"""
 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -17,33 +21,25 @@ from tqdm import tqdm
 
 from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig
-from dvmsr_jax.data.records import DataError, open_records, read_preparation
+from dvmsr_jax.data.records import DataError, hr_side, open_records, read_preparation
+from dvmsr_jax.files import checksum, replacing, write_json
 from dvmsr_jax.inference import average_over_symmetries
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import load_model
 
 # Targets in a file; how much work an interruption can lose.
 PER_SHARD = 256
+INFO = "targets.json"
+_ENSEMBLE = "-ensemble"
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
     """The targets in a folder, in the order of the records, read from disk as they are used."""
 
-    def __init__(self, folder: Path, count: int, side: int):
-        self._count = count
-        self._shards = []
-        for i, path in enumerate(_shard_paths(folder, count)):
-            expected = (min(PER_SHARD, count - i * PER_SHARD), side, side, 3)
-            try:
-                shard = np.load(path, mmap_mode="r")
-            except (ValueError, OSError, EOFError) as error:
-                raise DataError(
-                    f"{path}: is damaged ({error}); remove it and distil again"
-                ) from error
-            if shard.shape != expected or shard.dtype != np.uint8:
-                raise DataError(f"{path}: holds {shard.dtype} {shard.shape}, expected {expected}")
-            self._shards.append(shard)
+    def __init__(self, shapes: Mapping[Path, tuple[int, ...]]):
+        self._shards = [open_shard(path, shape) for path, shape in shapes.items()]
+        self._count = sum(len(shard) for shard in self._shards)
 
     def __len__(self) -> int:
         return self._count
@@ -63,28 +59,80 @@ def teacher_id(config: ModelConfig, parameters: Mapping[str, Array | np.ndarray]
     return digest.hexdigest()[:12]
 
 
-def load_targets(folder: Path, teacher: str, *, self_ensemble: bool) -> Targets:
+def load_targets(folder: Path, teacher: str, *, self_ensemble: bool, ckpt: Path) -> Targets:
     """What `distill` left in a folder of records for the teacher of this `teacher_id`.
 
     Raises:
-        DataError: not all of it is there; the message says how to make it.
+        DataError: not all of it is there; the message says how to make it from `ckpt`.
     """
-    records = open_records(folder).train
-    path = targets_folder(folder, teacher, self_ensemble)
-    shards = _shard_paths(path, len(records))
-    there = sum(shard.exists() for shard in shards)
-    if there < len(shards):
-        option = " --self-ensemble" if self_ensemble else ""
+    path = folder / "targets" / _name(teacher, self_ensemble)
+    missing = _missing(path, ckpt)
+    if missing is not None:
+        raise DataError(missing)
+    return Targets(shard_shapes(path))
+
+
+def target_folders(folder: Path) -> list[Path]:
+    """Those beside a folder of records, one for each teacher."""
+    return sorted(path for path in (folder / "targets").glob("*") if path.is_dir())
+
+
+def shard_shapes(path: Path) -> dict[Path, tuple[int, ...]]:
+    """The files that a folder of targets is to hold, and the shapes of their arrays."""
+    preparation = read_preparation(path.parents[1])
+    shards = preparation["shards"].values()
+    count = sum(shard["records"] for shard in shards if shard["split"] == "train")
+    side = hr_side(preparation["scale"])
+    return {
+        path / f"{start // PER_SHARD:05}.npy": (min(PER_SHARD, count - start), side, side, 3)
+        for start in range(0, count, PER_SHARD)
+    }
+
+
+def open_shard(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n H W 3"]:
+    """The targets in a file, read from disk as they are used. Raises DataError if it is damaged."""
+    try:
+        shard = np.load(path, mmap_mode="r")
+        if shard.shape != shape or shard.dtype != np.uint8:
+            raise ValueError(f"it holds {shard.dtype} {shard.shape}, expected uint8 {shape}")
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path}: is damaged ({error}); remove it and distil again") from error
+    return shard
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """{"ckpt", "sha256"} of a folder of targets: the teacher's path, and checksums by file."""
+    try:
+        return json.loads((path / INFO).read_text())
+    except FileNotFoundError:
+        return {"ckpt": "TEACHER", "sha256": {}}
+    except ValueError as error:
         raise DataError(
-            f"{path}: {there} of the {len(shards)} files of the teacher's outputs are there; make "
-            f"them with\n  python -m dvmsr_jax.data distill --ckpt TEACHER --data {folder}{option}"
-        )
-    return Targets(path, len(records), len(records[0]["hr"]))
+            f"{path / INFO}: is damaged ({error}); remove it, and distil again to have it written"
+        ) from error
 
 
-def targets_folder(folder: Path, teacher: str, self_ensemble: bool) -> Path:
-    """Where a teacher's outputs lie."""
-    return folder / "targets" / (f"{teacher}-ensemble" if self_ensemble else teacher)
+def find_unfinished(folder: Path) -> list[str]:
+    """What is still to be computed of the targets beside a folder of records, and how."""
+    missing = [_missing(path, read_info(path)["ckpt"]) for path in target_folders(folder)]
+    return [line for line in missing if line is not None]
+
+
+def _name(teacher: str, self_ensemble: bool) -> str:
+    return f"{teacher}{_ENSEMBLE}" if self_ensemble else teacher
+
+
+def _missing(path: Path, ckpt: Path | str) -> str | None:
+    shards = shard_shapes(path)
+    there = sum(shard.exists() for shard in shards)
+    if there == len(shards):
+        return None
+    option = " --self-ensemble" if path.name.endswith(_ENSEMBLE) else ""
+    return (
+        f"{path}: {there} of the {len(shards)} files of the teacher's outputs are there; this "
+        "makes the others:\n"
+        f"  python -m dvmsr_jax.data distill --ckpt {ckpt} --data {path.parents[1]}{option}"
+    )
 
 
 def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -> Path:
@@ -95,6 +143,8 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
     Raises:
         UserError: teacher or records cannot be used, or do not fit each other.
     """
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}, expected at least 1")
     model = load_model(ckpt)
     scale = read_preparation(folder)["scale"]
     if model.config.scale != scale:
@@ -102,32 +152,34 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
             f"{ckpt} is a teacher for x{model.config.scale}, {folder} was prepared for x{scale}"
         )
     records = open_records(folder).train
-    path = targets_folder(folder, teacher_id(model.config, named_parameters(model)), self_ensemble)
-    path.mkdir(parents=True, exist_ok=True)
     upscale = _make_upscaler(model, self_ensemble, batch_size)
+    teacher = teacher_id(model.config, named_parameters(model))
+    path = folder / "targets" / _name(teacher, self_ensemble)
+    path.mkdir(parents=True, exist_ok=True)
+    info = read_info(path) | {"ckpt": str(ckpt.absolute())}
+    write_json(path / INFO, info)
 
     def read(indices: range) -> np.ndarray:
         return np.stack([records[i]["lr"] for i in indices])
 
     with tqdm(total=len(records), desc="distilling", unit="sub-image") as bar:
-        for i, shard in enumerate(_shard_paths(path, len(records))):
+        for i, shard in enumerate(shard_shapes(path)):
             indices = range(i * PER_SHARD, min((i + 1) * PER_SHARD, len(records)))
             if shard.exists():
                 bar.update(len(indices))
-                continue
-            batches = [indices[j : j + batch_size] for j in range(0, len(indices), batch_size)]
-            dataset = grain.MapDataset.source(batches).map(read).to_iter_dataset(_READ_AHEAD)
-            outputs = []
-            for output in upscale(dataset):
-                outputs.append(output)
-                bar.update(len(output))
-            temporary = shard.with_name(f"{shard.name}.{os.getpid()}")
-            try:
-                with temporary.open("wb") as file:
+            else:
+                batches = [indices[j : j + batch_size] for j in range(0, len(indices), batch_size)]
+                dataset = grain.MapDataset.source(batches).map(read).to_iter_dataset(_READ_AHEAD)
+                outputs = []
+                for output in upscale(dataset):
+                    outputs.append(output)
+                    bar.update(len(output))
+                info["sha256"].pop(shard.name, None)
+                with replacing(shard) as temporary, temporary.open("wb") as file:
                     np.save(file, np.concatenate(outputs))
-                os.replace(temporary, shard)
-            finally:
-                temporary.unlink(missing_ok=True)
+            if shard.name not in info["sha256"]:  # an interruption may have come between
+                info["sha256"][shard.name] = checksum(shard)
+                write_json(path / INFO, info)
     return path
 
 
@@ -172,7 +224,3 @@ def _make_upscaler(
             yield finish(*under_way)
 
     return upscale
-
-
-def _shard_paths(folder: Path, count: int) -> list[Path]:
-    return [folder / f"{i:05}.npy" for i in range(-(-count // PER_SHARD))]
