@@ -18,14 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import registers
-from benchmarks.programs import (
-    Program,
-    forward,
-    forward_backward,
-    make_inputs,
-    print_row,
-    rounded,
-)
+from benchmarks.programs import Program, forward, forward_backward, make_inputs
+from benchmarks.table import print_head, print_row, rounded
 from kernels.selective_scan import Implementation
 
 SIZES = ((1, 65_536), (1, 1_048_576), (32, 4096), (128, 4096))  # b, l
@@ -43,8 +37,7 @@ SPECIAL_FUNCTIONS_A_CLOCK = 16  # of a multiprocessor, from compute capability 8
 
 def print_registers() -> None:
     """Registers a thread of each kernel for each target; bytes spilt to memory, if any, behind."""
-    print_row(REGISTER_COLUMNS)
-    print_row(["---", "---", "---:", "---:", "---:"])
+    print_head(REGISTER_COLUMNS, text=REGISTER_COLUMNS[:2])
     for kernel in registers.KERNELS:
         for dtype in ("fp32", "bf16"):
             cells = []
@@ -62,8 +55,7 @@ def print_times() -> None:
         f"{exponentials / 1e12:.2f} T special functions/s (at the highest clock)\n"
     )
     others = [*BASELINES, *(["mamba_ssm"] if importlib.util.find_spec("mamba_ssm") else [])]
-    print_row([*COLUMNS, *(f"vs {name}" for name in others)])
-    print_row(["---:"] * (len(COLUMNS) + len(others)))
+    print_head([*COLUMNS, *(f"vs {name}" for name in others)])
     for b, l in SIZES:
         for d in CHANNELS:
             for dtype in TYPES:

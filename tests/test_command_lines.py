@@ -15,6 +15,8 @@ from flax import nnx
 import demo
 import evaluate
 import train
+import upscale
+from benchmarks import inference as inference_benchmark
 from benchmarks import loader
 from configs import PRESETS
 from dvmsr_jax import images, parallel
@@ -22,6 +24,7 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
+from kernels.selective_scan import native
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
@@ -45,6 +48,9 @@ def test_documented_commands_parse(command, monkeypatch):
     program, arguments = (words[0], words[1:]) if words[0] != "-m" else (words[1], words[2:])
     if program == "train.py":
         assert train.parse(arguments).config.phase in command
+    elif program == "upscale.py":
+        inputs = arguments[: arguments.index("<")] if "<" in arguments else arguments
+        assert upscale.parse(inputs).inputs
     elif program == "evaluate.py":
         assert evaluate.parse(arguments).ckpt
     elif program.startswith("benchmarks."):
@@ -121,6 +127,15 @@ def weights(tmp_path):
     path = tmp_path / "tiny.safetensors"
     save_safetensors(DVMSR(config, rngs=nnx.Rngs(0)), path)
     return path
+
+
+def test_a_scan_that_cannot_run_is_an_error(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: "there is no C++ compiler")
+    images.write_png(tmp_path / "Mine" / "HR" / "one.png", np.zeros((64, 48, 3), np.uint8))
+    arguments = ("--ckpt", weights, "--data", tmp_path / "Mine", "--scan", "native")
+    with pytest.raises(SystemExit) as stop:
+        run_main(evaluate, monkeypatch, *arguments)
+    assert stop.value.code == ("error: the scan 'native' cannot run here: there is no C++ compiler")
 
 
 def test_evaluation_prints_and_writes_scores(weights, tmp_path, monkeypatch, capsys):
@@ -215,3 +230,20 @@ def test_loader_benchmark_runs(capsys):
     loader.main(smoke=True)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 4
+
+
+def test_inference_benchmark_runs(monkeypatch, capsys):
+    """Within this process, and with a small model."""
+    config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+    monkeypatch.setattr(inference_benchmark, "CONFIG", config)
+    monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
+    monkeypatch.setattr(inference_benchmark, "measure_apart", inference_benchmark.measure)
+    inference_benchmark.main(smoke=True)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 2 * 2 + 2 + 2  # two sizes in two modes; the growth of each mode
+
+
+def test_growth_is_the_exponent():
+    assert inference_benchmark.growth({n: 3e-6 * n**1.25 for n in (64, 256, 4096)}) == (
+        pytest.approx(1.25)
+    )
