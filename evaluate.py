@@ -18,7 +18,7 @@ from dvmsr_jax import evaluation
 from dvmsr_jax.config import Compute
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import make_upscaler
+from dvmsr_jax.inference import keep_compiled_programs, make_upscaler
 from dvmsr_jax.model import parameter_count
 from dvmsr_jax.pretrained import load_model
 
@@ -87,6 +87,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
 def main() -> None:
     """Evaluates what the command line says."""
     arguments = parse(sys.argv[1:])
+    keep_compiled_programs()
     try:
         result = run(arguments)
         if arguments.json is not None:

@@ -18,14 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import jax.numpy as jnp
 
-from benchmarks.programs import (
-    Program,
-    forward,
-    forward_backward,
-    make_inputs,
-    print_row,
-    rounded,
-)
+from benchmarks.programs import Program, forward, forward_backward, make_inputs
+from benchmarks.table import print_head, print_row, rounded
 from kernels.selective_scan import Implementation
 
 TYPES = (jnp.float32, jnp.bfloat16)
@@ -56,8 +50,7 @@ def print_times(
         f"{exponentials / 1e12:.2f} T special functions/s (at {clock / 1e9:.2f} GHz)\n"
     )
     others = [*implementations, *(["mamba_ssm"] if importlib.util.find_spec("mamba_ssm") else [])]
-    print_row([*COLUMNS, *(f"vs {name}" for name in others)])
-    print_row(["---:"] * (len(COLUMNS) + len(others)))
+    print_head([*COLUMNS, *(f"vs {name}" for name in others)])
     for b, l in sizes:
         for d in channels:
             for dtype in TYPES:

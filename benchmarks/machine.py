@@ -28,6 +28,19 @@ def available_memory() -> int:
     return int(available.split()[0]) * 1024 if available else _total_memory()
 
 
+def peak_memory() -> int | None:
+    """The most bytes that this process has held; on an accelerator, that JAX has held there.
+
+    None where the system does not say.
+    """
+    if jax.default_backend() != "cpu":
+        statistics = jax.devices()[0].memory_stats()
+        return statistics["peak_bytes_in_use"] if statistics else None
+    # Not getrusage's maximum, which a process starts with from the one that started it.
+    peak = _proc_field("self/status", "VmHWM")
+    return int(peak.split()[0]) * 1024 if peak else None
+
+
 def _total_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

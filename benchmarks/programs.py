@@ -1,14 +1,15 @@
-"""What the scan's benchmarks run: calls on random inputs, compiled; and how they print tables."""
+"""What the scan's benchmarks run: calls on random inputs, compiled."""
 
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import machine
+from benchmarks.table import rounded
 from kernels.selective_scan import Implementation, selective_scan
 
 # A program wants to be timed at least MIN_REPETITIONS times, and until that has taken CELL_SECONDS.
@@ -110,13 +111,3 @@ class Program:
         if baseline and baseline.temp_bytes and self.temp_bytes:
             cell += f" ({rounded(baseline.temp_bytes / self.temp_bytes)}x)"
         return cell
-
-
-def rounded(x: float) -> str:
-    """Two significant digits, or all before the point."""
-    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
-
-
-def print_row(cells: Iterable) -> None:
-    """A row of a Markdown table."""
-    print("|", " | ".join(map(str, cells)), "|", flush=True)

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.programs import print_row
+from benchmarks.table import print_head, print_row
 from kernels.selective_scan import triton_kernels, triton_scan
 
 KERNELS = ("chunk_ends", "chunk_start_gradients", "chunk_borders", "outputs", "gradients")
@@ -19,8 +19,7 @@ TOKENS = ("u", "delta", "z", "dout", "y", "du", "ddelta", "dz")
 
 def print_table() -> None:
     """Registers a thread of each kernel for each target; bytes spilt to memory, if any, behind."""
-    print_row(["kernel", "type", *(f"sm_{target}" for target in TARGETS)])
-    print_row(["---", "---", *["---:"] * len(TARGETS)])
+    print_head(["kernel", "type", *(f"sm_{target}" for target in TARGETS)], text=["kernel", "type"])
     for kernel in KERNELS:
         for dtype in ("fp32", "bf16"):
             cells = []

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import tyro
 
 from benchmarks import gpu_scan, machine
-from benchmarks.programs import Program, forward, forward_backward, make_inputs, print_row
+from benchmarks.programs import Program, forward, forward_backward, make_inputs
+from benchmarks.table import print_head, print_row
 from kernels.selective_scan import Implementation, triton_scan
 
 BASELINE: Implementation = "associative"
@@ -93,8 +94,7 @@ def main(
             gpu_scan.print_times(sizes, channels, implementations or gpu_scan.BASELINES)
         return
     implementations = implementations or PORTABLE
-    print_row(COLUMNS)
-    print_row("---" if column == "implementation" else "---:" for column in COLUMNS)
+    print_head(COLUMNS, text=["implementation"])
     for l in lengths:
         for d in channels:
             for row in compare(implementations, l, d, 1 if smoke else MAX_ROUNDS):

@@ -23,6 +23,7 @@ import tyro
 from flax import nnx
 
 from benchmarks import machine
+from benchmarks.table import print_head, print_row
 from configs import PRESETS
 from dvmsr_jax import data, images, parallel
 from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
@@ -132,10 +133,9 @@ def measure(rows: Iterator[Row], steps: int) -> None:
         runner.forget()
     for _, runner in itertools.product(range(steps), runners):
         runner.step()
-    _print_row(COLUMNS)
-    _print_row(["---", *["---:"] * (len(COLUMNS) - 1)])
+    print_head(COLUMNS, text=COLUMNS[:1])
     for runner in runners:
-        _print_row(runner.cells(runners[0]))
+        print_row(runner.cells(runners[0]))
 
 
 def make_pictures(folder: Path, count: int) -> None:
@@ -198,10 +198,6 @@ def main(
                 records = data.load_records(student.data, student.model.scale)
                 distill(weights, records.folder, self_ensemble=False, batch_size=jax.device_count())
                 measure(phases(student, teacher, weights), steps)
-
-
-def _print_row(cells: Any) -> None:
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,17 @@
 """DVMSR (arXiv 2405.03008), distilled Vision-Mamba super-resolution, in JAX and Flax."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dvmsr_jax.upscaler import Upscaler
+
+__all__ = ["Upscaler"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what it takes to upscale when it is asked for."""
+    if name == "Upscaler":
+        from dvmsr_jax.upscaler import Upscaler
+
+        return Upscaler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ changes nothing but the outermost pixels of the result).
 """
 
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Float, Float64, UInt8
@@ -33,6 +34,30 @@ def resize(
         if rounded:
             image = np.clip(np.floor(image + 0.5), 0, 255).astype(np.uint8)
     return image
+
+
+def resize_bands(
+    bands: Iterable[Float[np.ndarray, "rows w c"]], h: int, height: int, width: int
+) -> Iterator[Float[np.ndarray, "rows width c"]]:
+    """`resize` of a float image of h rows that comes in bands of them, in float32 and likewise."""
+    weights = _weights(h, height).astype(np.float32)
+    weights.sum_duplicates()  # and put in order
+    starts, ends = weights.indptr[:-1], weights.indptr[1:]
+    first_sources, last_sources = weights.indices[starts], weights.indices[ends - 1]
+    held, first, done = None, 0, 0
+    for band in bands:
+        columns = _weights(band.shape[1], width).astype(np.float32)
+        lines = (columns @ band.swapaxes(0, 1).reshape(band.shape[1], -1)).astype(np.float32)
+        lines = lines.reshape(width, len(band), -1).swapaxes(0, 1)
+        held = lines if held is None else np.concatenate([held, lines])
+        seen = first + len(held)
+        ready = int(np.searchsorted(last_sources, seen))
+        if ready > done:
+            rows = weights[done:ready, first:seen] @ held.reshape(len(held), -1)
+            yield rows.reshape(ready - done, width, -1)
+            done = ready
+            if done < height:
+                held, first = held[first_sources[done] - first :], first_sources[done]
 
 
 def modcrop(image: UInt8[np.ndarray, "h w 3"], scale: int) -> UInt8[np.ndarray, "hs ws 3"]:

@@ -11,7 +11,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Another path to write to; that file then takes the place of PATH, if nothing was raised."""
+    """A hidden path beside PATH, whose folder is made, to write to. What was written there takes
+    the place of PATH, or is removed if there was an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary

@@ -1,6 +1,7 @@
 """Reading and writing pictures: uint8 RGB arrays in memory, files by Pillow."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,11 @@ def read_rgb(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
 
 def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Writes an RGB picture, making its folder; whatever happens, PATH is whole or untouched."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as temporary:
+    with files.replacing(Path(path)) as temporary:
         Image.fromarray(image).save(temporary, format="PNG")
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+def find_images(folder: str | os.PathLike[str], suffixes: Collection[str] = SUFFIXES) -> list[Path]:
     """The pictures in a folder and its subfolders, by suffix and sorted; hidden ones are skipped.
 
     Raises ImageError if the folder is missing or holds none.
@@ -68,12 +67,12 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not path.is_dir()
     )
     if not found:
-        raise ImageError(f"{folder}: no pictures ({' '.join(sorted(SUFFIXES))}) in it")
+        raise ImageError(f"{folder}: no pictures ({' '.join(sorted(suffixes))}) in it")
     return found
 
 

@@ -1,6 +1,10 @@
-"""Upscaling whole pictures with a model."""
+"""Upscaling pictures with a model: whole, in bands of rows, or in tiles."""
 
-from collections.abc import Callable
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +12,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from dvmsr_jax.bands import Band
+from dvmsr_jax.errors import UserError
 from dvmsr_jax.images import to_uint8
 from dvmsr_jax.model import DVMSR
+from kernels import user_cache
+
+# A band has about this many pixels, and at most so many rows: a CPU is fastest where a layer's
+# features fit its cache, and the answer's lateness costs the small picture up to a band more.
+BAND_PIXELS = 8_192
+MAX_BAND_ROWS = 16
+
+# A function from an RGB image in [0, 1], (h, w, 3), to its upscaled rows from top to bottom in
+# arrays of (any number, w s, 3), which may leave that range slightly.
+Upscale = Callable[[np.ndarray], Iterator[np.ndarray]]
 
 
 def make_upscaler(
@@ -37,10 +53,130 @@ def average_over_symmetries(
     model: Callable[[Array], Array], images: Float[Array, "b h w 3"]
 ) -> Float[Array, "b H W 3"]:
     """The mean of the model's answers to the eight flips and turns of the images, turned back."""
-    outputs = []
-    for turns in range(4):
-        for flip in (False, True):
-            x = jnp.rot90(images, turns, axes=(1, 2))
-            y = model(x[:, :, ::-1] if flip else x)
-            outputs.append(jnp.rot90(y[:, :, ::-1] if flip else y, -turns, axes=(1, 2)))
-    return sum(outputs[1:], outputs[0]) / len(outputs)
+
+    def answers() -> Iterator[Array]:
+        for turns in range(4):
+            for flip in (False, True):
+                x = jnp.rot90(images, turns, axes=(1, 2))
+                y = model(x[:, :, ::-1] if flip else x)
+                yield jnp.rot90(y[:, :, ::-1] if flip else y, -turns, axes=(1, 2))
+
+    return functools.reduce(operator.add, answers()) / 8
+
+
+def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> Upscale:
+    """Upscales in bands of rows, exactly, in memory that does not grow with the image's height.
+
+    One compiled step serves images of any height and of many widths (see `_columns`). Raises
+    UserError if the model is bidirectional.
+    """
+    if model.config.bidirectional:
+        raise UserError("a bidirectional model reads a picture from both ends: upscale it in tiles")
+    graph, parameters = nnx.split(model)
+    s = model.config.scale
+
+    def step(parameters, carried, rows, first, height, width):
+        """(what the next band needs, the upscaled rows, the place of the first among the rows)."""
+        band = Band(first, height, width, rows.shape[1], carried)
+        upscaled = nnx.merge(graph, parameters)(rows[None], band=band)[0]
+        return band.left, upscaled, band.first
+
+    @functools.cache
+    def shapes_carried(rows, columns):
+        image = jax.ShapeDtypeStruct((rows, columns, 3), jnp.float32)
+        return jax.eval_shape(step, parameters, None, image, 0, 0, 0)[0]
+
+    compiled_step = jax.jit(step, donate_argnums=1)
+
+    def stream(image: Float[np.ndarray, "h w 3"]) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
+        h, w, _ = image.shape
+        columns = _columns(w)
+        count = band_rows or min(MAX_BAND_ROWS, max(1, BAND_PIXELS // columns))
+        carried = [jnp.zeros(x.shape, x.dtype) for x in shapes_carried(count, columns)]
+        done = 0
+        for first in itertools.count(0, count):
+            rows = image[first : first + count]
+            rows = np.pad(rows, ((0, count - len(rows)), (0, columns - w), (0, 0)))
+            carried, upscaled, place = compiled_step(parameters, carried, rows, first, h, w)
+            start, end = done - int(place), min(count, h - int(place))
+            if start < end:
+                yield np.asarray(upscaled)[start * s : end * s, : w * s]
+                done += end - start
+            if done == h:
+                return
+
+    return stream
+
+
+def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> Upscale:
+    """Upscales in squares of `tile` pixels, which fade into each other where they overlap.
+
+    Near the model's answer to the whole image, but not equal to it: for bidirectional models, or
+    where even a band is too much. Compiled once, but for images smaller than a tile. Raises
+    UserError if the overlap is not smaller than the tile.
+    """
+    if not 0 <= overlap < tile:
+        raise UserError(f"tiles of {tile} pixels cannot overlap by {overlap}")
+    graph, parameters = nnx.split(model)
+    s = model.config.scale
+
+    @jax.jit
+    def run(parameters, image):
+        return nnx.merge(graph, parameters)(image[None])[0]
+
+    def upscale(image: Float[np.ndarray, "h w 3"]) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
+        h, w, _ = image.shape
+        tops, weights_down = _tiles_along(h, tile, overlap, s)
+        lefts, weights_across = _tiles_along(w, tile, overlap, s)
+        begun = np.zeros((0, w * s, 3), np.float32)  # rows that the tiles above have their part in
+        for top, below, down in zip(tops, [*tops[1:], h], weights_down, strict=True):
+            rows = np.zeros((len(down), w * s, 3), np.float32)
+            rows[: len(begun)] = begun
+            for left, across in zip(lefts, weights_across, strict=True):
+                part = image[top : top + tile, left : left + tile]
+                weights = (down[:, None] * across)[:, :, None]
+                rows[:, left * s : left * s + len(across)] += weights * run(parameters, part)
+            done = (below - top) * s
+            yield rows[:done]
+            begun = rows[done:]
+
+    return upscale
+
+
+def _tiles_along(
+    size: int, tile: int, overlap: int, scale: int
+) -> tuple[list[int], list[np.ndarray]]:
+    """Where along an axis each tile starts, and the weight of each of its upscaled pixels.
+
+    The tiles overlap by at least `overlap`; the weights of the tiles at any pixel add up to 1.
+    """
+    tile = min(tile, size)
+    count = max(math.ceil((size - overlap) / (tile - overlap)), 1)
+    starts = np.linspace(0, size - tile, count).round().astype(int).tolist()
+    from_start = np.arange(tile * scale) + 0.5
+    from_border = np.minimum(from_start, from_start[::-1])
+    rising = np.minimum(from_border, max(overlap * scale, 1))
+    total = np.zeros(size * scale)
+    for start in starts:
+        total[start * scale :][: len(rising)] += rising
+    shares = [rising / total[start * scale :][: len(rising)] for start in starts]
+    return starts, [share.astype(np.float32) for share in shares]
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX keep what it compiles in the user's cache, so that the next process need not wait.
+
+    For programs to call, not for libraries: it changes JAX's settings. A folder that the user has
+    set (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "programs"))
+
+
+def _columns(width: int) -> int:
+    """The width rounded up to four significant bits, by 5% on average.
+
+    So each doubling of the width takes eight programs at most, not one for each width.
+    """
+    unit = 1 << max(width.bit_length() - 4, 0)
+    return -(-width // unit) * unit

@@ -7,6 +7,7 @@ Legend of the shapes, used by every signature of this package:
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
@@ -41,6 +43,7 @@ class Conv3x3(nnx.Conv):
             c_in,
             c_out,
             (3, 3),
+            padding=((0, 0), (1, 1)),
             kernel_init=init,
             bias_init=init,
             dtype=compute.precision,
@@ -48,10 +51,10 @@ class Conv3x3(nnx.Conv):
         )
 
     def __call__(  # type: ignore[override]
-        self, x: Float[Array, "b h w _"]
+        self, x: Float[Array, "b h w _"], band: Whole | Band
     ) -> Float[Array, "b h w _"]:
         """Convolves."""
-        return super().__call__(x).astype(jnp.float32)
+        return super().__call__(band.with_neighbours(x)).astype(jnp.float32)
 
 
 class RSSB(nnx.Module):
@@ -64,14 +67,17 @@ class RSSB(nnx.Module):
         self.conv = Conv3x3(config.channels, config.channels, compute, rngs=rngs)
 
     def __call__(
-        self, features: Float[Array, "b h w c"], keys: Key[Array, " b"] | None = None
+        self,
+        features: Float[Array, "b h w c"],
+        keys: Key[Array, " b"] | None = None,
+        band: Whole | Band = WHOLE,
     ) -> Float[Array, "b h w c"]:
         """Refines the features. With `keys`, drop-path is active."""
         b, h, w, c = features.shape
         tokens = features.reshape(b, h * w, c)
         for vimm in self.vimms:
-            tokens = vimm(tokens, keys)
-        return self.conv(tokens.reshape(b, h, w, c)) + features
+            tokens = vimm(tokens, keys, band)
+        return self.conv(tokens.reshape(b, h, w, c), band) + band.delayed(features, 1)
 
 
 class DVMSR(nnx.Module):
@@ -91,9 +97,14 @@ class DVMSR(nnx.Module):
         self.conv_last = Conv3x3(c, c, compute, rngs=rngs)
         self.reconstruct = Conv3x3(c, 3 * s * s, compute, rngs=rngs)
 
-    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b hs ws 3"]:
-        """Upscales RGB images in [0, 1]; the result may leave that range slightly."""
-        return self.with_features(image)[0]
+    def __call__(
+        self, image: Float[Array, "b h w 3"], band: Whole | Band = WHOLE
+    ) -> Float[Array, "b hs ws 3"]:
+        """Upscales RGB images in [0, 1]; the result may leave that range slightly.
+
+        Given a `Band`, the rows that come out lie where `band.first` says then.
+        """
+        return self.with_features(image, band=band)[0]
 
     def with_features(
         self,
@@ -101,6 +112,7 @@ class DVMSR(nnx.Module):
         *,
         keys: Key[Array, " b"] | None = None,
         remat: bool = False,
+        band: Whole | Band = WHOLE,
     ) -> tuple[Float[Array, "b hs ws 3"], Features]:
         """The upscaled images and the features computed on the way to them.
 
@@ -108,15 +120,16 @@ class DVMSR(nnx.Module):
         the backward pass computes what lies inside an RSSB again, instead of keeping it.
         """
         mean = jnp.asarray(RGB_MEAN, image.dtype).reshape(1, 1, 1, 3)
-        shallow = self.conv_first(image - mean)
+        shallow = self.conv_first(image - mean, band)
         features = self.norm_first(shallow)
         outputs = []
         for rssb in self.rssbs:
-            refine = jax.checkpoint(rssb.__call__) if remat else rssb
-            features = refine(features, keys)
+            refine = functools.partial(rssb, band=band)
+            features = (jax.checkpoint(refine) if remat else refine)(features, keys)
             outputs.append(features)
-        body = self.conv_last(self.norm_last(features))
-        upscaled = pixel_shuffle(self.reconstruct(body + shallow), self.config.scale) + mean
+        body = self.conv_last(self.norm_last(features), band)
+        deep = body + band.delayed(shallow, len(self.rssbs) + 1)
+        upscaled = pixel_shuffle(self.reconstruct(deep, band), self.config.scale) + mean
         return upscaled, Features(shallow, tuple(outputs), body)
 
 

@@ -56,7 +56,6 @@ def save_safetensors(model: DVMSR, path: Path) -> None:
     """Writes the weights in float32, with the configuration in the metadata."""
     metadata = {"format": "dvmsr_jax", "config": json.dumps(dataclasses.asdict(model.config))}
     arrays = {name: np.asarray(x, np.float32) for name, x in named_parameters(model).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(arrays, metadata))
 

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from kernels.selective_scan import missing, selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
+# A step size of 0 before its softplus: a token with it leaves the scan's state alone.
+NO_STEP = -1e30
 dense_init = nnx.initializers.truncated_normal(0.02)
 
 
@@ -36,14 +39,16 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (width, channels)))
         self.bias = nnx.Param(init(rngs.params(), (channels,)))
 
-    def __call__(self, u: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        """The convolution, zeros before the first token."""
-        kernel, length = self.kernel[...].astype(u.dtype), u.shape[1]
-        padded = jnp.pad(u, ((0, 0), (kernel.shape[0] - 1, 0), (0, 0)))
-        out = jnp.broadcast_to(self.bias[...].astype(u.dtype), u.shape)
+    def __call__(self, u: Float[Array, "b l d"], band: Whole | Band) -> Float[Array, "b l d"]:
+        """The convolution, zeros before the image's first token."""
+        kernel, bias = self.kernel[...].astype(u.dtype), self.bias[...].astype(u.dtype)
+        width = kernel.shape[0]
+        runs = band.with_previous(u, width - 1)
+        length = runs.shape[1] - (width - 1)
+        out = jnp.broadcast_to(bias, (runs.shape[0], length, runs.shape[2]))
         for i, tap in enumerate(kernel):
-            out = out + tap[None, None] * padded[:, i : i + length]
-        return out
+            out = out + tap[None, None] * runs[:, i : i + length]
+        return out.reshape(u.shape)
 
 
 class Direction(nnx.Module):
@@ -65,14 +70,16 @@ class Direction(nnx.Module):
         self.A_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, n + 1, dtype=jnp.float32)), (d, 1)))
         self.D = nnx.Param(jnp.ones(d))
 
-    def __call__(self, u: Float[Array, "b l d"], z: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    def __call__(
+        self, u: Float[Array, "b l d"], z: Float[Array, "b l d"], band: Whole | Band
+    ) -> Float[Array, "b l d"]:
         """The gated scan of u; z is the gate before its silu."""
-        u = jax.nn.silu(self.conv(u))
-        n = self.A_log.shape[1]
+        u = jax.nn.silu(self.conv(u, band))
+        d, n = self.A_log.shape
         delta, B, C = jnp.split(self.x_proj(u), [self.rank, self.rank + n], axis=-1)
-        return selective_scan(
+        y, state = selective_scan(
             u,
-            self.dt_proj(delta),
+            band.masked(self.dt_proj(delta), outside=NO_STEP),
             -jnp.exp(self.A_log[...]),
             B,
             C,
@@ -80,8 +87,12 @@ class Direction(nnx.Module):
             z=z,
             delta_bias=self.dt_bias[...],
             delta_softplus=True,
+            initial_state=band.scan_state(u.shape[0], d, n),
+            return_final_state=True,
             implementation=self.scan,
         )
+        band.keep_scan_state(state)
+        return y
 
 
 class ViMM(nnx.Module):
@@ -104,16 +115,19 @@ class ViMM(nnx.Module):
         self.out_proj = projection(d, c, dense_init, compute, rngs)
 
     def __call__(
-        self, tokens: Float[Array, "b l c"], keys: Key[Array, " b"] | None = None
+        self,
+        tokens: Float[Array, "b l c"],
+        keys: Key[Array, " b"] | None = None,
+        band: Whole | Band = WHOLE,
     ) -> Float[Array, "b l c"]:
         """Mixes an image's tokens, in raster order. With `keys`, drop-path is active."""
         if keys is not None and self.drop_path:
             tokens = drop_samples(tokens, self.drop_path, _fold_in(keys, self.index))
-        tokens = self.norm(tokens)
+        tokens = band.masked(self.norm(tokens))
         u, z = jnp.split(self.in_proj(tokens), 2, axis=-1)
-        y = self.forward(u, z)
+        y = self.forward(u, z, band)
         if self.backward is not None:
-            y = y + self.backward(u[:, ::-1], z[:, ::-1])[:, ::-1]
+            y = y + self.backward(u[:, ::-1], z[:, ::-1], WHOLE)[:, ::-1]
         return self.out_proj(y).astype(jnp.float32)
 
 

@@ -15,6 +15,8 @@ from flax import nnx
 import demo
 import evaluate
 import train
+import upscale
+from benchmarks import inference as inference_benchmark
 from benchmarks import loader
 from configs import PRESETS
 from dvmsr_jax import images, parallel
@@ -22,7 +24,7 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
-from kernels.selective_scan import triton_scan
+from kernels.selective_scan import native, triton_scan
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
@@ -46,6 +48,9 @@ def test_documented_commands_parse(command, monkeypatch):
     program, arguments = (words[0], words[1:]) if words[0] != "-m" else (words[1], words[2:])
     if program == "train.py":
         assert train.parse(arguments).config.phase in command
+    elif program == "upscale.py":
+        inputs = arguments[: arguments.index("<")] if "<" in arguments else arguments
+        assert upscale.parse(inputs).inputs
     elif program == "evaluate.py":
         assert evaluate.parse(arguments).ckpt
     elif program.startswith("benchmarks."):
@@ -114,12 +119,12 @@ def test_errors_are_one_line(monkeypatch, weights, tmp_path):
     message = error_of(train, "--phase=teacher", "--preset=demo", *folders)
     assert re.match(r"error: .*none: no such folder", message)
 
-    # Before any data is looked for.
-    monkeypatch.setattr(triton_scan, "missing", lambda: "there is no GPU")
-    message = error_of(train, "--phase=teacher", "--preset=demo", *folders, "--scan=triton")
-    assert message == "error: the scan 'triton' cannot run here: there is no GPU"
-    message = error_of(evaluate, "--ckpt", weights, "--scan=triton")
-    assert message == "error: the scan 'triton' cannot run here: there is no GPU"
+    for name, scan in (("triton", triton_scan), ("native", native)):
+        monkeypatch.setattr(scan, "missing", lambda: "there is a reason")
+        expected = f"error: the scan {name!r} cannot run here: there is a reason"
+        options = ("--preset=demo", *folders, "--scan", name)  # before data are looked for
+        assert error_of(train, "--phase=teacher", *options) == expected
+        assert error_of(evaluate, "--ckpt", weights, "--scan", name) == expected
 
 
 @pytest.fixture
@@ -223,3 +228,20 @@ def test_loader_benchmark_runs(capsys):
     loader.main(smoke=True)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 4
+
+
+def test_inference_benchmark_runs(monkeypatch, capsys):
+    """Within this process, and with a small model."""
+    config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+    monkeypatch.setattr(inference_benchmark, "CONFIG", config)
+    monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
+    monkeypatch.setattr(inference_benchmark, "measure_apart", inference_benchmark.measure)
+    inference_benchmark.main(smoke=True)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 2 * 2 + 2 + 2  # two sizes in two modes; the growth of each mode
+
+
+def test_growth_is_the_exponent():
+    assert inference_benchmark.growth({n: 3e-6 * n**1.25 for n in (64, 256, 4096)}) == (
+        pytest.approx(1.25)
+    )

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kernels.selective_scan import selective_scan
+from kernels.selective_scan import native, selective_scan
 
-FAST = [
+DIFFERENTIATED = [
     "associative",
     "chunked-carried",
     "chunked-parallel",
     pytest.param("triton", marks=pytest.mark.gpu),
 ]
+# Its gradient is that of chunked-carried.
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
+)
+FAST = [*DIFFERENTIATED, NATIVE]
 LENGTHS = [1, 2, 63, 256, 1000]
 OPTIONS = ["z", "delta_bias", "delta_softplus", "initial_state"]
 ALL_OPTIONS = frozenset(OPTIONS)
@@ -143,12 +148,33 @@ def test_specification_gradients():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [frozenset(), ALL_OPTIONS], ids=name_of)
 @pytest.mark.parametrize("l", LENGTHS)
-@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("implementation", DIFFERENTIATED)
 def test_equals_specification(implementation, l, options, dtype):
     arrays, flags, expected = case(l, options, dtype)
     # Both sides compute in float32; bfloat16 results may round to neighbouring values.
     tolerance = 2e-5 if dtype == jnp.float32 else 8e-3
     assert_close(outputs_and_gradients(arrays, flags, implementation), expected, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [frozenset(), ALL_OPTIONS], ids=name_of)
+@pytest.mark.parametrize("l", LENGTHS)
+@pytest.mark.parametrize("implementation", [NATIVE])
+def test_undifferentiated_equals_specification(implementation, l, options, dtype):
+    arrays, flags, expected = case(l, options, dtype)
+    actual = jax.jit(lambda arrays: outputs(arrays, flags, implementation))(arrays)
+    tolerance = 2e-5 if dtype == jnp.float32 else 8e-3
+    assert_close(actual, {name: expected[name] for name in actual}, tolerance)
+
+
+@pytest.mark.parametrize("n", [1, 5, 16])
+@pytest.mark.parametrize("d", [1, 8, 17, 40])
+@pytest.mark.parametrize("implementation", [NATIVE])
+def test_any_channels_and_states(implementation, d, n):
+    """Channels that fill no vector or no thread's share."""
+    arrays, flags = make_inputs(9, d=d, n=n)
+    actual = outputs(arrays, flags, implementation)
+    assert_close(actual, outputs(arrays, flags, "sequential"), 2e-5)
 
 
 @pytest.mark.parametrize("options", [frozenset([name]) for name in OPTIONS], ids=name_of)
@@ -201,14 +227,18 @@ def test_large_steps_do_not_overflow(implementation):
     actual = outputs_and_gradients(arrays, flags, implementation)
     assert all(jnp.isfinite(x).all() for x in actual.values())
     assert_close(actual, expected, 2e-5)
+    actual = outputs(arrays, flags, implementation)
+    assert_close(actual, {name: expected[name] for name in actual}, 2e-5)
 
 
 @pytest.mark.parametrize("implementation", FAST)
 def test_under_vmap(implementation):
     arrays, flags, expected = case(20, ALL_OPTIONS)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), arrays)
-    actual = jax.vmap(lambda arrays: outputs_and_gradients(arrays, flags, implementation))(stacked)
-    assert_close({k: x[1] for k, x in actual.items()}, expected, 2e-5)
+    for function in (outputs_and_gradients, outputs):
+        actual = jax.vmap(lambda arrays, f=function: f(arrays, flags, implementation))(stacked)
+        actual = {name: x[1] for name, x in actual.items()}
+        assert_close(actual, {name: expected[name] for name in actual}, 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -255,3 +285,30 @@ def test_chunked_keeps_no_state_of_every_token():
     step = jax.jit(lambda arrays: outputs_and_gradients(arrays, flags, "chunked-carried"))
     memory = step.lower(arrays).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4096 * 64 * 16 * 4 / 2
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "dvmsr_jax"
+
+
+@pytest.mark.parametrize("compiler", ["", "#!/bin/sh\necho broken >&2\nexit 1\n"])
+def test_native_is_never_required(compiler, empty_cache, monkeypatch, tmp_path):
+    """Without a compiler, or with one that fails, "auto" does without, and "native" says why."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if compiler:
+        (tmp_path / "c++").write_text(compiler)
+        (tmp_path / "c++").chmod(0o755)
+    native.register.cache_clear()
+    native.missing.cache_clear()
+    try:
+        arrays, flags, expected = case(20, ALL_OPTIONS)
+        actual = outputs(arrays, flags, "auto")
+        assert_close(actual, {name: expected[name] for name in actual}, 2e-5)
+        with pytest.raises(RuntimeError, match="broken" if compiler else "is no C"):
+            selective_scan(**arrays, **flags, implementation="native")
+        assert not list(empty_cache.glob("*"))
+    finally:
+        native.register.cache_clear()
+        native.missing.cache_clear()

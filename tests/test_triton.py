@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packaging.version import Version
 
-from kernels.selective_scan import op, selective_scan, triton_scan
+from kernels.selective_scan import native, op, selective_scan, triton_scan
 from tests.test_selective_scan import (
     assert_close,
     make_inputs,
@@ -141,9 +141,13 @@ def test_automatic_choice_on_gpus(monkeypatch, caplog):
     assert "the moon is in the wrong phase" in record.message
 
 
-def test_automatic_choice_on_cpus_is_silent(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("lack", "choice"), [(None, "native"), ("there is no compiler", "chunked-carried")]
+)
+def test_automatic_choice_on_cpus_is_silent(lack, choice, monkeypatch, caplog):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert op._resolve("auto") == "chunked-carried"
+    monkeypatch.setattr(native, "missing", lambda: lack)
+    assert op._resolve("auto") == choice
     assert not caplog.records
 
 

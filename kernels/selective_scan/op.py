@@ -15,12 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels.selective_scan import associative, chunked, sequential, triton_scan
+from kernels.selective_scan import associative, chunked, native, sequential, triton_scan
 
 log = logging.getLogger(__name__)
 
 Implementation: TypeAlias = Literal[
-    "auto", "sequential", "associative", "chunked", "chunked-carried", "chunked-parallel", "triton"
+    "auto",
+    "sequential",
+    "associative",
+    "chunked",
+    "chunked-carried",
+    "chunked-parallel",
+    "native",
+    "triton",
 ]
 
 _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
@@ -28,11 +35,12 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "associative": associative.selective_scan,
     "chunked-carried": functools.partial(chunked.selective_scan, parallel=False),
     "chunked-parallel": functools.partial(chunked.selective_scan, parallel=True),
+    "native": native.selective_scan,
     "triton": triton_scan.selective_scan,
 }
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 # The others run everywhere.
-_PARTICULAR = {"triton": triton_scan}
+_PARTICULAR = {"native": native, "triton": triton_scan}
 
 
 @no_type_check  # checked by `_check_arguments`, whose messages say more than an annotation's
@@ -74,7 +82,8 @@ def selective_scan(
         return_final_state: also return the state after the last token.
         implementation: "sequential" (the specification), "associative", "chunked" (its
             "chunked-carried" form on CPU, "chunked-parallel" elsewhere; both can be named),
-            "triton" (NVIDIA GPUs), or "auto": "triton" where it can run, else "chunked".
+            "native" (C++, CPUs with a compiler), "triton" (NVIDIA GPUs), or "auto": the last two
+            where they can run, else "chunked".
 
     Returns:
         y in u's dtype, or (y, final state in float32). State and sums are float32 throughout.
@@ -82,7 +91,7 @@ def selective_scan(
     Raises:
         TypeError: an argument has a dtype outside the contract.
         ValueError: an argument has the wrong shape, or `implementation` is unknown.
-        RuntimeError: `implementation` is "triton", and that cannot run here.
+        RuntimeError: `implementation` is "native" or "triton", and that cannot run here.
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if initial_state is None:
@@ -116,7 +125,9 @@ def _resolve(implementation: str) -> str:
         if lack is None:
             return "triton"
         _log_once(f"selective_scan runs without its Triton kernels, slower: {lack}")
-    return "chunked-carried" if platform == "cpu" else "chunked-parallel"
+    if platform != "cpu":
+        return "chunked-parallel"
+    return "native" if implementation == "auto" and not missing("native") else "chunked-carried"
 
 
 @functools.cache

@@ -1,0 +1,167 @@
+"""Time and memory of upscaling with the paper's student: `python -m benchmarks.inference`.
+
+Every case runs in a process of its own. `first` is the first call, compiling included; `seconds` is
+the median of those after it and, in parentheses, how many times faster than with the `associative`
+scan that is. Megapixels are those that come out. `memory` is the most that the process held (on a
+GPU, that JAX held there) beyond what it holds after its imports. It includes the picture that goes
+in. The one that comes out is held with `whole`, and dropped row by row with `streaming`.
+"""
+
+import itertools
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+
+from benchmarks import machine
+from benchmarks.table import print_head, print_row, rounded
+from configs import PRESETS
+from dvmsr_jax.config import Compute
+from dvmsr_jax.inference import Upscale, make_streamer
+from dvmsr_jax.model import DVMSR
+from kernels.selective_scan import Implementation, missing
+
+CONFIG = PRESETS["paper"]["student"].model
+BASELINE: Implementation = "associative"
+# A case is repeated at least once, and further until that has taken this long.
+CASE_SECONDS = 4.0
+
+Mode = Literal["whole", "streaming"]
+Precision = Literal["float32", "bfloat16"]
+
+
+class How(NamedTuple):
+    """A way to upscale."""
+
+    mode: Mode
+    precision: Precision
+    scan: Implementation
+
+
+class Result(NamedTuple):
+    """What it took."""
+
+    first: float  # seconds
+    seconds: float
+    memory: int | None  # bytes; None where the system does not say
+
+
+def measure(width: int, height: int, how: How) -> Result:
+    """Upscales a picture of this size, in this process."""
+    before = machine.peak_memory()
+    image = np.random.default_rng(0).random((height, width, 3), np.float32)
+    compute = Compute(scan=how.scan, precision=how.precision)
+    model = nnx.jit(lambda: DVMSR(CONFIG, compute=compute, rngs=nnx.Rngs(0)))()
+    upscale = make_streamer(model) if how.mode == "streaming" else _make_whole(model)
+
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds[1:]) < CASE_SECONDS:
+        start = time.perf_counter()
+        for _ in upscale(image):
+            pass
+        seconds.append(time.perf_counter() - start)
+    after = machine.peak_memory()
+    memory = None if before is None or after is None else after - before
+    return Result(seconds[0], statistics.median(seconds[1:]), memory)
+
+
+def _make_whole(model: DVMSR) -> Upscale:
+    """The model on the whole image at once."""
+    graph, parameters = nnx.split(model)
+    run = jax.jit(lambda parameters, image: nnx.merge(graph, parameters)(image))
+
+    def upscale(image: np.ndarray) -> Iterator[np.ndarray]:
+        yield np.asarray(run(parameters, image[None])[0])
+
+    return upscale
+
+
+def measure_apart(width: int, height: int, how: How) -> Result | None:
+    """Upscales in a process of its own; None if that was killed for the memory it took."""
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            return pool.submit(measure, width, height, how).result()
+    except BrokenProcessPool:
+        return None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def growth(results: dict[int, float]) -> float:
+    """The x for which seconds grow like pixels^x, from {pixels: seconds}: least squares of logs."""
+    pixels, seconds = np.log(list(results)), np.log(list(results.values()))
+    return float(np.polyfit(pixels, seconds, 1)[0])
+
+
+def main(
+    sizes: tuple[str, ...] = ("64", "128", "256", "512", "1024"),
+    modes: tuple[Mode, ...] = ("whole", "streaming"),
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16"),
+    scans: tuple[Implementation, ...] = (
+        "associative",
+        "sequential",
+        "chunked-carried",
+        "chunked-parallel",
+        "auto",
+    ),
+    smoke: bool = False,
+) -> None:
+    """Prints time, memory, and the growth of time with the picture, as Markdown tables.
+
+    Args:
+        sizes: of the low-resolution picture, WIDTHxHEIGHT or the side of a square.
+        modes: the picture at once, or in bands.
+        precisions: of convolutions and projections.
+        scans: implementations of the selective scan (auto: native or triton where they run).
+        smoke: a quick run that only shows that everything works.
+    """
+    if smoke:
+        sizes, precisions, scans = ("8", "8x16"), ("float32",), ("auto",)
+    for scan in scans:
+        if lack := missing(scan):
+            sys.exit(f"benchmarks.inference: the scan {scan!r} cannot run here: {lack}")
+    print(f"{machine.describe()}\n")
+    print_head(("size", *How._fields, "first", "seconds", "MP/s", "memory"), text=How._fields)
+    ways = list(itertools.starmap(How, itertools.product(modes, precisions, scans)))
+    times: dict[How, dict[int, float]] = {how: {} for how in ways}
+    for size, how in itertools.product(sizes, ways):
+        width, height = map(int, size.split("x") if "x" in size else (size, size))
+        result = measure_apart(width, height, how)
+        pixels = width * height
+        if result is not None:
+            times[how][pixels] = result.seconds
+        baseline = times.get(how._replace(scan=BASELINE), {}).get(pixels)
+        print_row([f"{width} x {height}", *how, *_cells(pixels, result, baseline)])
+
+    print("\nSeconds grow like a power of the number of pixels:\n")
+    print_head((*How._fields, "exponent"), text=How._fields)
+    for how, seconds in times.items():
+        if len(seconds) > 1:
+            print_row([*how, f"{growth(seconds):.2f}"])
+
+
+def _cells(pixels: int, result: Result | None, baseline: float | None) -> list[str]:
+    if result is None:
+        return ["out of memory", "", "", ""]
+    times = f"{result.seconds:.3g} s"
+    if baseline:
+        times += f" ({rounded(baseline / result.seconds)}x)"
+    speed = rounded(pixels * CONFIG.scale**2 / 1e6 / result.seconds)
+    memory = "unknown" if result.memory is None else f"{rounded(result.memory / 2**20)} MiB"
+    return [f"{result.first:.3g} s", times, speed, memory]
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,127 @@
+"""What lies around the rows that a layer is given: nothing, or the rest of a streamed image.
+
+No layer of a unidirectional network looks at a whole image. A 3x3 convolution looks one row up and
+one down, a causal convolution at the tokens just before, and a scan at its last state. So an image
+may pass through the network in bands of rows, one after the other, if every layer keeps what it
+needs for the next band. The layers ask for it here, and are written once for both cases:
+
+* WHOLE: the rows are all there are, and around them are zeros.
+* Band: a convolution waits for the row below, so its answer is late by one row, and what is to be
+  added to the answer waits as well. A band may be wider than its image, and rows from outside come
+  in too, before the first and after the last one. What is outside is masked where it would count:
+  so all bands are treated alike, and images of many sizes too.
+"""
+
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Whole:
+    """The rows of a whole image."""
+
+    def with_neighbours(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h+2 w c"]:
+        """The rows that a 3x3 convolution reads."""
+        return jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+
+    def delayed(self, x: Float[Array, "b h w c"], rows: int) -> Float[Array, "b h w c"]:
+        """The rows that belong to an answer that so many convolutions have made late."""
+        del rows
+        return x
+
+    def with_previous(self, u: Float[Array, "b l d"], count: int) -> Float[Array, "_ _ d"]:
+        """The tokens in runs of any, but equal, length, each with the `count` tokens before it."""
+        return jnp.pad(u, ((0, 0), (count, 0), (0, 0)))
+
+    def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
+        """The tokens, with this value for those that are not of the image."""
+        del outside
+        return x
+
+    def scan_state(self, *shape: int) -> Array | None:
+        """The state before the first token; None stands for zeros."""
+        del shape
+        return None
+
+    def keep_scan_state(self, state: Array) -> None:
+        """Takes note of the state after the last token."""
+        del state
+
+
+WHOLE = Whole()
+
+
+class Band:
+    """A band of one image's rows, for one pass through the network.
+
+    The layers take from `carried`, in the order of their calls, what the band above has left for
+    them, and leave as much in `left` for the one below.
+    """
+
+    def __init__(
+        self,
+        first: Int[Array, ""],
+        height: Int[Array, ""],
+        width: Int[Array, ""],
+        columns: int,
+        carried: Iterable[Array] | None,
+    ):
+        """`first` is the place of the band's first row in the image of this height and width.
+
+        `columns` is the band's own width, and `carried` the last band's `left`; None, for zeros, if
+        there has been none.
+        """
+        self.first = first
+        self.left: list[Array] = []
+        self._height, self._width, self._columns = height, width, columns
+        self._carried = None if carried is None else iter(carried)
+
+    def with_neighbours(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h+2 w c"]:
+        """See Whole. From here on, the rows are those one further up in the image."""
+        b, h, w, c = x.shape
+        x = self.masked(x.reshape(b, h * w, c)).reshape(x.shape)
+        self.first = self.first - 1
+        x = jnp.concatenate([self._take((b, 2, w, c), x.dtype), x], axis=1)
+        self.left.append(x[:, -2:])
+        return x
+
+    def delayed(self, x: Float[Array, "b h w c"], rows: int) -> Float[Array, "b h w c"]:
+        """See Whole."""
+        b, h, w, c = x.shape
+        x = jnp.concatenate([self._take((b, rows, w, c), x.dtype), x], axis=1)
+        self.left.append(x[:, -rows:])
+        return x[:, :h]
+
+    def with_previous(self, u: Float[Array, "b l d"], count: int) -> Float[Array, "_ _ d"]:
+        """See Whole. Each row is a run."""
+        b, l, d = u.shape
+        rows = l // self._columns
+        known = jnp.concatenate([self._take((b, count, d), u.dtype), u], axis=1)
+        # The places in the image, counted from the band's first token, of the tokens just before
+        # each row and of the last ones; and where those are kept, behind the `count` carried ones.
+        places = jnp.arange(rows + 1)[:, None] * self._width + jnp.arange(-count, 0)[None]
+        row, column = jnp.divmod(places, self._width)
+        known_at = count + jnp.where(places < 0, places, row * self._columns + column)
+        previous = known[:, known_at]  # (b, rows + 1, count, d)
+        self.left.append(previous[:, rows])
+        runs = jnp.concatenate([previous[:, :rows], u.reshape(b, rows, -1, d)], axis=2)
+        return runs.reshape(b * rows, -1, d)
+
+    def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
+        """See Whole."""
+        row, column = jnp.divmod(jnp.arange(x.shape[1]), self._columns)
+        row += self.first
+        inside = (row >= 0) & (row < self._height) & (column < self._width)
+        return jnp.where(inside[None, :, None], x, jnp.asarray(outside, x.dtype))
+
+    def scan_state(self, *shape: int) -> Array | None:
+        """See Whole."""
+        return self._take(shape, jnp.float32)
+
+    def keep_scan_state(self, state: Array) -> None:
+        """See Whole."""
+        self.left.append(state)
+
+    def _take(self, shape, dtype):
+        return jnp.zeros(shape, dtype) if self._carried is None else next(self._carried)

@@ -1,0 +1,291 @@
+"""Many pictures at once: which files are meant, where the results go, and what became of each."""
+
+import contextlib
+import errno
+import glob
+import itertools
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from dvmsr_jax import files, formats, images, pictures
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.pictures import BandedFrame, Picture
+from dvmsr_jax.upscaler import Upscaler
+
+STANDARD = Path("-")
+"""Standard input as a source, standard output as a target."""
+
+SKIPPED_SHOWN = 3
+"""So many skipped pictures are named in a summary."""
+
+# Stems of upscaled pictures, with that of the original.
+_RESULT = re.compile(r"(.+)_x\d+(\.\d+)?")
+
+
+class Outcome(NamedTuple):
+    """What became of a picture."""
+
+    source: Path
+    status: Literal["done", "skipped", "failed"]
+    what: str
+    """If done, the result's path, otherwise the reason."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to upscale."""
+
+    source: Path
+    target: Path
+    suffix: str | None
+    """What is to be added to the target; None: what suits the picture."""
+
+
+class DiskFullError(UserError):
+    """There was no room for a result, so there is none for the following ones."""
+
+
+def plan(
+    inputs: Sequence[str], output: str | None, *, scale: float, suffix: str | None
+) -> list[Job | Outcome]:
+    """What is to be done about what the user has named, or has become of it already.
+
+    Args:
+        inputs: files; folders, whose pictures are meant; patterns; "-".
+        output: a file; a folder, in which those inside the inputs are repeated; "-". None: the
+            folder of each input, and "-" for "-".
+        scale: factor, which is part of the results' names.
+        suffix: theirs. None: that of the output or, if it has none, what suits the picture.
+
+    A result is named STEM_xSCALE or, if two inputs differ in their suffixes only,
+    STEM_SUFFIX_xSCALE. An input whose name says that it is the result of another one is skipped.
+
+    Raises:
+        UserError: the output is a file and there is more than one input, or its suffix is unknown
+            or not the one asked for.
+    """
+    file, folder = _read_output(output, suffix)
+    jobs: list[Job | Outcome] = []
+    found: dict[str, tuple[Path, Path]] = {}
+    for name in inputs:
+        try:
+            for path, inner in _find(name, leave_out=folder):
+                found.setdefault(os.path.realpath(path), (path, inner))
+        except UserError as error:
+            jobs.append(Outcome(Path(name), "failed", str(error).removeprefix(f"{name}: ")))
+    if file is not None and len(jobs) + len(found) > 1:
+        raise UserError(f"{file} is one file for several results; end a folder's name in {os.sep}")
+
+    places = {
+        path: path.parent if folder is None else folder / inner for path, inner in found.values()
+    }
+    # Some file systems take upper and lower case for the same.
+    namesakes = Counter(str(place / path.stem).casefold() for path, place in places.items())
+    originals = {path.with_name(stem) for path in places for stem in (path.stem, _long_stem(path))}
+    for path, place in places.items():
+        result_of = _RESULT.fullmatch(path.stem)
+        if file is not None:
+            jobs.append(Job(path, file, suffix if file == STANDARD else ""))
+        elif path == STANDARD and folder is None:
+            jobs.append(Job(path, STANDARD, suffix))
+        elif result_of and path.with_name(result_of[1]) in originals:
+            jobs.append(Outcome(path, "skipped", "by name the result of another input"))
+        else:
+            alone = namesakes[str(place / path.stem).casefold()] == 1
+            stem = path.stem if alone else _long_stem(path)
+            jobs.append(Job(path, place / f"{stem}_x{scale:g}", suffix))
+    return jobs
+
+
+def run(
+    jobs: Sequence[Job | Outcome],
+    upscaler: Upscaler,
+    *,
+    overwrite: bool = False,
+    quality: int = 95,
+    max_pixels: int = pictures.MAX_PIXELS,
+) -> Iterator[Outcome]:
+    """Does the jobs, one after the other.
+
+    A result appears under its name when it is complete. No input is ever overwritten, and another
+    existing file only with `overwrite`. The progress of large pictures is shown on stderr if that
+    is a terminal.
+
+    Args:
+        jobs: see `plan`.
+        upscaler: what to do it with.
+        overwrite: whether existing results are made again. They are skipped otherwise.
+        quality: of JPEG and WebP, from 1 to 100.
+        max_pixels: limit of a frame's size, against decompression bombs.
+
+    Raises:
+        DiskFullError: there is no room for a result.
+    """
+    kept = {_identity(job.source): "an input" for job in jobs if isinstance(job, Job)}
+    for job in jobs:
+        if isinstance(job, Outcome):
+            yield job
+            continue
+        try:
+            outcome = _do(job, upscaler, kept, overwrite, quality, max_pixels)
+        except DiskFullError:
+            raise
+        except UserError as error:
+            reason = str(error).removeprefix(f"{job.source}: ")
+            outcome = Outcome(job.source, "failed", reason)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            outcome = Outcome(job.source, "failed", _OUT_OF_MEMORY)
+        if outcome.status == "done":
+            kept[_identity(Path(outcome.what))] = f"the result of {job.source}"
+        yield outcome
+
+
+def _do(
+    job: Job,
+    upscaler: Upscaler,
+    kept: Mapping[tuple[int, int] | None, str],
+    overwrite: bool,
+    quality: int,
+    max_pixels: int,
+) -> Outcome:
+    """`kept` says by `_identity` what must not be overwritten in any case."""
+    source = sys.stdin.buffer.read() if job.source == STANDARD else job.source
+    picture = Picture(source, max_pixels=max_pixels)
+    suffix = formats.default_suffix(picture) if job.suffix is None else job.suffix
+    form = formats.BY_SUFFIX[(suffix or job.target.suffix).lower()]
+    target = job.target
+    if target != STANDARD:
+        target = target.with_name(target.name + suffix)
+        if target.exists():
+            if _identity(target) in kept:
+                raise UserError(f"would overwrite {target}, {kept[_identity(target)]}")
+            if not overwrite:
+                return Outcome(job.source, "skipped", f"{target} exists (see --overwrite)")
+    formats.check_holds(form, picture)
+    label = str(job.source)[-40:]
+    frames = (_with_progress(upscaler.enlarge(frame), label) for frame in picture.frames())
+    try:
+        with _destination(target) as path:
+            formats.write(path, form, frames, picture, scale=upscaler.scale, quality=quality)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFullError(
+                f"{target}: {error.strerror}. Make room or choose another --output; the same"
+                " command goes on from here"
+            ) from error
+        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
+    return Outcome(job.source, "done", str(target))
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """How many are done, skipped and failed, and why."""
+    lines: dict[str, list[str]] = {"done": [], "skipped": [], "failed": []}
+    for source, status, what in outcomes:
+        lines[status].append(f"  {status}: {source}: {what}")
+    shown = lines["failed"] + lines["skipped"][:SKIPPED_SHOWN]
+    if (more := len(lines["skipped"]) - SKIPPED_SHOWN) > 0:
+        shown.append(f"  skipped: {more} more")
+    return "\n".join(
+        [", ".join(f"{len(those)} {status}" for status, those in lines.items()), *shown]
+    )
+
+
+_OUT_OF_MEMORY = (
+    "out of memory. PNG and TIFF (--format) are not held in it as the other formats are;"
+    " --self-ensemble needs much of it, and --tile 128 little"
+)
+
+
+def _read_output(output: str | None, suffix: str | None) -> tuple[Path | None, Path | None]:
+    """(the one file, the folder) that is meant."""
+    if output is None:
+        return None, None
+    path = Path(output)
+    if path == STANDARD:
+        return path, None
+    if output.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
+        return None, path
+    form = formats.BY_SUFFIX.get(path.suffix.lower())
+    if form is None:
+        raise UserError(
+            f"{output}: pictures are written as {' '.join(formats.BY_SUFFIX)}; end a folder's name"
+            f" in {os.sep}"
+        )
+    if suffix is not None and form is not formats.BY_SUFFIX[suffix]:
+        raise UserError(f"{output}: --format asks for {suffix}")
+    return path, None
+
+
+def _find(name: str, leave_out: Path | None) -> Iterator[tuple[Path, Path]]:
+    """The files that a name stands for, each with the folder that it is in below that name."""
+    path = Path(name)
+    if path.is_dir():
+        for file in images.find_images(path, pictures.SUFFIXES):
+            if leave_out is None or leave_out == path or leave_out not in file.parents:
+                yield file, file.parent.relative_to(path)
+    elif _PATTERN.search(name) and not path.exists():
+        files = sorted(map(Path, glob.glob(name, recursive=True)))
+        files = [file for file in files if file.suffix.lower() in pictures.SUFFIXES]
+        if not files:
+            raise UserError(f"{name}: matches no picture")
+        fixed = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), path.parts))
+        for file in files:
+            yield file, file.parent.relative_to(fixed)
+    else:
+        yield path, Path()
+
+
+_PATTERN = re.compile(r"[*?[]")
+
+
+def _long_stem(path: Path) -> str:
+    """photo_jpg for photo.jpg."""
+    return path.stem + path.suffix.replace(".", "_")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What all names of a file have in common; None if there is no such file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def _destination(target: Path) -> Iterator[Path]:
+    """Where to write what shall be in the target, which then is there completely or not at all."""
+    if target != STANDARD:
+        with files.replacing(target) as path:
+            yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture"
+        yield path
+        with open(path, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+
+def _with_progress(frame: BandedFrame, label: str) -> BandedFrame:
+    def bands() -> Iterator[pictures.Pixels]:
+        rows = frame.shape[0]
+        with tqdm(total=rows, desc=label, unit="row", leave=False, delay=2, disable=None) as bar:
+            for band in frame.bands:
+                yield band
+                bar.update(len(band))
+
+    return replace(frame, bands=bands())

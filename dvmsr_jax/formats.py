@@ -1,0 +1,269 @@
+"""Writing pictures: what each format can hold, and how it is written.
+
+PNG and TIFF are written as the rows come. For the others, which Pillow writes, the whole picture is
+held in memory, in 8 bits.
+"""
+
+import io
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from PIL import ExifTags, Image, TiffImagePlugin, TiffTags
+
+from dvmsr_jax import png
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.pictures import MAIN, BandedFrame, Metadata, Picture, Pixels, to_pillow
+
+
+class FormatError(UserError):
+    """A picture that cannot be written as asked; the message says what would do."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a file format can hold."""
+
+    name: str
+    """Pillow's."""
+    max_side: int
+    """Largest height and width in pixels."""
+    animations: bool = False
+    pages: bool = False
+    alpha: bool = True
+    grey: bool = True
+    deep: bool = False
+    """Samples of 16 bits."""
+
+
+PNG = Format("PNG", 2**31 - 1, animations=True, deep=True)
+TIFF = Format("TIFF", 2**31 - 1, animations=True, pages=True, deep=True)
+WEBP = Format("WEBP", 16_383, animations=True, grey=False)
+GIF = Format("GIF", 65_535, animations=True)
+JPEG = Format("JPEG", 65_500, alpha=False)
+BMP = Format("BMP", 2**31 - 1, alpha=False)
+
+BY_SUFFIX = {
+    **{".png": PNG, ".apng": PNG, ".tif": TIFF, ".tiff": TIFF, ".webp": WEBP, ".gif": GIF},
+    **{".jpg": JPEG, ".jpeg": JPEG, ".bmp": BMP},
+}
+"""Formats by the ending of a file's name, in lower case."""
+
+
+def default_suffix(picture: Picture) -> str:
+    """PNG for one frame; several stay what they are."""
+    if len(picture) == 1:
+        return ".png"
+    return next(suffix for suffix, form in BY_SUFFIX.items() if form.name == picture.format)
+
+
+def check_holds(form: Format, picture: Picture) -> None:
+    """Raises FormatError if the format holds one frame and the picture has several, or animations
+    only and the picture has pages."""
+    able = form.animations if picture.is_animation else form.pages
+    if len(picture) > 1 and not able:
+        kind = "frames" if picture.is_animation else "pages"
+        others = ("gif", "webp", "png", "tiff") if picture.is_animation else ("tiff",)
+        raise FormatError(
+            f"has {len(picture)} {kind}, and {form.name} cannot hold them: choose"
+            f" --format {' or '.join(others)}"
+        )
+
+
+def write(
+    path: Path,
+    form: Format,
+    frames: Iterable[BandedFrame],
+    picture: Picture,
+    *,
+    scale: float,
+    quality: int,
+) -> None:
+    """Writes the frames of a picture, enlarged by `scale`.
+
+    What the format cannot hold is made to fit: 16 bits become 8, alpha is put on white, and grey
+    becomes RGB. `quality`, 1 to 100, is JPEG's and WebP's. Raises FormatError if a frame is too
+    large for the format.
+    """
+    fitted = (_fit(form, frame) for frame in frames)
+    if form is PNG:
+        with open(path, "wb") as file:
+            png.write(file, fitted, len(picture), picture.plays)
+    elif form is TIFF:
+        # As if every page had alpha and 16 bits; whether it has shows only when it comes.
+        _write_tiff(path, fitted, big=8 * picture.pixels * scale**2 > 2**32)
+    else:
+        _write_with_pillow(path, form, fitted, picture, quality)
+
+
+def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
+    height, width, channels = frame.shape
+    if max(height, width) > form.max_side:
+        raise FormatError(
+            f"{width}x{height} pixels are too many for {form.name}, which holds at most"
+            f" {form.max_side:,} a side: choose --format png or tiff"
+        )
+    flatten = channels in (2, 4) and not form.alpha
+    colour = channels < 3 and not form.grey
+    dtype = frame.dtype if form.deep else np.dtype(np.uint8)
+
+    def fit(band: Pixels) -> Pixels:
+        if flatten:
+            maximum = np.iinfo(band.dtype).max
+            alpha = band[:, :, -1:] / np.float32(maximum)
+            white = maximum * (1 - alpha)
+            band = np.rint(band[:, :, :-1] * alpha + white).astype(band.dtype)
+        if band.dtype != dtype:
+            band = np.rint(band / np.float32(257)).astype(dtype)
+        if colour:
+            grey = np.repeat(band[:, :, :1], 3, axis=2)
+            band = np.concatenate([grey, band[:, :, 1:]], axis=2)
+        return band
+
+    channels += 2 * colour - flatten
+    bands = map(fit, frame.bands)
+    return BandedFrame((height, width, channels), dtype, bands, frame.metadata)
+
+
+def _write_tiff(path: Path, frames: Iterator[BandedFrame], *, big: bool) -> None:
+    metadata = Metadata()
+    with tifffile.TiffWriter(path, bigtiff=big, byteorder="<") as writer:
+        for i, frame in enumerate(frames):
+            height, width, channels = frame.shape
+            rows = max(1, _STRIP // (width * channels * frame.dtype.itemsize))
+            if i == 0:
+                metadata = frame.metadata
+            writer.write(
+                _strips(frame, rows),
+                shape=(height, width, channels) if channels > 1 else (height, width),
+                dtype=frame.dtype,
+                photometric="rgb" if channels > 2 else "minisblack",
+                planarconfig="contig" if channels > 1 else None,
+                extrasamples=("unassalpha",) if channels in (2, 4) else None,
+                rowsperstrip=rows,
+                compression="zlib",
+                predictor="horizontal",
+                iccprofile=frame.metadata.icc,
+                resolution=frame.metadata.dpi,
+                software=False,
+                metadata=None,
+                extratags=_exif_tags(metadata, big) if i == 0 else None,
+            )
+    _append_directories(path, metadata, big)
+
+
+_STRIP = 2**18  # bytes, before compression
+
+
+def _strips(frame: BandedFrame, rows: int) -> Iterator[bytes]:
+    """Compressed strips: tifffile takes no others as they come."""
+    for band in frame.regrouped(rows):
+        differences = band.astype(frame.dtype.newbyteorder("<"))
+        differences[:, 1:] -= band[:, :-1]
+        yield zlib.compress(differences.tobytes(), png.LEVEL)
+
+
+def _exif_tags(metadata: Metadata, big: bool) -> list[tuple[int | str, int, int, Any, bool]]:
+    """EXIF's main directory in tifffile's form, with room for where the others will lie."""
+    tags: list[tuple[int | str, int, int, Any, bool]] = []
+    for tag, value in metadata.exif.get(MAIN, {}).items():
+        if isinstance(value, str):
+            text = value.encode() + b"\0"
+            tags.append((tag, TiffTags.ASCII, len(text), text, True))
+        elif isinstance(value, bytes):
+            tags.append((tag, TiffTags.BYTE, len(value), value, True))
+        elif isinstance(value, int):
+            tags.append((tag, TiffTags.LONG, 1, value, True))
+    for name, directory in (("ExifTag", ExifTags.IFD.Exif), ("GPSTag", ExifTags.IFD.GPSInfo)):
+        if directory in metadata.exif:
+            # For the time being, the page's own directory: tifffile reads what is pointed to.
+            kind, first = (TiffTags.LONG8, 16) if big else (TiffTags.LONG, 8)
+            tags.append((name, kind, 1, first, True))
+    return tags
+
+
+def _append_directories(path: Path, metadata: Metadata, big: bool) -> None:
+    """Puts EXIF's other directories behind the pictures, which tifffile does not do."""
+    header = b"II\x2b\0\x08\0\0\0" + bytes(8) if big else b"II\x2a\0" + bytes(4)
+    for directory in metadata.exif.keys() - {MAIN}:
+        ifd = TiffImagePlugin.ImageFileDirectory_v2(header, group=directory)
+        ifd.update(metadata.exif[directory])
+        with tifffile.TiffFile(path, mode="r+") as file:
+            offset = file.filehandle.seek(0, os.SEEK_END)
+            offset += file.filehandle.write(bytes(offset % 2))  # directories start on words
+            file.filehandle.write(ifd.tobytes(offset))
+            file.pages.first.tags[directory].overwrite(offset)
+
+
+def _write_with_pillow(
+    path: Path, form: Format, frames: Iterator[BandedFrame], picture: Picture, quality: int
+) -> None:
+    metadata: list[Metadata] = []
+    held: list[Image.Image] = []
+    for frame in frames:
+        metadata.append(frame.metadata)
+        held.append(_to_palette(_hold(frame)) if form is GIF else _hold(frame))
+    first = metadata[0]
+    options: dict[str, Any] = {"icc_profile": first.icc}
+    if first.dpi and max(first.dpi) < 2**16:
+        options["dpi"] = first.dpi
+        if form is WEBP:  # which has no other place for it
+            resolution: dict[int, Any] = {
+                ExifTags.Base.XResolution: first.dpi[0],
+                ExifTags.Base.YResolution: first.dpi[1],
+                ExifTags.Base.ResolutionUnit: 2,
+            }
+            main = {**first.exif.get(MAIN, {}), **resolution}
+            first = replace(first, exif={**first.exif, MAIN: main})
+    exif = first.exif_bytes()
+    if exif and (form is not JPEG or len(exif) <= 65_533):
+        options["exif"] = exif
+    if form is JPEG:
+        options |= {"quality": quality, "subsampling": 0, "optimize": True}
+    elif form is WEBP:
+        options |= {"quality": quality, "method": 4}
+    if len(held) > 1:
+        options |= {"save_all": True, "append_images": held[1:]}
+        options["duration"] = [round(one.duration) for one in metadata]
+        if form is WEBP:
+            options["loop"] = picture.plays
+        elif picture.plays != 1:
+            options["loop"] = max(picture.plays - 1, 0)
+        if form is GIF:
+            options["disposal"] = 2 if any("transparency" in one.info for one in held) else 1
+    encoded = io.BytesIO()  # because Pillow does not tell why it cannot write to a file
+    try:
+        held[0].save(encoded, form.name, **options)
+    except (OSError, ValueError, RuntimeError, SystemError) as error:
+        raise FormatError(f"cannot be written as {form.name} ({error})") from error
+    path.write_bytes(encoded.getbuffer())
+
+
+def _hold(frame: BandedFrame) -> Image.Image:
+    height, width, channels = frame.shape
+    image = Image.new({1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels], (width, height))
+    y = 0
+    for band in frame.bands:
+        image.paste(to_pillow(band), (0, y))
+        y += len(band)
+    return image
+
+
+def _to_palette(image: Image.Image) -> Image.Image:
+    """With at most 255 colours, dithered, and one for what is more than half transparent."""
+    if image.mode == "L":
+        return image
+    colours = image.convert("RGB")
+    palette = colours.quantize(255, Image.Quantize.MEDIANCUT)
+    indices = colours.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    if image.mode in ("LA", "RGBA"):
+        hidden = image.getchannel("A").point(lambda alpha: 255 * (alpha < 128))
+        if hidden.getbbox():
+            indices.paste(255, mask=hidden)
+            indices.info["transparency"] = 255
+    return indices

@@ -1,0 +1,390 @@
+"""Pictures as people have them: what is in a file, frame by frame, and what has to stay with it.
+
+Pixels are (h, w, channels), uint8 or uint16: 1 channel is grey, 2 grey and alpha, 3 RGB, 4 RGB and
+alpha. Palettes become RGB, bilevel pictures grey, and CMYK and Lab sRGB.
+"""
+
+import contextlib
+import io
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import UInt8, UInt16
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from dvmsr_jax import images
+from dvmsr_jax.images import ImageError
+
+SUFFIXES = images.SUFFIXES | {".gif", ".apng"}
+"""What is taken for a picture in a folder, in lower case."""
+
+MAX_PIXELS = 500_000_000
+"""Default limit of a frame's size, against decompression bombs."""
+
+Pixels = UInt8[np.ndarray, "_ _ _"] | UInt16[np.ndarray, "_ _ _"]
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+Image.init()  # open() with a list of formats does not load their plugins
+
+# What EXIF says of the scene and of who took it; the rest of its first directory is about layout.
+_DESCRIPTIVE_TAGS = [
+    ExifTags.Base[name]
+    for name in (
+        *("ImageDescription", "Make", "Model", "Software", "DateTime", "Artist", "HostComputer"),
+        *("Copyright", "Rating", "RatingPercent"),
+        *("XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject"),
+    )
+]
+
+
+MAIN = 0
+DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What accompanies a frame's pixels."""
+
+    icc: bytes | None = None
+    """ICC profile."""
+    dpi: tuple[float, float] | None = None
+    """Pixels per inch, horizontally and vertically."""
+    exif: Mapping[int, Mapping[int, Any]] = field(default_factory=dict)
+    """What describes the scene: values by tag, by directory (MAIN and those in DIRECTORIES). There
+    is no orientation, no thumbnail, and no empty directory."""
+    duration: float = 0.0
+    """Milliseconds for which an animation shows the frame."""
+
+    def scaled(self, scale: float, height: int, width: int) -> "Metadata":
+        """For the frame enlarged to this size: printed, it is as large as before."""
+        dpi = self.dpi and (self.dpi[0] * scale, self.dpi[1] * scale)
+        sizes: dict[int, int] = {
+            ExifTags.Base.ExifImageWidth: width,
+            ExifTags.Base.ExifImageHeight: height,
+        }
+        exif = {
+            directory: {tag: sizes.get(tag, value) for tag, value in entries.items()}
+            for directory, entries in self.exif.items()
+        }
+        return Metadata(self.icc, dpi, exif, self.duration)
+
+    def exif_bytes(self) -> bytes:
+        """EXIF as it lies in files, starting with "Exif" and two zeros; b"" if there is none."""
+        if not self.exif:
+            return b""
+        exif = Image.Exif()
+        exif.update(self.exif.get(MAIN, {}))
+        for directory in DIRECTORIES:
+            if directory in self.exif:
+                exif.get_ifd(directory).update(self.exif[directory])
+        return exif.tobytes()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame of an animation, a page, or the whole picture, upright."""
+
+    pixels: Pixels
+    metadata: Metadata
+
+
+@dataclass(frozen=True)
+class BandedFrame:
+    """A frame whose pixels come in bands of rows, from top to bottom."""
+
+    shape: tuple[int, int, int]
+    """Of the whole: height, width, channels."""
+    dtype: np.dtype
+    """uint8 or uint16."""
+    bands: Iterable[Pixels]
+    metadata: Metadata
+
+    def regrouped(self, rows: int) -> Iterator[Pixels]:
+        """The pixels in bands of this many rows; the last may have fewer."""
+        held: list[np.ndarray] = []
+        for band in self.bands:
+            held.append(band)
+            if sum(map(len, held)) < rows:
+                continue
+            band = np.concatenate(held) if len(held) > 1 else band
+            whole = len(band) - len(band) % rows
+            yield from (band[i : i + rows] for i in range(0, whole, rows))
+            held = [band[whole:]] if whole < len(band) else []
+        if held:
+            yield np.concatenate(held)
+
+
+class Picture:
+    """A file. Its frames are decoded one at a time, when they are asked for.
+
+    Args:
+        source: path of a PNG, JPEG, WebP, TIFF, BMP or GIF file, or the contents of one. What it
+            is shows in what it holds and not in its name.
+        max_pixels: limit of a frame's declared size, checked before anything is decoded.
+
+    Raises:
+        ImageError: the file is missing, empty, no picture, damaged or too large; names it.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS):
+        self._source, self._max_pixels = source, max_pixels
+        with self._reading():
+            if not isinstance(source, bytes) and not os.path.isfile(source):
+                raise ImageError("no such file")
+            if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
+                raise ImageError("is empty")
+        with self._reading(), self._open() as image:
+            # MPO is JPEG with more pictures behind it: previews, depth maps and the like.
+            self.format = "JPEG" if image.format == "MPO" else str(image.format)
+            """Pillow's name of it."""
+            self._size = image.size
+            self._frames, self.pixels = [], 0
+            """Pixels of all frames together."""
+            for i in range(1 if self.format == "JPEG" else getattr(image, "n_frames", 1)):
+                if self.format == "TIFF":
+                    image.seek(i)
+                    if _tag(image, 254, 0) & 0b101:  # a thumbnail or a mask
+                        continue
+                elif i == 0 and image.info.get("default_image"):  # for viewers without APNG
+                    continue
+                self._frames.append(i)
+                self.pixels += math.prod(image.size)
+            if not self._frames:
+                raise ImageError("holds only thumbnails and masks")
+            self.plays = _plays(image)
+            """How often an animation is shown; 0: forever."""
+
+    def __len__(self) -> int:
+        """Number of frames or pages."""
+        return len(self._frames)
+
+    @property
+    def is_animation(self) -> bool:
+        """Whether there are several frames, and not pages."""
+        return len(self) > 1 and self.format != "TIFF"
+
+    def frames(self) -> Iterator[Frame]:
+        """Every frame or page. Raises ImageError, naming the file, if one cannot be decoded."""
+        with contextlib.ExitStack() as stack:
+            with self._reading():
+                image = stack.enter_context(self._open())
+            for i in self._frames:
+                with self._reading():
+                    image.seek(i)
+                    frame = self._read(image, i)
+                yield frame
+
+    def _read(self, image: Image.Image, i: int) -> Frame:
+        rawmode = _rawmode(image)  # before the image is loaded, which reading EXIF does to PNG
+        exif = _read_exif(image)
+        planes = _tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
+        if planes and 16 in _tag(image, TiffImagePlugin.BITSPERSAMPLE, ()):  # Pillow misreads them
+            raise ImageError("16-bit samples in separate planes; save it with interleaved ones")
+        if ";16" in rawmode and image.mode in ("RGB", "RGBA") and not self.is_animation:
+            pixels = self._read_16_bit(image, i, rawmode)
+        elif self.format == "GIF" and self.is_animation:  # its mode and size change on the way
+            width, height = self._size
+            pixels = np.array(image.convert("RGBA"))[:height, :width]
+        elif self.is_animation:  # whose decoder goes on from what it has
+            pixels = _pixels(ImageOps.exif_transpose(image), rawmode)
+        else:
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = _pixels(image, rawmode)
+        return Frame(pixels, _read_metadata(image, exif, channels=pixels.shape[2]))
+
+    def _read_16_bit(self, image: Image.Image, i: int, rawmode: str) -> Pixels:
+        """Pillow keeps one byte of such samples, so it is asked once for each."""
+
+        def decode(rawmode: str) -> np.ndarray:
+            with self._open() as image:
+                image.seek(i)
+                image.tile = [  # type: ignore[attr-defined]
+                    tile._replace(
+                        args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:])
+                    )
+                    for tile in image.tile  # type: ignore[attr-defined]
+                ]
+                ImageOps.exif_transpose(image, in_place=True)
+                return np.array(image, np.uint16)
+
+        samples, _, order = rawmode.partition(";16")
+        if samples == "LA":  # as four samples of 8 bits
+            pixels = decode("RGBA")
+            pixels = pixels[:, :, ::2] << 8 | pixels[:, :, 1::2]
+        else:
+            order = {"N": "L" if sys.byteorder == "little" else "B"}.get(order, order)
+            straight = samples.replace("a", "A")
+            high, low = f"{straight};16{order}", f"{straight};16{'B' if order == 'L' else 'L'}"
+            pixels = decode(high) << 8 | decode(low)
+        if samples == "RGBa":  # premultiplied
+            alpha = np.maximum(pixels[:, :, 3:], 1).astype(np.float32)
+            colour = np.minimum(np.rint(pixels[:, :, :3] * (65535 / alpha)), 65535)
+            pixels[:, :, :3] = colour.astype(np.uint16)
+        return _transparent_colour(pixels, image.info.get("transparency"))
+
+    def _open(self) -> Image.Image:
+        source = self._source
+        return Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, "r", _FORMATS
+        )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Whatever Pillow trips over becomes an ImageError that names the file."""
+        name = "standard input" if isinstance(self._source, bytes) else self._source
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = self._max_pixels // 2  # from there on it warns
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from error
+        except MemoryError:
+            raise
+        except Image.DecompressionBombError as error:
+            megapixels = self._max_pixels / 1e6
+            raise ImageError(
+                f"{name}: has more than {megapixels:g} megapixels; if you trust it, raise the limit"
+                " (--max-megapixels)"
+            ) from error
+        except UnidentifiedImageError as error:
+            kinds = "PNG, JPEG, WebP, TIFF, BMP or GIF"
+            raise ImageError(f"{name}: is no {kinds} picture, or is damaged") from error
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ImageError(f"{name}: cannot be read ({reason})") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def from_pillow(image: Image.Image) -> Frame:
+    """The current frame of a Pillow image, which stays as it is.
+
+    Raises ImageError for 32-bit pixels, whose range nothing tells.
+    """
+    exif = _read_exif(image)
+    upright = ImageOps.exif_transpose(image)
+    pixels = _pixels(upright, rawmode="")
+    return Frame(pixels, _read_metadata(image, exif, channels=pixels.shape[2]))
+
+
+def to_pillow(pixels: Pixels) -> Image.Image:
+    """A Pillow image. It holds 16 bits of grey only: raises ImageError if there is more."""
+    if pixels.shape[2] == 1:
+        return Image.fromarray(pixels[:, :, 0])
+    if pixels.dtype != np.uint8:
+        raise ImageError("Pillow's images cannot hold 16-bit pixels with colour or alpha")
+    return Image.fromarray(pixels)
+
+
+def _pixels(image: Image.Image, rawmode: str) -> Pixels:
+    """The pixels of a loaded image."""
+    mode = image.mode
+    if mode in ("I", "F"):
+        raise ImageError("32-bit pixels, of unknown range; save it with 8 or 16 bits")
+    key = image.info.get("transparency")
+    if mode.startswith("I;16"):
+        pixels = np.asarray(image).astype(np.uint16)[:, :, None]
+        if rawmode == "I;12":
+            pixels = np.rint(pixels * (65535 / 4095)).astype(np.uint16)
+        if _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0:  # 0 is white
+            pixels = 65535 - pixels
+        return _transparent_colour(pixels, key)
+    if mode in ("1", "L"):
+        if isinstance(key, int) and rawmode in ("L;2", "L;4"):  # counted in the file's bits
+            key *= 255 // (2 ** int(rawmode[2:]) - 1)
+        return _transparent_colour(np.array(image.convert("L"))[:, :, None], key)
+    if mode == "RGB":
+        return _transparent_colour(np.array(image), key)
+    if mode in ("CMYK", "LAB"):
+        return np.array(_to_srgb(image))
+    if mode in ("LA", "La"):
+        return np.array(image.convert("LA"))
+    alpha = image.has_transparency_data or mode in ("RGBA", "RGBa", "PA")
+    return np.array(image.convert("RGBA" if alpha else "RGB"))
+
+
+def _transparent_colour(pixels: Pixels, colour: Any) -> Pixels:
+    """With alpha 0 where pixels have the one colour that PNG and GIF can declare transparent."""
+    if colour is None:
+        return pixels
+    maximum = np.iinfo(pixels.dtype).max
+    alpha = np.where((pixels == np.asarray(colour)).all(axis=2, keepdims=True), 0, maximum)
+    return np.concatenate([pixels, alpha.astype(pixels.dtype)], axis=2)
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """By the image's profile if it has one that is intact, and otherwise by Pillow's formula."""
+    srgb = ImageCms.createProfile("sRGB")
+    try:
+        if image.mode == "LAB":
+            profile: Any = ImageCms.createProfile("LAB")
+        else:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+        return cast(Image.Image, converted)
+    except (KeyError, OSError, ImageCms.PyCMSError):
+        return image.convert("RGB")
+
+
+def _read_metadata(
+    image: Image.Image, exif: Mapping[int, Mapping[int, Any]], channels: int
+) -> Metadata:
+    """Of the current frame, loaded. What is damaged or makes no sense is left out."""
+    icc = image.info.get("icc_profile")
+    if image.format == "TIFF":  # `info` may still hold an earlier page's
+        icc = _tag(image, TiffImagePlugin.ICCPROFILE, None)
+    space = b"RGB " if channels > 2 else b"GRAY"
+    if not (isinstance(icc, bytes) and icc[16:20] == space and icc[36:40] == b"acsp"):
+        icc = None
+    try:
+        x, y = (float(value) for value in image.info["dpi"])
+        dpi = (x, y) if 1 < x < 1e5 and 1 < y < 1e5 else None  # (1, 1) means that none was given
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        dpi = None
+    duration = image.info.get("duration", 0)
+    return Metadata(icc, dpi, exif, float(duration))
+
+
+def _read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
+    """What is worth keeping, or nothing if any of it is damaged."""
+    try:
+        exif = image.getexif()
+        kept: dict[int, dict[int, Any]] = {
+            MAIN: {tag: exif[tag] for tag in _DESCRIPTIVE_TAGS if tag in exif},
+            **{directory: dict(exif.get_ifd(directory)) for directory in DIRECTORIES},
+        }
+        if ExifTags.IFD.Interop in kept[ExifTags.IFD.Exif]:  # an offset in the old bytes
+            interop = dict(exif.get_ifd(ExifTags.IFD.Interop))
+            kept[ExifTags.IFD.Exif][ExifTags.IFD.Interop] = interop
+        kept = {directory: entries for directory, entries in kept.items() if entries}
+        Metadata(exif=kept).exif_bytes()
+    except Exception:  # Pillow reads EXIF unchecked
+        return {}
+    return kept
+
+
+def _rawmode(image: Image.Image) -> str:
+    """How the decoder is told that a file's pixels lie."""
+    for tile in getattr(image, "tile", ()):
+        return tile.args if isinstance(tile.args, str) else str(tile.args and tile.args[0])
+    return ""
+
+
+def _tag(image: Image.Image, tag: int, default: Any) -> Any:
+    """Of a TIFF's current page; the default for other formats."""
+    return getattr(image, "tag_v2", {}).get(tag, default)
+
+
+def _plays(image: Image.Image) -> int:
+    loop = image.info.get("loop", 1 if image.format == "PNG" else None)
+    if image.format == "GIF":  # counts repetitions, and says nothing if there are none
+        loop = 1 if loop is None else loop + (loop > 0)
+    return int(loop or 0)

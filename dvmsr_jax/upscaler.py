@@ -1,0 +1,217 @@
+"""Upscaling pictures of every kind: grey, transparent, 8 and 16 bits, by any factor.
+
+>>> from dvmsr_jax import Upscaler
+>>> upscale = Upscaler.from_checkpoint("dvmsr_x4.safetensors")
+>>> upscale(Image.open("photo.jpg")).save("photo_x4.png")
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, overload
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
+from scipy.ndimage import maximum_filter, minimum_filter
+
+from dvmsr_jax import bicubic
+from dvmsr_jax.config import Compute
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import Upscale, average_over_symmetries, make_streamer, make_tiler
+from dvmsr_jax.pictures import BandedFrame, Frame, from_pillow, to_pillow
+from dvmsr_jax.pretrained import load_model
+
+DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "dvmsr_x4.safetensors"
+MAX_SCALE = 16
+
+# Of red, green and blue in the grey that they make (ITU-R BT.601).
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+class Upscaler:
+    """A function from pictures to larger pictures. One may be used from several threads at once."""
+
+    def __init__(self, upscale: Upscale, model_scale: int, *, scale: int | float | None = None):
+        """
+        Args:
+            upscale: what `inference` makes of a model.
+            model_scale: by how much it enlarges.
+            scale: by how much pictures are to be enlarged, if not by that: the model's output is
+                resized to it.
+        """
+        scale = model_scale if scale is None else scale
+        if not 0 < scale <= MAX_SCALE:
+            raise UserError(f"scale is {scale:g}, not within (0, {MAX_SCALE}]")
+        self._upscale, self._model_scale, self.scale = upscale, model_scale, float(scale)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str] = DEFAULT_WEIGHTS,
+        *,
+        scale: int | float | None = None,
+        self_ensemble: bool = False,
+        tile: int | None = None,
+        overlap: int = 16,
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> "Upscaler":
+        """An upscaler with the weights in a checkpoint directory, .safetensors or .pth file.
+
+        Args:
+            path: by default, where the project keeps its own weights.
+            scale: factor, whole or not. None: the model's.
+            self_ensemble: average over the eight flips and turns of a picture: a little better,
+                eight times slower, and the result is held in memory in float32.
+            tile: side, in pixels, of the tiles in which pictures are upscaled. None: in bands,
+                which is exact and needs as little memory; only bidirectional models need tiles,
+                and take 256.
+            overlap: pixels by which tiles overlap.
+            precision: see `config.Compute`.
+
+        Raises:
+            UserError: the weights cannot be read, or an argument makes no sense.
+        """
+        if path == DEFAULT_WEIGHTS and not DEFAULT_WEIGHTS.exists():
+            raise UserError(f"there are no weights in {path}: name others (--ckpt)")
+        model = load_model(Path(path), compute=Compute(precision=precision))
+        if tile is None and model.config.bidirectional:
+            tile = 256
+        if tile is None:
+            upscale = make_streamer(model)
+        else:
+            upscale = make_tiler(model, tile=tile, overlap=overlap)
+        if self_ensemble:
+            upscale = _self_ensemble(upscale)
+        return cls(upscale, model.config.scale, scale=scale)
+
+    @overload
+    def __call__(self, picture: Image.Image) -> Image.Image: ...
+
+    @overload
+    def __call__(self, picture: np.ndarray) -> np.ndarray: ...
+
+    def __call__(self, picture: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+        """The picture enlarged, in the form it came in.
+
+        Args:
+            picture: a Pillow image of any mode with 8 bits or 16 grey ones (its current frame,
+                turned upright by its EXIF orientation), or an array of (h, w), grey, or (h, w, c),
+                c being 1 grey, 2 grey and alpha, 3 RGB or 4 RGB and alpha; uint8, uint16 or
+                floating point in [0, 1].
+
+        Returns:
+            A Pillow image, of mode L, LA, RGB, RGBA or I;16 and with ICC profile, DPI and EXIF in
+            `info`; or an array of the same type and number of axes.
+
+        Raises:
+            UserError: the picture is of none of these kinds.
+        """
+        if isinstance(picture, Image.Image):
+            frame = self.enlarge(from_pillow(picture))
+            image = to_pillow(np.concatenate([*frame.bands]))
+            metadata = frame.metadata
+            exif = metadata.exif_bytes()
+            kept = {"icc_profile": metadata.icc, "dpi": metadata.dpi, "exif": exif}
+            image.info |= {key: value for key, value in kept.items() if value}
+            return image
+        pixels = picture[:, :, None] if picture.ndim == 2 else picture
+        if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or 0 in pixels.shape:
+            raise UserError(
+                f"an array of shape {picture.shape} is no picture: expected (h, w) or (h, w, c) "
+                "with c from 1 to 4"
+            )
+        enlarged = np.concatenate([*self._bands(pixels)])
+        return enlarged[:, :, 0] if picture.ndim == 2 else enlarged
+
+    def enlarge(self, frame: Frame) -> BandedFrame:
+        """The frame enlarged. Its pixels are computed as they are asked for."""
+        *size, channels = frame.pixels.shape
+        height, width = self._enlarged(*size)
+        metadata = frame.metadata.scaled(self.scale, height, width)
+        bands = self._bands(frame.pixels)
+        return BandedFrame((height, width, channels), frame.pixels.dtype, bands, metadata)
+
+    def _enlarged(self, h: int, w: int) -> tuple[int, int]:
+        return max(round(h * self.scale), 1), max(round(w * self.scale), 1)
+
+    def _bands(self, pixels: np.ndarray) -> Iterator[np.ndarray]:
+        """Of the enlarged pixels, in their own type."""
+        dtype = pixels.dtype
+        if dtype in (np.uint8, np.uint16):
+            maximum = np.iinfo(dtype).max
+            values = pixels.astype(np.float32) / np.float32(maximum)
+        elif np.issubdtype(dtype, np.floating):
+            maximum = 0
+            values = pixels.astype(np.float32)
+        else:
+            raise UserError(f"pixels of type {dtype}: expected uint8, uint16 or floating point")
+        for band in self._enlarge_values(values):
+            band = np.clip(band, 0, 1)
+            if maximum:
+                band = np.rint(band * maximum)
+            yield band.astype(dtype)
+
+    def _enlarge_values(
+        self, values: Float[np.ndarray, "h w channels"]
+    ) -> Iterator[Float[np.ndarray, "rows W channels"]]:
+        channels = values.shape[2]
+        if channels == 1:
+            for band in self._enlarge_rgb(np.repeat(values, 3, axis=2)):
+                yield band @ _LUMA[:, None]
+        elif channels == 3:
+            yield from self._enlarge_rgb(values)
+        elif (values[:, :, -1] == 1).all():
+            for band in self._enlarge_values(values[:, :, :-1]):
+                yield np.pad(band, ((0, 0), (0, 0), (0, 1)), constant_values=1)
+        else:
+            yield from self._enlarge_transparent(values)
+
+    def _enlarge_transparent(
+        self, values: Float[np.ndarray, "h w channels"]
+    ) -> Iterator[Float[np.ndarray, "rows W channels"]]:
+        """On black, where the model sees premultiplied colours, and on white.
+
+        The results tell alpha, and the colour that gives both of them: so the enlarged picture
+        looks on either as if it had been put there before, and no fringe can appear.
+        """
+        alpha = values[:, :, -1:]
+        on_black = values[:, :, :-1] * alpha
+        on_white = on_black + (1 - alpha)
+        # What is opaque or clear stays exactly so, and alpha does not overshoot at edges.
+        lowest, highest = minimum_filter(alpha, (3, 3, 1)), maximum_filter(alpha, (3, 3, 1))
+        height, width = self._enlarged(*alpha.shape[:2])
+        rows, columns = (
+            ((np.arange(n) + 0.5) * (n_in / n)).astype(int)
+            for n, n_in in zip((height, width), alpha.shape[:2], strict=True)
+        )
+        done = 0
+        bands = zip(self._enlarge_values(on_black), self._enlarge_values(on_white), strict=True)
+        for black, white in bands:
+            area = np.ix_(rows[done : done + len(black)], columns)
+            done += len(black)
+            black, white = np.clip(black, 0, 1), np.clip(white, 0, 1)
+            coverage = 1 - (white - black).mean(axis=2, keepdims=True)
+            coverage = np.clip(coverage, lowest[area], highest[area])
+            colour = np.divide(black, coverage, out=np.zeros_like(black), where=coverage > 0)
+            yield np.concatenate([colour, coverage], axis=2)
+
+    def _enlarge_rgb(
+        self, image: Float[np.ndarray, "h w 3"]
+    ) -> Iterator[Float[np.ndarray, "rows W 3"]]:
+        bands = self._upscale(image)
+        h, w, _ = image.shape
+        if self.scale == self._model_scale:
+            return bands
+        return bicubic.resize_bands(bands, h * self._model_scale, *self._enlarged(h, w))
+
+
+def _self_ensemble(upscale: Upscale) -> Upscale:
+    def whole(images: Array) -> Array:
+        return jnp.concatenate([*upscale(np.asarray(images[0]))])[None]
+
+    def average(image: np.ndarray) -> Iterator[np.ndarray]:
+        yield np.array(average_over_symmetries(whole, jnp.asarray(image[None]))[0])
+
+    return average

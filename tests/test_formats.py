@@ -1,0 +1,223 @@
+"""What is written is read back: pixels, frames, pages and what belongs to them."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import ExifTags, Image, ImageCms
+
+from dvmsr_jax import formats
+from dvmsr_jax.formats import BMP, GIF, JPEG, PNG, TIFF, WEBP, FormatError
+from dvmsr_jax.pictures import MAIN, BandedFrame, Metadata, Picture
+
+RNG = np.random.default_rng(0)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# A few tall bands of random and smooth pixels, so that every filter and a strip's end is met.
+NOISE = RNG.integers(0, 2**16, (70, 41, 4), np.uint16)
+SMOOTH = np.add.outer(np.arange(70), np.outer(np.arange(41), range(1, 5))).astype(np.uint16) * 99
+DEEP = np.concatenate([NOISE, SMOOTH, NOISE[:3], SMOOTH])
+
+
+NOTHING = Metadata()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes arrays as the frames of a picture of some kind, and gives the file's path."""
+
+    def write(form, *frames, metadata=NOTHING, source="PNG", plays=0, quality=95, scale=1.0):
+        suffix = next(key for key, value in formats.BY_SUFFIX.items() if value is form)
+        path = tmp_path / f"picture{suffix}"
+        banded = (
+            BandedFrame(x.shape, x.dtype, (x[i : i + 16] for i in range(0, len(x), 16)), metadata)
+            for x in frames
+        )
+        formats.write(
+            path, form, banded, Source(frames, source, plays), scale=scale, quality=quality
+        )
+        return path
+
+    return write
+
+
+class Source(Picture):
+    """Knows what is asked about the picture that was enlarged."""
+
+    def __init__(self, frames, form, plays):
+        self._frames, self.format, self.plays = frames, form, plays
+        self.pixels = sum(x.shape[0] * x.shape[1] for x in frames)
+
+
+def only_frame(path):
+    (frame,) = Picture(path).frames()
+    return frame
+
+
+def only_pixels(path):
+    return only_frame(path).pixels
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("form", [PNG, TIFF])
+def test_png_and_tiff_hold_everything(write, form, channels, dtype):
+    pixels = (DEEP if dtype == np.uint16 else DEEP >> 8).astype(dtype)[:, :, :channels]
+    path = write(form, pixels)
+    unknown_to_pillow = form is TIFF and channels == 2 and dtype == np.uint16
+    again = tifffile.imread(path) if unknown_to_pillow else only_pixels(path)
+    assert again.dtype == dtype
+    np.testing.assert_array_equal(again, pixels)
+
+
+def test_one_pixel(write):
+    pixels = np.array([[[1, 2, 3]]], np.uint8)
+    for form in (PNG, TIFF, BMP):
+        np.testing.assert_array_equal(only_pixels(write(form, pixels)), pixels)
+
+
+def test_what_a_format_cannot_hold_is_made_to_fit(write):
+    deep = np.full((16, 16, 4), [257 * 200, 257 * 100, 0, 257 * 51], np.uint16)
+    on_white = np.array([244, 224, 204])
+    for form in (JPEG, BMP):
+        pixels = only_pixels(write(form, deep))
+        assert pixels.dtype == np.uint8
+        assert np.abs(pixels - on_white).max() <= (2 if form is JPEG else 0)
+    pixels = only_pixels(write(WEBP, deep, quality=100))
+    assert np.abs(pixels.astype(int) - (200, 100, 0, 51)).max() <= 3
+    grey = (deep[:, :, :1] >> 8).astype(np.uint8)
+    assert only_pixels(write(JPEG, grey)).shape[2] == 1
+    assert only_pixels(write(WEBP, grey)).shape[2] == 3
+
+
+def test_gif(write):
+    y, x = np.mgrid[:64, :64].astype(np.float32) / 63
+    colours = np.stack([x, y, 1 - x, np.full_like(x, 1)], axis=2)
+    pixels = np.rint(colours * 255).astype(np.uint8)
+    pixels[20:40, 20:40, 3], pixels[40:50, 40:50, 3] = 100, 200
+    again = only_pixels(write(GIF, pixels))
+    np.testing.assert_array_equal(again[:, :, 3] == 0, pixels[:, :, 3] < 128)
+    shown = again[:, :, 3] > 0
+    assert np.abs(again[shown].astype(int) - pixels[shown])[:, :3].mean() < 10
+    assert only_pixels(write(GIF, pixels[:, :, :3])).shape == (64, 64, 3)
+
+
+RICH = Metadata(
+    SRGB,
+    (300.0, 150.0),
+    {
+        MAIN: {
+            ExifTags.Base.Make: "Camera Inc.",
+            ExifTags.Base.Rating: 4,
+            ExifTags.Base.XPTitle: "Ä".encode("utf-16-le"),
+        },
+        ExifTags.IFD.Exif: {ExifTags.Base.ExposureTime: 0.25},
+        ExifTags.IFD.GPSInfo: {ExifTags.GPS.GPSLatitude: (50.0, 3.0, 1.5)},
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "scale"), [(PNG, 1.0), (JPEG, 1.0), (WEBP, 1.0), (TIFF, 1.0), (TIFF, 999.0)]
+)
+def test_metadata(write, form, scale):
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    path = write(form, pixels, metadata=RICH, scale=scale)  # 999: a BigTIFF
+    if form is TIFF:
+        with tifffile.TiffFile(path) as file:
+            assert file.is_bigtiff == (scale > 1)
+    metadata = only_frame(path).metadata
+    assert metadata.icc == SRGB
+    if form is WEBP:
+        with Image.open(path) as image:
+            exif = image.getexif()
+        assert exif[ExifTags.Base.XResolution] == 300
+        assert exif[ExifTags.Base.YResolution] == 150
+    else:
+        assert metadata.dpi == pytest.approx(RICH.dpi, rel=1e-3)
+    assert metadata.exif == RICH.exif
+
+
+def test_pictures_without_metadata_get_none(write):
+    for form in (PNG, JPEG, WEBP, TIFF, GIF):
+        assert only_frame(write(form, np.zeros((8, 8, 3), np.uint8))).metadata == NOTHING
+
+
+def test_exif_too_long_for_jpeg_is_left_out(write):
+    metadata = Metadata(exif={ExifTags.IFD.Exif: {ExifTags.Base.MakerNote: bytes(70_000)}})
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    assert only_frame(write(JPEG, pixels, metadata=metadata)).metadata.exif == {}
+    assert only_frame(write(PNG, pixels, metadata=metadata)).metadata == metadata
+
+
+@pytest.mark.parametrize("plays", [0, 1, 3])
+@pytest.mark.parametrize("form", [PNG, WEBP, GIF])
+def test_animations(write, form, plays):
+    frames = [np.full((24, 32, 4), [250, 0, 0, 255], np.uint8) for _ in range(3)]
+    for i, frame in enumerate(frames):  # what a frame leaves clear shows nothing of the one before
+        frame[:, 8 * i : 8 * i + 8] = [0, 250, 0, 255]
+        frame[4:8, 8 * i : 8 * i + 8] = 0
+    metadata = Metadata(duration=70.0)
+    picture = Picture(write(form, *frames, metadata=metadata, plays=plays))
+    assert (picture.format, len(picture), picture.plays) == (form.name, 3, plays)
+    for frame, expected in zip(picture.frames(), frames, strict=True):
+        assert frame.metadata.duration == 70
+        again = frame.pixels.astype(int)
+        np.testing.assert_array_equal(again[:, :, 3], expected[:, :, 3])
+        visible = np.abs(again - expected)[expected[:, :, 3] > 0]
+        assert np.median(visible) <= 5
+
+
+def test_16_bit_animation_in_png(write):
+    path = write(PNG, DEEP, DEEP[::-1].copy())
+    assert len(Picture(path)) == 2
+    with Image.open(path) as image:
+        image.seek(1)
+        np.testing.assert_array_equal(np.asarray(image), DEEP[::-1] >> 8)
+
+
+def test_pages(write):
+    pages = DEEP[:, :, :3], DEEP[:9, :5, 0:1], (DEEP >> 8).astype(np.uint8)
+    picture = Picture(write(TIFF, *pages, metadata=Metadata(dpi=(300.0, 300.0))))
+    for frame, page in zip(picture.frames(), pages, strict=True):
+        np.testing.assert_array_equal(frame.pixels, page)
+        assert frame.metadata.dpi == (300, 300)
+
+
+def test_several_frames_need_a_format_for_them():
+    frames = [np.zeros((2, 2, 3), np.uint8)] * 3
+    with pytest.raises(FormatError, match=r"3 frames, and JPEG .* gif or webp"):
+        formats.check_holds(JPEG, Source(frames, "GIF", 0))
+    for form in (PNG, GIF, BMP):
+        with pytest.raises(FormatError, match=r"3 pages.* --format tiff"):
+            formats.check_holds(form, Source(frames, "TIFF", 0))
+    formats.check_holds(TIFF, Source(frames, "TIFF", 0))
+    formats.check_holds(TIFF, Source(frames, "GIF", 0))
+    formats.check_holds(JPEG, Source(frames[:1], "TIFF", 0))
+
+
+@pytest.mark.parametrize("form", [WEBP, JPEG, GIF])
+def test_too_large_for_the_format(write, form):
+    pixels = np.zeros((1, form.max_side + 1, 1), np.uint8)
+    with pytest.raises(FormatError, match=f"too many for {form.name}.*png or tiff"):
+        write(form, pixels)
+    assert only_pixels(write(form, pixels[:, 1:])).shape[1] == form.max_side
+
+
+@pytest.mark.parametrize("form", [PNG, TIFF])
+def test_memory_does_not_grow_with_the_height(tmp_path, form):
+    band = RNG.integers(0, 256, (64, 500, 3), np.uint8)
+
+    def peak(count):
+        frame = BandedFrame(
+            (64 * count, 500, 3), band.dtype, (band for _ in range(count)), Metadata()
+        )
+        picture = Source([np.empty((1, 1, 3), np.uint8)], "PNG", 0)
+        tracemalloc.start()
+        formats.write(tmp_path / "tall", form, [frame], picture, scale=1.0, quality=95)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    peak(1)
+    assert peak(64) < 1.1 * peak(16) + 100_000  # tifffile keeps two numbers for each strip

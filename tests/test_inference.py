@@ -1,0 +1,192 @@
+"""Streaming and tiles against inference of whole images."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import monitoring
+
+from benchmarks import inference
+from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import _columns, keep_compiled_programs, make_streamer, make_tiler
+from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.pretrained import load_model
+
+TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
+HEIGHTS = (1, 2, 7, 8, 63, 257)
+BANDS = (1, 3, 8, 32)
+
+
+@functools.cache
+def random_model(config):
+    """A model of random weights, larger than the initial ones, and of a long memory."""
+    shapes = jax.eval_shape(lambda: named_parameters(DVMSR(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    weights = {name: np.float32(rng.normal(size=x.shape) * 0.3) for name, x in shapes.items()}
+    weights |= {name: x - 4 for name, x in weights.items() if name.endswith("A_log")}
+    return model_from_parameters(config, weights)
+
+
+def random_image(h, w):
+    return np.random.default_rng(h).random((h, w, 3), np.float32)
+
+
+@functools.cache
+def whole(config, h, w):
+    """The image's upscaled version, computed at once."""
+    return np.asarray(nnx.jit(random_model(config))(random_image(h, w)[None])[0])
+
+
+@functools.cache
+def streamer(config, band_rows):
+    return make_streamer(random_model(config), band_rows=band_rows)
+
+
+def assert_streams_like_whole(config, h, w, band_rows):
+    bands = list(streamer(config, band_rows)(random_image(h, w)))
+    assert all(len(band) <= band_rows * config.scale for band in bands)
+    np.testing.assert_allclose(np.concatenate(bands), whole(config, h, w), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("band_rows", BANDS)
+@pytest.mark.parametrize("h", HEIGHTS)
+def test_streaming_equals_the_whole_image(h, band_rows):
+    assert_streams_like_whole(TINY, h, 5, band_rows)
+
+
+def test_rows_far_away_bear_on_the_result():
+    """What makes the test above sharp: the first row is felt at the bottom."""
+    image = random_image(63, 5)
+    changed = image.copy()
+    changed[0] = 0
+    before, after = (np.concatenate(list(streamer(TINY, 8)(x))) for x in (image, changed))
+    assert np.abs(after - before)[-8:].max() > 1e-3
+
+
+@pytest.mark.parametrize(("scale", "w", "vimms"), [(2, 1, 1), (3, 2, 1), (4, 17, 2)])
+def test_streaming_at_each_scale(scale, w, vimms):
+    config = dataclasses.replace(TINY, scale=scale, rssbs=1, vimms_per_rssb=vimms, conv_width=5)
+    assert_streams_like_whole(config, 8, w, 3)
+
+
+def test_streaming_the_published_weights(shared):
+    model = load_model(shared / "reference" / "team07_DVMSR.pth")
+    with np.load(shared / "reference" / "team07_activations.npz") as reference:
+        image, expected = np.float32(reference["lr_uint8"]) / 255, reference["sr"]
+    whole = np.asarray(nnx.jit(model)(image[None])[0])
+    np.testing.assert_allclose(whole, expected.reshape(whole.shape), atol=1e-4, rtol=0)
+    bands = list(make_streamer(model, band_rows=7)(image))
+    np.testing.assert_allclose(np.concatenate(bands), whole, atol=1e-5, rtol=0)
+
+
+def test_one_program_serves_all_heights(monkeypatch):
+    """So its memory cannot depend on the height."""
+    stream = streamer(TINY, 8)
+    list(stream(random_image(1, 5)))
+    events = []
+
+    def listen(event, *_, **__):
+        events.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for h in (2, 9, 100):
+            list(stream(random_image(h, 5)))
+        assert not events  # of tracing, lowering or compiling
+        list(stream(random_image(1, 6)))
+        assert events
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+
+
+def test_columns_are_few_and_never_too_few():
+    columns = [_columns(w) for w in range(1, 4097)]
+    assert all(w <= c <= 1.125 * w for w, c in enumerate(columns, start=1))
+    assert len(set(columns)) == 16 + 8 * 8  # 1 to 16, and eight in each doubling up to 4,096
+
+
+def test_compiled_programs_are_kept_where_the_user_wants_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = "jax_compilation_cache_dir"
+    before = jax.config.values[name]
+    try:
+        keep_compiled_programs()
+        assert jax.config.values[name] == before
+        jax.config.update(name, None)
+        keep_compiled_programs()
+        assert Path(jax.config.values[name]).is_relative_to(tmp_path)
+    finally:
+        jax.config.update(name, before)
+
+
+@pytest.mark.parametrize("mode", ["whole", "streaming"])
+def test_benchmark_measures(mode, monkeypatch):
+    monkeypatch.setattr(inference, "CONFIG", dataclasses.replace(TINY, rssbs=1))
+    monkeypatch.setattr(inference, "CASE_SECONDS", 0)
+    result = inference.measure(5, 7, inference.How(mode, "bfloat16", "auto"))
+    assert result.first > 0
+    assert result.seconds > 0
+    assert inference.growth({n: 3e-6 * n**1.5 for n in (4, 16, 64)}) == pytest.approx(1.5)
+
+
+def test_bidirectional_models_are_not_streamed():
+    model = random_model(dataclasses.replace(TINY, bidirectional=True))
+    with pytest.raises(UserError, match="tiles"):
+        make_streamer(model)
+
+
+def pixelwise_model(config):
+    """A model whose answer to a pixel depends on no other, so that tiles do not change it."""
+    weights = {name: np.array(x) for name, x in named_parameters(random_model(config)).items()}
+    for name, x in weights.items():
+        if name.endswith("conv.kernel") and x.ndim == 2:  # the causal convolution's taps
+            x[:-1] = 0
+        elif x.ndim == 4:  # the 3x3 convolutions' taps
+            centre = x[1, 1].copy()
+            x[:] = 0
+            x[1, 1] = centre
+        elif name.endswith("x_proj.kernel"):  # step size, B and C: nothing is remembered
+            x[:] = 0
+    return model_from_parameters(config, weights)
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "tile", "overlap"),
+    [(20, 31, 8, 3), (9, 8, 8, 7), (5, 17, 8, 0)],
+)
+def test_tiles_cover_and_their_weights_add_up(h, w, tile, overlap):
+    model = pixelwise_model(dataclasses.replace(TINY, rssbs=1))
+    image = random_image(h, w)
+    tiled = np.concatenate(list(make_tiler(model, tile=tile, overlap=overlap)(image)))
+    np.testing.assert_allclose(tiled, nnx.jit(model)(image[None])[0], atol=1e-5, rtol=0)
+
+
+def test_one_tile_is_the_whole_image():
+    config = dataclasses.replace(TINY, bidirectional=True)
+    image = random_image(7, 9)
+    tiled = np.concatenate(list(make_tiler(random_model(config), tile=9, overlap=4)(image)))
+    np.testing.assert_allclose(tiled, whole(config, 7, 9), atol=1e-5, rtol=0)
+
+
+def test_tiles_differ_from_the_whole_image_within_bounds(shared):
+    """On a photograph, and less the more they overlap; without a jump where one ends."""
+    model = load_model(shared / "reference" / "team07_DVMSR.pth")
+    with np.load(shared / "reference" / "team07_activations.npz") as reference:
+        image, expected = np.float32(reference["lr_uint8"]) / 255, reference["sr"]
+    error = {}
+    for overlap in (0, 8):
+        bands = make_tiler(model, tile=20, overlap=overlap)(image)
+        error[overlap] = np.abs(np.concatenate(list(bands)) - expected)
+    assert error[8].mean() < error[0].mean() < 0.01
+    assert error[8].max() < 0.1
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(8, 8), (8, -1), (0, 0)])
+def test_impossible_tiles(tile, overlap):
+    with pytest.raises(UserError, match="cannot overlap"):
+        make_tiler(random_model(TINY), tile=tile, overlap=overlap)

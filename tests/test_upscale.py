@@ -1,0 +1,343 @@
+"""The command and its manners: what is upscaled, where results go, and what is left alone."""
+
+import errno
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import upscale
+from dvmsr_jax import batch, formats
+from dvmsr_jax.batch import STANDARD, Job, Outcome
+from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.model import DVMSR
+from dvmsr_jax.pretrained import save_safetensors
+from dvmsr_jax.upscaler import Upscaler
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def upscaler(doubling):
+    return Upscaler(doubling, 2)
+
+
+def make(*names, size=(4, 3)):
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, "red").save(name)
+
+
+def targets(jobs):
+    """By source, as written on the command line."""
+    return {str(job.source): str(job.target) for job in jobs if isinstance(job, Job)}
+
+
+def plan(*inputs, output=None, suffix=None):
+    return batch.plan(inputs, output, scale=4.0, suffix=suffix)
+
+
+def run(upscaler, *inputs, output=None, suffix=None, **options):
+    jobs = batch.plan(inputs, output, scale=2.0, suffix=suffix)
+    return {str(outcome.source): outcome for outcome in batch.run(jobs, upscaler, **options)}
+
+
+def test_results_lie_beside_the_inputs():
+    make("a.jpg", "sub/b.png", "sub/deep/c.webp")
+    Path("sub/notes.txt").touch()
+    assert targets(plan("a.jpg", "sub")) == {
+        "a.jpg": "a_x4",
+        "sub/b.png": "sub/b_x4",
+        "sub/deep/c.webp": "sub/deep/c_x4",
+    }
+
+
+def test_folders_are_repeated_in_the_output():
+    make("in/a.jpg", "in/sub/b.png", "c.png")
+    assert targets(plan("in/", "c.png", output="out/")) == {
+        "in/a.jpg": "out/a_x4",
+        "in/sub/b.png": "out/sub/b_x4",
+        "c.png": "out/c_x4",
+    }
+
+
+def test_patterns():
+    make("in/a.jpg", "in/sub/b.jpg", "in/sub/c.png", "in/b[1].jpg")
+    Path("in/notes.txt").touch()
+    assert set(targets(plan("in/*"))) == {"in/a.jpg", "in/b[1].jpg"}
+    assert targets(plan("in/**/*.jpg", output="out")) == {
+        "in/a.jpg": "out/a_x4",
+        "in/b[1].jpg": "out/b[1]_x4",
+        "in/sub/b.jpg": "out/sub/b_x4",
+    }
+    assert set(targets(plan("in/b[1].jpg"))) == {"in/b[1].jpg"}  # there is such a file
+    (outcome,) = plan("in/*.gif")
+    assert (outcome.status, outcome.what) == ("failed", "matches no picture")
+
+
+def test_names_that_would_coincide():
+    make("a.jpg", "a.png", "b.png", "other/A.webp")
+    assert targets(plan("a.jpg", "a.png", "b.png", "./a.jpg")) == {
+        "a.jpg": "a_jpg_x4",
+        "a.png": "a_png_x4",
+        "b.png": "b_x4",
+    }
+    in_one_folder = targets(plan("a.jpg", "other/A.webp", output="out/"))
+    assert set(in_one_folder.values()) == {"out/a_jpg_x4", "out/A_webp_x4"}
+
+
+def test_results_of_earlier_runs_are_no_inputs():
+    make("a.jpg", "b.jpg", "b.png", "a_x4.png", "a_x2.webp", "b_jpg_x1.5.png", "c_x4.png")
+    jobs = plan(".")
+    assert set(targets(jobs)) == {"a.jpg", "b.jpg", "b.png", "c_x4.png"}
+    skipped = {str(job.source) for job in jobs if isinstance(job, Outcome)}
+    assert skipped == {"a_x4.png", "a_x2.webp", "b_jpg_x1.5.png"}
+    assert targets(plan("a_x4.png")) == {"a_x4.png": "a_x4_x4"}  # the wish is clear
+    make("out/d.png")
+    assert "out/d.png" not in targets(plan(".", output="out"))
+    assert "out/d.png" in targets(plan("out", output="out"))
+
+
+def test_one_file_as_output():
+    make("a.png", "b.png", "folder.png/c.png")
+    assert plan("a.png", output="x.jpg") == [Job(Path("a.png"), Path("x.jpg"), "")]
+    assert plan("a.png", output="folder.png") == [Job(Path("a.png"), Path("folder.png/a_x4"), None)]
+    for output, reason in (("x.xyz", "written as .png"), ("x.png", "--format")):
+        with pytest.raises(UserError, match=reason):
+            plan("a.png", output=output, suffix=".jpg")
+    with pytest.raises(UserError, match="end a folder's name in /"):
+        plan("a.png", "b.png", output="x.png")
+
+
+def test_standard_input_and_output():
+    make("a.png")
+    assert plan("-") == [Job(STANDARD, STANDARD, None)]
+    assert plan("-", suffix=".jpg") == [Job(STANDARD, STANDARD, ".jpg")]
+    assert plan("-", output="x.jpg") == [Job(STANDARD, Path("x.jpg"), "")]
+    assert plan("a.png", output="-", suffix=".tif") == [Job(Path("a.png"), STANDARD, ".tif")]
+
+
+def test_existing_results_are_skipped(upscaler):
+    make("a.png", "b.png")
+    Path("a_x2.png").write_text("precious")
+    first = run(upscaler, "a.png", "b.png")
+    assert first["a.png"].status == "skipped"
+    assert "a_x2.png exists" in first["a.png"].what
+    assert Path("a_x2.png").read_text() == "precious"
+    assert first["b.png"] == Outcome(Path("b.png"), "done", "b_x2.png")
+    assert run(upscaler, ".")["b.png"].status == "skipped"
+    assert run(upscaler, ".", overwrite=True)["a.png"].status == "done"
+    with Image.open("a_x2.png") as image:
+        assert image.size == (8, 6)
+
+
+def test_inputs_are_never_overwritten(upscaler):
+    make("a.png", "b.png")
+    original = Path("a.png").read_bytes()
+    Path("link.png").symlink_to("a.png")
+    Path("hard.png").hardlink_to("a.png")
+    for output in ("a.png", "./a.png", "link.png", "hard.png"):
+        (outcome,) = run(upscaler, "a.png", output=output, overwrite=True).values()
+        assert outcome.status == "failed"
+        assert "an input" in outcome.what
+    assert Path("a.png").read_bytes() == original
+    # One that has its turn later, and is named like a result.
+    make("c.png", "d/c_x2.png")
+    outcomes = run(upscaler, "c.png", "d/c_x2.png", output="d/", overwrite=True)
+    assert "an input" in outcomes["c.png"].what
+
+
+def test_results_do_not_overwrite_each_other(upscaler):
+    make("x/a.png", "y/a.png")
+    outcomes = run(upscaler, "x/a.png", "y/a.png", output="out/", overwrite=True)
+    assert [outcome.status for outcome in outcomes.values()] == ["done", "failed"]
+    assert "the result of x/a.png" in outcomes["y/a.png"].what
+
+
+def test_failures_are_told_and_the_rest_is_done(upscaler):
+    make("in/a.png", "in/z.png")
+    Path("in/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+    Path("in/empty.png").touch()
+    make("in/large.png", size=(200, 200))
+    outcomes = run(upscaler, "in", "missing.png", max_pixels=10_000)
+    assert [outcome.status for outcome in outcomes.values()].count("done") == 2
+    reasons = {name: one.what for name, one in outcomes.items() if one.status == "failed"}
+    assert reasons.keys() == {"in/broken.jpg", "in/empty.png", "in/large.png", "missing.png"}
+    assert reasons["in/empty.png"] == "is empty"
+    assert reasons["missing.png"] == "no such file"
+    assert "--max-megapixels" in reasons["in/large.png"]
+    assert sorted(Path("in").glob("*_x2*")) == [Path("in/a_x2.png"), Path("in/z_x2.png")]
+    text = batch.summary(list(outcomes.values()))
+    assert text.startswith("2 done, 0 skipped, 4 failed\n")
+    assert "  failed: in/empty.png: is empty" in text.splitlines()
+
+
+def test_summary_is_short():
+    outcomes = [Outcome(Path(f"{i}.png"), "skipped", "exists") for i in range(9)]
+    lines = batch.summary([*outcomes, Outcome(Path("a.png"), "done", "b.png")]).splitlines()
+    assert lines[0] == "1 done, 9 skipped, 0 failed"
+    assert lines[-1] == "  skipped: 6 more"
+    assert len(lines) == 5
+
+
+def test_animations_stay_animations(upscaler):
+    first, *others = (Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue"))
+    for name in ("a.gif", "b.webp", "c.png", "d.tif"):
+        first.save(name, save_all=True, append_images=others)
+    outcomes = run(upscaler, ".", output="out/")
+    assert {Path(one.what).name for one in outcomes.values()} == {
+        *("a_x2.gif", "b_x2.webp", "c_x2.png", "d_x2.tif")
+    }
+    for outcome in outcomes.values():
+        with Image.open(outcome.what) as image:
+            assert (image.n_frames, image.size) == (3, (16, 16))
+    outcomes = run(upscaler, "a.gif", "d.tif", suffix=".jpg")
+    assert "3 frames" in outcomes["a.gif"].what
+    assert "3 pages" in outcomes["d.tif"].what
+    make("still.gif")
+    assert run(upscaler, "still.gif")["still.gif"].what == "still_x2.png"
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (MemoryError(), "out of memory.*--tile"),
+        (OSError(errno.EACCES, "Permission denied"), "cannot be written.*Permission denied"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_nothing_is_left_of_what_went_wrong(doubling, suffix, error, answer):
+    """In the middle of a picture."""
+
+    def failing(image):
+        yield from list(doubling(image))[:1]
+        raise error
+
+    make("a.png", "b.png", size=(4, 40))
+    outcomes = run(Upscaler(failing, 2), "a.png", "b.png", suffix=suffix)
+    assert [outcome.status for outcome in outcomes.values()] == ["failed", "failed"]
+    assert re.search(answer, outcomes["a.png"].what)
+    assert sorted(map(str, Path().iterdir())) == ["a.png", "b.png"]
+
+
+def test_a_full_disk_stops_the_run(doubling, upscaler, monkeypatch):
+    make("a.png", "b.png", "c.png")
+    written = []
+
+    def write(path, *arguments, **options):
+        if written:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        Path(path).touch()
+
+    monkeypatch.setattr(formats, "write", write)
+    outcomes = batch.run(batch.plan(["."], None, scale=2.0, suffix=None), upscaler)
+    assert next(outcomes).status == "done"
+    with pytest.raises(batch.DiskFullError, match=r"b_x2\.png: No space.*--output"):
+        next(outcomes)
+    assert sorted(map(str, Path().iterdir())) == ["a.png", "a_x2.png", "b.png", "c.png"]
+
+
+@pytest.fixture
+def weights(tmp_path_factory):
+    """A file of tiny random weights."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+    save_safetensors(DVMSR(config, rngs=nnx.Rngs(0)), path)
+    return path
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["upscale.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        upscale.main()
+    return stop.value.code
+
+
+def test_the_command(weights, monkeypatch, capsys):
+    make("in/a.png", "in/b.jpg")
+    Path("in/c.png").write_text("no picture")
+    arguments = ("in", "-o", "out/", "--format", "webp", "--ckpt", weights, "--quality", "80")
+    assert run_main(monkeypatch, *arguments) == 1
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert "in/a.png -> out/a_x4.webp" in printed.err
+    assert "2 done, 0 skipped, 1 failed" in printed.err
+    with Image.open("out/b_x4.webp") as image:
+        assert image.size == (16, 12)
+    Path("in/c.png").unlink()
+    assert run_main(monkeypatch, *arguments) == 0
+    assert "0 done, 2 skipped, 0 failed" in capsys.readouterr().err
+    assert run_main(monkeypatch, "in/a.png", "--ckpt", weights, "--scale", "1.5") == 0
+    with Image.open("in/a_x1.5.png") as image:
+        assert image.size == (6, 4)
+
+
+def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
+    make("a.png")
+    missing = tmp_path / "none.safetensors"
+    for arguments, reason in (
+        (["a.png", "--ckpt", missing], "none.safetensors: no such file"),
+        (["a.png", "--ckpt", weights, "--quality", "0"], "--quality is 0"),
+        (["a.png", "--ckpt", weights, "--scale", "400"], "scale is 400"),
+        (["a.png", "--ckpt", weights, "-o", "x.xyz"], "written as .png"),
+        (["a.png", "--ckpt", weights, "--tile", "4"], "overlap"),
+        (["--ckpt", weights], "no pictures"),
+    ):
+        message = run_main(monkeypatch, *arguments)
+        assert message.startswith("error: ")
+        assert reason in message
+        assert "\n" not in message
+
+
+def test_ctrl_c(upscaler, weights, monkeypatch, capsys):
+    make("a.png", "b.png", "c.png", size=(4, 40))
+    count = 0
+
+    def stopping(image):
+        nonlocal count
+        count += 1
+        yield from list(upscaler._upscale(image))[:1]
+        if count == 2:
+            raise KeyboardInterrupt
+        yield from list(upscaler._upscale(image))[1:]
+
+    stop = Upscaler(stopping, 2)
+    monkeypatch.setattr(upscale.Upscaler, "from_checkpoint", lambda *_, **__: stop)
+    assert run_main(monkeypatch, ".", "--format", "tif") == upscale.INTERRUPTED
+    assert "1 done, 0 skipped, 0 failed" in capsys.readouterr().err
+    assert sorted(map(str, Path().iterdir())) == ["a.png", "a_x2.tif", "b.png", "c.png"]
+
+
+def test_pipes(weights, monkeypatch):
+    """In a process of its own, as nothing but the picture may come out, whoever writes it."""
+    make("a.png")
+    # Its programs belong into the tests' cache, not into the user's.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
+    command = [sys.executable, upscale.__file__, "-", "--ckpt", weights]
+    data = Path("a.png").read_bytes()
+    result = subprocess.run([*command, "--format", "tif"], input=data, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    with Image.open(io.BytesIO(result.stdout)) as image:
+        assert (image.format, image.size) == ("TIFF", (16, 12))
+        assert np.asarray(image).shape == (12, 16, 3)
+    assert sorted(map(str, Path().iterdir())) == ["a.png"]
+
+    result = subprocess.run(command, input=b"no picture", capture_output=True)
+    assert result.returncode == 1
+    assert not result.stdout
+    assert b"failed: -: standard input: is no PNG" in result.stderr

@@ -1,0 +1,145 @@
+"""Enlarges pictures fourfold, or by another factor.
+
+python upscale.py photo.jpg                        -> photo_x4.png beside it
+python upscale.py photos/ -o large/ --format webp  -> large/..., with the folders in photos/
+python upscale.py - < photo.jpg > photo_x4.png
+
+A result that exists is skipped, so a command that was interrupted can be given again.
+"""
+
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from dvmsr_jax import batch
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import keep_compiled_programs
+from dvmsr_jax.upscaler import DEFAULT_WEIGHTS, Upscaler
+
+INTERRUPTED = 130  # what shells say of a program that Ctrl-C has ended
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to upscale, and how."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Pictures (PNG, JPEG, WebP, TIFF, BMP, GIF), folders of them, patterns such as "*.jpg", or -
+    for standard input."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """A file, a folder (its name ends in /), or - for standard output. None: beside each input."""
+    format: Literal["png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif"] | None = None
+    """None: by the output's name, or else PNG. Animations and pages stay what they are."""
+    scale: float | None = None
+    """Factor. Another one than the model's is reached by resizing what it gives."""
+    overwrite: bool = False
+    """Replace results that exist. An input is never replaced."""
+    quality: int = 95
+    """Of JPEG and WebP, 1 to 100."""
+    self_ensemble: bool = False
+    """Average over the eight flips and turns of a picture: slightly better, eight times slower."""
+    ckpt: Path = DEFAULT_WEIGHTS
+    """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is faster on GPUs and TPUs, and changes a result by rounding."""
+    device: Literal["cpu", "gpu", "tpu"] | None = None
+    """None: the fastest there is."""
+    tile: int | None = None
+    """Upscale in squares of so many pixels. None: in rows, which is exact, and no worse in memory;
+    only bidirectional models need tiles."""
+    overlap: int = 16
+    """Pixels by which tiles overlap."""
+    max_megapixels: float = 500
+    """Refuse larger pictures: a small file can claim to hold an enormous one."""
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
+    """The command line."""
+    return tyro.cli(Arguments, args=arguments, prog="upscale.py", description=__doc__)
+
+
+def run(arguments: Arguments) -> int:
+    """Upscales, tells on stderr what became of each picture, and returns the exit status."""
+    if not arguments.inputs:
+        raise UserError("no pictures are named")
+    if not 1 <= arguments.quality <= 100:
+        raise UserError(f"--quality is {arguments.quality}, not within 1 .. 100")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, the summary tells
+    if arguments.device is not None:
+        use_device(arguments.device)
+    upscaler = Upscaler.from_checkpoint(
+        arguments.ckpt,
+        scale=arguments.scale,
+        self_ensemble=arguments.self_ensemble,
+        tile=arguments.tile,
+        overlap=arguments.overlap,
+        precision=arguments.precision,
+    )
+    jobs = batch.plan(
+        arguments.inputs,
+        arguments.output,
+        scale=upscaler.scale,
+        suffix=arguments.format and f".{arguments.format}",
+    )
+    results = batch.run(
+        jobs,
+        upscaler,
+        overwrite=arguments.overwrite,
+        quality=arguments.quality,
+        max_pixels=int(arguments.max_megapixels * 1e6),
+    )
+    outcomes: list[batch.Outcome] = []
+    try:
+        silent = True if len(jobs) == 1 else None  # None: if stderr is no terminal
+        for outcome in tqdm(results, total=len(jobs), unit="picture", disable=silent):
+            outcomes.append(outcome)
+            if outcome.status == "done":
+                tqdm.write(f"{outcome.source} -> {outcome.what}", file=sys.stderr)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+    except batch.DiskFullError as error:
+        status = 1
+        print(f"stopped: {error}", file=sys.stderr)
+    else:
+        status = int(any(outcome.status == "failed" for outcome in outcomes))
+    print(batch.summary(outcomes), file=sys.stderr)
+    return status
+
+
+def use_device(name: str) -> None:
+    """Has JAX compute there, and nowhere else. Raises UserError if it cannot."""
+    jax.config.update("jax_platforms", name)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: JAX finds none here (see README, Install)") from error
+
+
+def main() -> None:
+    """Upscales what the command line names."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        arguments = parse(sys.argv[1:])
+        keep_compiled_programs()
+        sys.exit(run(arguments))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
