@@ -177,8 +177,9 @@ def _exif_tags(metadata: Metadata, big: bool) -> list[tuple[int | str, int, int,
             tags.append((tag, TiffTags.ASCII, len(text), text, True))
         elif isinstance(value, bytes):
             tags.append((tag, TiffTags.BYTE, len(value), value, True))
-        elif isinstance(value, int):
-            tags.append((tag, TiffTags.LONG, 1, value, True))
+        elif isinstance(value, int) and -(2**31) <= value < 2**32:
+            number = TiffTags.LONG if value >= 0 else TiffTags.SIGNED_LONG
+            tags.append((tag, number, 1, value, True))
     for name, directory in (("ExifTag", ExifTags.IFD.Exif), ("GPSTag", ExifTags.IFD.GPSInfo)):
         if directory in metadata.exif:
             # For the time being, the page's own directory: tifffile reads what is pointed to.

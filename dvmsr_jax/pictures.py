@@ -363,12 +363,28 @@ def _read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
         }
         if ExifTags.IFD.Interop in kept[ExifTags.IFD.Exif]:  # an offset in the old bytes
             interop = dict(exif.get_ifd(ExifTags.IFD.Interop))
-            kept[ExifTags.IFD.Exif][ExifTags.IFD.Interop] = interop
-        kept = {directory: entries for directory, entries in kept.items() if entries}
+            kept[ExifTags.IFD.Exif][ExifTags.IFD.Interop] = _keep_bytes(interop)
+        kept = {key: _keep_bytes(entries) for key, entries in kept.items() if entries}
         Metadata(exif=kept).exif_bytes()
     except Exception:  # Pillow reads EXIF unchecked
         return {}
     return kept
+
+
+class _Text(str):
+    """EXIF's text, of which Pillow makes a character of each byte, and would write ASCII only.
+
+    It is written as the bytes that it was, whatever encoding they are in.
+    """
+
+    def encode(self, encoding: str = "latin-1", errors: str = "replace") -> bytes:
+        return super().encode("latin-1", errors)
+
+
+def _keep_bytes(entries: Mapping[int, Any]) -> dict[int, Any]:
+    return {
+        tag: _Text(value) if isinstance(value, str) else value for tag, value in entries.items()
+    }
 
 
 def _rawmode(image: Image.Image) -> str:

@@ -392,7 +392,7 @@ def test_the_cache_is_the_users_own(empty_cache, monkeypatch):
         user_cache.folder()
 
 
-@pytest.mark.parametrize("implementation", NATIVE)
+@pytest.mark.parametrize("implementation", [NATIVE])
 def test_native_among_64_bit_types(implementation):
     arrays, flags, expected = case(5, frozenset())
     with jax.enable_x64(True):

@@ -2,7 +2,9 @@
 
 import errno
 import io
+import itertools
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
+from PIL import ExifTags, Image
 
 import upscale
 from dvmsr_jax import batch, formats
@@ -341,3 +343,58 @@ def test_pipes(weights, monkeypatch):
     assert result.returncode == 1
     assert not result.stdout
     assert b"failed: -: standard input: is no PNG" in result.stderr
+
+
+def exif_with(*entries):
+    """EXIF whose main directory has these (tag, type, count, value or its bytes)."""
+    data, rest = struct.pack("<H", len(entries)), b""
+    behind = 8 + 2 + 12 * len(entries) + 4
+    for tag, kind, count, value in entries:
+        if len(value) > 4:
+            value, rest = struct.pack("<I", behind + len(rest)), rest + value
+        data += struct.pack("<2HI", tag, kind, count) + value.ljust(4, b"\0")
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + data + bytes(4) + rest
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_text_of_exif_stays_as_it_is(upscaler, suffix):
+    """In UTF-8, though the standard wants ASCII; in the main directory and in another."""
+    text = "© 2023 Jürgen".encode()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Copyright] = text
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel] = "????"
+    data = exif.tobytes().replace(b"????", "Öß".encode())
+    for name in ("a.png", "b.jpg", "c.webp"):
+        Image.new("RGB", (4, 3)).save(name, exif=data)
+    run(upscaler, "a.png", output="d.tif")  # Pillow would not keep it
+    for name in ("a.png", "b.jpg", "c.webp", "d.tif"):
+        (outcome,) = run(upscaler, name, suffix=suffix).values()
+        with Image.open(outcome.what) as image:
+            again = image.getexif()
+            assert again[ExifTags.Base.Copyright].encode("latin-1") == text
+            lens = again.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel]
+            assert lens.encode("latin-1").decode() == "Öß"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_numbers_of_every_kind_in_exif(upscaler, suffix):
+    """Even where others belong: type, count and value of what should be text, or a small number."""
+    numbers = [
+        *((1, 1, b"\xff"), (3, 1, b"\xff\xff"), (3, 3, bytes(range(6))), (4, 1, b"\xff" * 4)),
+        *((6, 1, b"\x80"), (8, 1, b"\xff\xff"), (9, 1, b"\xff" * 4), (9, 2, b"\xff" * 8)),
+        *((5, 1, bytes(8)), (10, 1, b"\xff" * 8), (11, 1, b"\xff" * 4), (12, 1, b"\xff" * 8)),
+        *((7, 4, b"\xff\xfea\0"), (2, 4, b"\xff\xfea\0"), (16, 1, b"\xff" * 8)),
+    ]
+    tags = ExifTags.Base.Rating, ExifTags.Base.ImageDescription, ExifTags.Base.XPTitle
+    for i, number in enumerate(itertools.product(tags, numbers)):
+        tag, (kind, count, value) = number
+        exif = exif_with((tag, kind, count, value))
+        Image.new("RGB", (4, 3)).save(f"{i}.jpg", exif=exif)
+        (outcome,) = run(upscaler, f"{i}.jpg", suffix=suffix).values()
+        assert outcome.status == "done", outcome
+    for i, rating in enumerate((-1, 5)):
+        exif = exif_with((ExifTags.Base.Rating, 9, 1, struct.pack("<i", rating)))
+        Image.new("RGB", (4, 3)).save(f"rating{i}.jpg", exif=exif)
+        (outcome,) = run(upscaler, f"rating{i}.jpg", suffix=suffix).values()
+        with Image.open(outcome.what) as image:
+            assert image.getexif()[ExifTags.Base.Rating] == rating
