@@ -3,7 +3,9 @@
 import errno
 import io
 import itertools
+import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -113,6 +115,34 @@ def test_results_of_earlier_runs_are_no_inputs():
     assert "out/d.png" in targets(plan("out", output="out"))
 
 
+@pytest.mark.parametrize(
+    "output", ["ph/out/", "./ph/out", "{cwd}/ph/out/", "ph/../ph/out/", "link/"]
+)
+@pytest.mark.parametrize("name", ["ph", "{cwd}/ph", "ph/../ph/", "ph/**/*", "{cwd}/p*/**/*.*"])
+def test_the_output_folder_is_no_input(folder, name, output):
+    make("ph/a.jpg", "ph/out/a_x4.png", "ph/out/deep/b_x4.png")
+    Path("link").symlink_to("ph/out")
+    (job,) = plan(name.format(cwd=folder), output=output.format(cwd=folder))
+    assert isinstance(job, Job)
+    assert job.source.name == "a.jpg"
+
+
+def test_inputs_inside_the_output_folder():
+    make("ph/sub/a.jpg")
+    for name in ("ph/sub", "ph/sub/*", "ph/s*/*"):
+        assert len(targets(plan(name, output="ph/"))) == 1
+    assert len(targets(plan("ph/sub", output="ph/sub"))) == 1
+
+
+def test_what_is_named_is_meant():
+    make("a.jpg", "a_x2.jpg", "a_x4.png")
+    assert set(targets(plan("a.jpg", "a_x2.jpg"))) == {"a.jpg", "a_x2.jpg"}
+    assert set(targets(plan("a.jpg", "a_x4.png", output="q/"))) == {"a.jpg", "a_x4.png"}
+    assert set(targets(plan(".", "a_x2.jpg"))) == {"a.jpg", "a_x2.jpg"}
+    # Unless it is what a shell makes of *.* where the command has been given before.
+    assert set(targets(plan("a.jpg", "a_x4.png"))) == {"a.jpg"}
+
+
 def test_one_file_as_output():
     make("a.png", "b.png", "folder.png/c.png")
     assert plan("a.png", output="x.jpg") == [Job(Path("a.png"), Path("x.jpg"), "")]
@@ -217,7 +247,8 @@ def test_animations_stay_animations(upscaler):
     ("error", "answer"),
     [
         (MemoryError(), "out of memory.*--tile"),
-        (OSError(errno.EACCES, "Permission denied"), "cannot be written.*Permission denied"),
+        (OSError(errno.ENOSPC, "No space"), r"^unexpected OSError: \[Errno 28\] No space$"),
+        (ZeroDivisionError("of a bug"), "^unexpected ZeroDivisionError: of a bug$"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
@@ -233,6 +264,29 @@ def test_nothing_is_left_of_what_went_wrong(doubling, suffix, error, answer):
     assert [outcome.status for outcome in outcomes.values()] == ["failed", "failed"]
     assert re.search(answer, outcomes["a.png"].what)
     assert sorted(map(str, Path().iterdir())) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EFBIG])
+def test_what_cannot_be_written_fails(upscaler, monkeypatch, number):
+    def write(path, *arguments, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(number, "for a reason")
+
+    make("a.png", "b.png")
+    monkeypatch.setattr(formats, "write", write)
+    outcomes = run(upscaler, "a.png", "b.png")
+    assert [outcome.status for outcome in outcomes.values()] == ["failed", "failed"]
+    assert outcomes["a.png"].what == "a_x2.png cannot be written (for a reason)"
+    assert sorted(map(str, Path().iterdir())) == ["a.png", "b.png"]
+
+
+def test_long_names(upscaler):
+    longest = os.pathconf(".", "PC_NAME_MAX")
+    fits, too_long = "a" * (longest - 7) + ".png", "b" * (longest - 4) + ".png"
+    make(fits, too_long)
+    outcomes = run(upscaler, fits, too_long)
+    assert outcomes[fits].status == "done"
+    assert outcomes[too_long].what.endswith("cannot be written (File name too long)")
 
 
 def test_a_full_disk_stops_the_run(doubling, upscaler, monkeypatch):
@@ -298,6 +352,13 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         (["a.png", "--ckpt", weights, "--scale", "400"], "scale is 400"),
         (["a.png", "--ckpt", weights, "-o", "x.xyz"], "written as .png"),
         (["a.png", "--ckpt", weights, "--tile", "4"], "overlap"),
+        *(
+            (
+                ["a.png", "--ckpt", weights, "--max-megapixels", value],
+                f"--max-megapixels is {value}",
+            )
+            for value in ("inf", "nan", "0", "-1")
+        ),
         (["--ckpt", weights], "no pictures"),
     ):
         message = run_main(monkeypatch, *arguments)
@@ -306,7 +367,8 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         assert "\n" not in message
 
 
-def test_ctrl_c(upscaler, weights, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals(upscaler, monkeypatch, capsys, number):
     make("a.png", "b.png", "c.png", size=(4, 40))
     count = 0
 
@@ -315,14 +377,28 @@ def test_ctrl_c(upscaler, weights, monkeypatch, capsys):
         count += 1
         yield from list(upscaler._upscale(image))[:1]
         if count == 2:
-            raise KeyboardInterrupt
+            assert list(Path().glob(".dvmsr-*"))
+            signal.raise_signal(number)
         yield from list(upscaler._upscale(image))[1:]
 
     stop = Upscaler(stopping, 2)
     monkeypatch.setattr(upscale.Upscaler, "from_checkpoint", lambda *_, **__: stop)
-    assert run_main(monkeypatch, ".", "--format", "tif") == upscale.INTERRUPTED
-    assert "1 done, 0 skipped, 0 failed" in capsys.readouterr().err
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert run_main(monkeypatch, ".", "--format", "tif") == 128 + number
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+    if number == signal.SIGINT:
+        assert "1 done, 0 skipped, 0 failed" in capsys.readouterr().err
     assert sorted(map(str, Path().iterdir())) == ["a.png", "a_x2.tif", "b.png", "c.png"]
+
+
+def test_no_picture_on_a_terminal(weights, monkeypatch):
+    make("a.png")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    message = run_main(monkeypatch, "a.png", "-o", "-", "--ckpt", weights)
+    assert message.startswith("error: standard output is a terminal")
 
 
 def test_pipes(weights, monkeypatch):
@@ -342,7 +418,7 @@ def test_pipes(weights, monkeypatch):
     result = subprocess.run(command, input=b"no picture", capture_output=True)
     assert result.returncode == 1
     assert not result.stdout
-    assert b"failed: -: standard input: is no PNG" in result.stderr
+    assert b"failed: -: is no PNG" in result.stderr
 
 
 def exif_with(*entries):
