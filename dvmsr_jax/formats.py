@@ -6,6 +6,7 @@ held in memory, in 8 bits.
 
 import io
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ class Format:
     grey: bool = True
     deep: bool = False
     """Samples of 16 bits."""
+    max_bytes: int = sys.maxsize
+    """Largest size, if it is that of the pixels."""
 
 
 PNG = Format("PNG", 2**31 - 1, animations=True, deep=True)
@@ -46,7 +49,7 @@ TIFF = Format("TIFF", 2**31 - 1, animations=True, pages=True, deep=True)
 WEBP = Format("WEBP", 16_383, animations=True, grey=False)
 GIF = Format("GIF", 65_535, animations=True)
 JPEG = Format("JPEG", 65_500, alpha=False)
-BMP = Format("BMP", 2**31 - 1, alpha=False)
+BMP = Format("BMP", 2**31 - 1, alpha=False, max_bytes=2**32 - 2**11)  # with a header
 
 BY_SUFFIX = {
     **{".png": PNG, ".apng": PNG, ".tif": TIFF, ".tiff": TIFF, ".webp": WEBP, ".gif": GIF},
@@ -110,7 +113,12 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
         )
     flatten = channels in (2, 4) and not form.alpha
     colour = channels < 3 and not form.grey
+    channels += 2 * colour - flatten
     dtype = frame.dtype if form.deep else np.dtype(np.uint8)
+    if height * (width * channels + 3) > form.max_bytes:  # lines are padded
+        raise FormatError(
+            f"is too large for {form.name}, which ends at 4 GB: choose --format png or tiff"
+        )
 
     def fit(band: Pixels) -> Pixels:
         if flatten:
@@ -125,7 +133,6 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
             band = np.concatenate([grey, band[:, :, 1:]], axis=2)
         return band
 
-    channels += 2 * colour - flatten
     bands = map(fit, frame.bands)
     return BandedFrame((height, width, channels), dtype, bands, frame.metadata)
 

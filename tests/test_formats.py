@@ -204,6 +204,15 @@ def test_too_large_for_the_format(write, form):
     assert only_pixels(write(form, pixels[:, 1:])).shape[1] == form.max_side
 
 
+def test_bmp_ends_at_4_gb(tmp_path):
+    """Which shows before anything is computed."""
+    shape = 40_000, 40_000, 3
+    frame = BandedFrame(shape, np.dtype(np.uint8), map(pytest.fail, ["computed"]), NOTHING)
+    picture = Source([np.empty((1, 1, 3), np.uint8)], "PNG", 0)
+    with pytest.raises(FormatError, match=r"too large for BMP.* png or tiff"):
+        formats.write(tmp_path / "large", BMP, [frame], picture, scale=1.0, quality=95)
+
+
 @pytest.mark.parametrize("form", [PNG, TIFF])
 def test_memory_does_not_grow_with_the_height(tmp_path, form):
     band = RNG.integers(0, 256, (64, 500, 3), np.uint8)

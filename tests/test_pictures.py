@@ -139,7 +139,7 @@ def test_pictures_are_turned_upright(form, orientation):
     exif[ExifTags.Base.Orientation] = orientation
     image = Image.new("L", (48, 32))
     image.paste(255, (0, 0, 24, 16))  # the upper left quarter
-    frame = only_frame(saved(image.convert("RGB"), form, exif=exif))
+    frame = only_frame(saved(image.convert("RGB"), form, exif=exif, dpi=(100, 200)))
     quarter = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1)}
     down, right = quarter.get(orientation, (1, 0))
     height, width, _ = frame.pixels.shape
@@ -147,6 +147,9 @@ def test_pictures_are_turned_upright(form, orientation):
     centre = frame.pixels[height // 4 + down * height // 2, width // 4 + right * width // 2]
     assert centre.min() > 200
     assert frame.pixels.mean() < 80
+    if form != "WEBP":
+        dpi = (100, 200) if orientation < 5 else (200, 100)
+        assert frame.metadata.dpi == pytest.approx(dpi, rel=1e-3)
     assert not frame.metadata.exif  # nothing else was in it
 
 
