@@ -134,7 +134,8 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
         return band
 
     bands = map(fit, frame.bands)
-    return BandedFrame((height, width, channels), dtype, bands, frame.metadata)
+    metadata = replace(frame.metadata, icc=None) if colour else frame.metadata  # a profile of grey
+    return BandedFrame((height, width, channels), dtype, bands, metadata)
 
 
 def _write_tiff(path: Path, frames: Iterator[BandedFrame], *, big: bool) -> None:

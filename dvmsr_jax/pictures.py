@@ -136,7 +136,8 @@ class Picture:
         self._source, self._max_pixels = source, max_pixels
         with self._reading():
             if not isinstance(source, bytes) and not os.path.isfile(source):
-                raise ImageError("no such file")
+                there = os.path.exists(source)
+                raise ImageError("is no regular file; - reads pipes" if there else "no such file")
             if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
                 raise ImageError("is empty")
         with self._reading(), self._open() as image:

@@ -138,6 +138,16 @@ def test_metadata(write, form, scale):
     assert metadata.exif == RICH.exif
 
 
+def test_a_profile_of_grey_does_not_come_with_colours(write):
+    profile = bytearray(SRGB)
+    profile[16:20] = b"GRAY"
+    metadata = Metadata(icc=bytes(profile))
+    grey = np.zeros((8, 8, 1), np.uint8)
+    assert only_frame(write(PNG, grey, metadata=metadata)).metadata == metadata
+    with Image.open(write(WEBP, grey, metadata=metadata)) as image:
+        assert "icc_profile" not in image.info
+
+
 def test_pictures_without_metadata_get_none(write):
     for form in (PNG, JPEG, WEBP, TIFF, GIF):
         assert only_frame(write(form, np.zeros((8, 8, 3), np.uint8))).metadata == NOTHING

@@ -1,6 +1,7 @@
 """What is read of picture files: pixels as they are, upright, and what belongs to them."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -274,6 +275,9 @@ def test_what_is_no_picture_is_named(tmp_path):
             list(Picture(path).frames())
     with pytest.raises(ImageError, match=r"missing\.png: no such file"):
         Picture(tmp_path / "missing.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match=r"pipe\.png: is no regular file"):
+        Picture(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="standard input: is empty"):
         Picture(b"")
 
