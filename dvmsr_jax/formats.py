@@ -5,6 +5,7 @@ held in memory, in 8 bits.
 """
 
 import io
+import itertools
 import os
 import sys
 import zlib
@@ -98,8 +99,11 @@ def write(
         with open(path, "wb") as file:
             png.write(file, fitted, len(picture), picture.plays)
     elif form is TIFF:
-        # As if every page had alpha and 16 bits; whether it has shows only when it comes.
-        _write_tiff(path, fitted, big=8 * picture.pixels * scale**2 > 2**32)
+        first = next(fitted)
+        # More pages are taken to have alpha and 16 bits; whether they have shows when they come.
+        depth = first.shape[2] * first.dtype.itemsize if len(picture) == 1 else 8
+        big = depth * picture.pixels * scale**2 > 0.98 * 2**32
+        _write_tiff(path, itertools.chain([first], fitted), big=big)
     else:
         _write_with_pillow(path, form, fitted, picture, quality)
 
