@@ -26,7 +26,7 @@ from benchmarks import machine
 from benchmarks.table import print_head, print_row, rounded
 from configs import PRESETS
 from dvmsr_jax.config import Compute
-from dvmsr_jax.inference import Upscale, make_streamer
+from dvmsr_jax.inference import RgbView, Upscale, make_streamer
 from dvmsr_jax.model import DVMSR
 from kernels.selective_scan import Implementation, missing
 
@@ -79,8 +79,8 @@ def _make_whole(model: DVMSR) -> Upscale:
     graph, parameters = nnx.split(model)
     run = jax.jit(lambda parameters, image: nnx.merge(graph, parameters)(image))
 
-    def upscale(image: np.ndarray) -> Iterator[np.ndarray]:
-        yield np.asarray(run(parameters, image[None])[0])
+    def upscale(image: np.ndarray | RgbView) -> Iterator[np.ndarray]:
+        yield np.asarray(run(parameters, np.asarray(image)[None])[0])
 
     return upscale
 

@@ -23,9 +23,33 @@ from kernels import user_cache
 BAND_PIXELS = 8_192
 MAX_BAND_ROWS = 16
 
-# A function from an RGB image in [0, 1], (h, w, 3), to its upscaled rows from top to bottom in
-# arrays of (any number, w s, 3), which may leave that range slightly.
-Upscale = Callable[[np.ndarray], Iterator[np.ndarray]]
+
+class RgbView:
+    """An RGB image in [0, 1] that is made of other pixels where it is looked at, and not held.
+
+    Of an array's interface it has what upscaling takes: shape, slices, and np.asarray for all.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, pixels: np.ndarray, to_rgb: Callable[[np.ndarray], np.ndarray]):
+        """`to_rgb` makes (h, w, 3), float32, of any part, (h, w, channels), of the pixels."""
+        self.shape = (*pixels.shape[:2], 3)
+        self._pixels, self._to_rgb = pixels, to_rgb
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
+        return self._to_rgb(self._pixels[part])
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self[:], dtype, copy=copy)
+
+
+# A function from an RGB image in [0, 1] to its upscaled rows from top to bottom in arrays of
+# (any number, w s, 3), which may leave that range slightly.
+Upscale = Callable[[np.ndarray | RgbView], Iterator[np.ndarray]]
 
 
 def make_upscaler(
@@ -88,7 +112,9 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> Upscale:
 
     compiled_step = jax.jit(step, donate_argnums=1)
 
-    def stream(image: Float[np.ndarray, "h w 3"]) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
+    def stream(
+        image: Float[np.ndarray, "h w 3"] | Float[RgbView, "h w 3"],
+    ) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
         h, w, _ = image.shape
         columns = _columns(w)
         count = band_rows or min(MAX_BAND_ROWS, max(1, BAND_PIXELS // columns))
@@ -124,7 +150,9 @@ def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> Upscale:
     def run(parameters, image):
         return nnx.merge(graph, parameters)(image[None])[0]
 
-    def upscale(image: Float[np.ndarray, "h w 3"]) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
+    def upscale(
+        image: Float[np.ndarray, "h w 3"] | Float[RgbView, "h w 3"],
+    ) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
         h, w, _ = image.shape
         tops, weights_down = _tiles_along(h, tile, overlap, s)
         lefts, weights_across = _tiles_along(w, tile, overlap, s)
@@ -135,7 +163,8 @@ def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> Upscale:
             for left, across in zip(lefts, weights_across, strict=True):
                 part = image[top : top + tile, left : left + tile]
                 weights = (down[:, None] * across)[:, :, None]
-                rows[:, left * s : left * s + len(across)] += weights * run(parameters, part)
+                upscaled = np.asarray(run(parameters, part))
+                rows[:, left * s : left * s + len(across)] += weights * upscaled
             done = (below - top) * s
             yield rows[:done]
             begun = rows[done:]
