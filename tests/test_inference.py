@@ -151,10 +151,27 @@ def test_compiled_programs_are_kept_where_the_user_wants_them(monkeypatch, tmp_p
 def test_benchmark_measures(mode, monkeypatch):
     monkeypatch.setattr(inference, "CONFIG", dataclasses.replace(TINY, rssbs=1))
     monkeypatch.setattr(inference, "CASE_SECONDS", 0)
+    peaks, runs = iter([1000, 1024]), []
+    monkeypatch.setattr(inference.machine, "peak_memory", lambda: next(peaks))
+    make = inference._make_upscale
+
+    def counting(how):
+        upscale = make(how)
+
+        def upscale_and_count(image):
+            runs.append(0)
+            for band in upscale(image):
+                assert band.shape[1:] == (4 * 5, 3)
+                runs[-1] += len(band)
+                yield band
+
+        return upscale_and_count
+
+    monkeypatch.setattr(inference, "_make_upscale", counting)
     result = inference.measure(5, 7, inference.How(mode, "bfloat16", "auto"))
-    assert result.first > 0
-    assert result.seconds > 0
-    assert inference.growth({n: 3e-6 * n**1.5 for n in (4, 16, 64)}) == pytest.approx(1.5)
+    assert result.memory == 24
+    assert runs == [4 * 7] * 2  # once with compiling and once without, all rows
+    assert 0 < result.seconds < result.first
 
 
 def test_bidirectional_models_are_not_streamed():
