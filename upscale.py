@@ -13,6 +13,7 @@ if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the p
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def run(arguments: Arguments) -> int:
         raise UserError("no pictures are named")
     if not 1 <= arguments.quality <= 100:
         raise UserError(f"--quality is {arguments.quality}, not within 1 .. 100")
+    if not 0 < arguments.max_megapixels < math.inf:
+        raise UserError(f"--max-megapixels is {arguments.max_megapixels:g}, not a positive number")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, the summary tells
     if arguments.device is not None:
         use_device(arguments.device)
@@ -93,6 +96,9 @@ def run(arguments: Arguments) -> int:
         scale=upscaler.scale,
         suffix=arguments.format and f".{arguments.format}",
     )
+    to_standard = any(isinstance(job, batch.Job) and job.target == batch.STANDARD for job in jobs)
+    if to_standard and sys.stdout.isatty():
+        raise UserError("standard output is a terminal: redirect it, or name an --output")
     results = batch.run(
         jobs,
         upscaler,
@@ -128,9 +134,17 @@ def use_device(name: str) -> None:
         raise UserError(f"--device {name}: JAX finds none here (see README, Install)") from error
 
 
+def _stop(number: int, _: object) -> None:
+    """Ends the process so that nothing unfinished is left in files."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Upscales what the command line names."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # which nohup changes
+            signal.signal(number, _stop)
     try:
         arguments = parse(sys.argv[1:])
         keep_compiled_programs()

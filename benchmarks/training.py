@@ -173,6 +173,9 @@ def main(
     print(machine.describe())
     with tempfile.TemporaryDirectory(prefix="dvmsr-benchmark-") as temporary:
         folder = Path(temporary)
+        # Rows have much in common, the initial weights above all: compile that once.
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         make_pictures(folder / "photos", 5)
         for preset in presets:
             configs = []

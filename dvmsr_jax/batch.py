@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from dvmsr_jax import files, formats, images, pictures
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.pictures import BandedFrame, Picture
 from dvmsr_jax.upscaler import Upscaler
+
+log = logging.getLogger(__name__)
 
 STANDARD = Path("-")
 """Standard input as a source, standard output as a target."""
@@ -69,7 +72,9 @@ def plan(
         suffix: theirs. None: that of the output or, if it has none, what suits the picture.
 
     A result is named STEM_xSCALE or, if two inputs differ in their suffixes only,
-    STEM_SUFFIX_xSCALE. An input whose name says that it is the result of another one is skipped.
+    STEM_SUFFIX_xSCALE. What was found in a folder or by a pattern is skipped if its name says that
+    it is the result of another input, and so is an input that has been named if it lies where
+    another one's result would: shells replace patterns by names.
 
     Raises:
         UserError: the output is a file and there is more than one input, or its suffix is unknown
@@ -92,19 +97,31 @@ def plan(
     }
     # Some file systems take upper and lower case for the same.
     namesakes = Counter(str(place / path.stem).casefold() for path, place in places.items())
-    originals = {path.with_name(stem) for path in places for stem in (path.stem, _long_stem(path))}
+    targets: dict[Path, Path] = {}
     for path, place in places.items():
-        result_of = _RESULT.fullmatch(path.stem)
+        alone = namesakes[str(place / path.stem).casefold()] == 1
+        stem = path.stem if alone else _long_stem(path)
+        targets[path] = place / f"{stem}_x{scale:g}"
+    originals = {path.with_name(stem) for path in places for stem in (path.stem, _long_stem(path))}
+    named = {os.path.realpath(name) for name in inputs}
+    results = {os.path.realpath(target) for target in targets.values()}
+
+    def is_result(path: Path) -> bool:
+        name = _RESULT.fullmatch(path.stem)
+        if name is None or path.with_name(name[1]) not in originals:
+            return False
+        real = os.path.realpath(path)
+        return real not in named or os.path.splitext(real)[0] in results
+
+    for path, target in targets.items():
         if file is not None:
             jobs.append(Job(path, file, suffix if file == STANDARD else ""))
         elif path == STANDARD and folder is None:
             jobs.append(Job(path, STANDARD, suffix))
-        elif result_of and path.with_name(result_of[1]) in originals:
+        elif is_result(path):
             jobs.append(Outcome(path, "skipped", "by name the result of another input"))
         else:
-            alone = namesakes[str(place / path.stem).casefold()] == 1
-            stem = path.stem if alone else _long_stem(path)
-            jobs.append(Job(path, place / f"{stem}_x{scale:g}", suffix))
+            jobs.append(Job(path, target, suffix))
     return jobs
 
 
@@ -142,12 +159,14 @@ def run(
         except DiskFullError:
             raise
         except UserError as error:
-            reason = str(error).removeprefix(f"{job.source}: ")
-            outcome = Outcome(job.source, "failed", reason)
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            outcome = Outcome(job.source, "failed", _OUT_OF_MEMORY)
+            name = "standard input" if job.source == STANDARD else job.source
+            outcome = Outcome(job.source, "failed", str(error).removeprefix(f"{name}: "))
+        except Exception as error:
+            exhausted = isinstance(error, jax.errors.JaxRuntimeError) and (
+                "RESOURCE_EXHAUSTED" in str(error)
+            )
+            short = exhausted or isinstance(error, MemoryError)
+            outcome = Outcome(job.source, "failed", _OUT_OF_MEMORY if short else _unexpected(error))
         if outcome.status == "done":
             kept[_identity(Path(outcome.what))] = f"the result of {job.source}"
         yield outcome
@@ -169,25 +188,30 @@ def _do(
     target = job.target
     if target != STANDARD:
         target = target.with_name(target.name + suffix)
-        if target.exists():
-            if _identity(target) in kept:
-                raise UserError(f"would overwrite {target}, {kept[_identity(target)]}")
+        if (there := _identity(target)) is not None:
+            if there in kept:
+                raise UserError(f"would overwrite {target}, {kept[there]}")
             if not overwrite:
                 return Outcome(job.source, "skipped", f"{target} exists (see --overwrite)")
     formats.check_holds(form, picture)
     label = str(job.source)[-40:]
-    frames = (_with_progress(upscaler.enlarge(frame), label) for frame in picture.frames())
+    frames = (_computed(upscaler.enlarge(frame), label) for frame in picture.frames())
     try:
         with _destination(target) as path:
             formats.write(path, form, frames, picture, scale=upscaler.scale, quality=quality)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(
                 f"{target}: {error.strerror}. Make room or choose another --output; the same"
                 " command goes on from here"
             ) from error
         raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
     return Outcome(job.source, "done", str(target))
+
+
+def _unexpected(error: Exception) -> str:
+    log.debug("unexpected", exc_info=error)
+    return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -233,19 +257,23 @@ def _find(name: str, leave_out: Path | None) -> Iterator[tuple[Path, Path]]:
     """The files that a name stands for, each with the folder that it is in below that name."""
     path = Path(name)
     if path.is_dir():
-        for file in images.find_images(path, pictures.SUFFIXES):
-            if leave_out is None or leave_out == path or leave_out not in file.parents:
-                yield file, file.parent.relative_to(path)
+        root, found = path, images.find_images(path, pictures.SUFFIXES)
     elif _PATTERN.search(name) and not path.exists():
-        files = sorted(map(Path, glob.glob(name, recursive=True)))
-        files = [file for file in files if file.suffix.lower() in pictures.SUFFIXES]
-        if not files:
+        root = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), path.parts))
+        matches = map(Path, glob.glob(name, recursive=True))
+        found = sorted(file for file in matches if file.suffix.lower() in pictures.SUFFIXES)
+        if not found:
             raise UserError(f"{name}: matches no picture")
-        fixed = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), path.parts))
-        for file in files:
-            yield file, file.parent.relative_to(fixed)
     else:
         yield path, Path()
+        return
+    # In the output there are earlier results, unless it is what they are to be taken from.
+    out = leave_out and Path(os.path.realpath(leave_out))
+    inside = out is not None and Path(os.path.realpath(root)) in out.parents
+    for file in found:
+        folder = Path(os.path.realpath(file.parent))
+        if not (inside and out in (folder, *folder.parents)):
+            yield file, file.parent.relative_to(root)
 
 
 _PATTERN = re.compile(r"[*?[]")
@@ -280,12 +308,17 @@ def _destination(target: Path) -> Iterator[Path]:
         sys.stdout.buffer.flush()
 
 
-def _with_progress(frame: BandedFrame, label: str) -> BandedFrame:
+def _computed(frame: BandedFrame, label: str) -> BandedFrame:
+    """With progress shown, and errors that cannot be taken for those of writing."""
+
     def bands() -> Iterator[pictures.Pixels]:
         rows = frame.shape[0]
         with tqdm(total=rows, desc=label, unit="row", leave=False, delay=2, disable=None) as bar:
-            for band in frame.bands:
-                yield band
-                bar.update(len(band))
+            try:
+                for band in frame.bands:
+                    yield band
+                    bar.update(len(band))
+            except OSError as error:
+                raise UserError(_unexpected(error)) from error
 
     return replace(frame, bands=bands())

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A hidden path beside PATH, whose folder is made, to write to. What was written there takes
     the place of PATH, or is removed if there was an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Short, because PATH's name may be as long as they can be.
+    temporary = path.with_name(f".dvmsr-{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}")
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -5,7 +5,9 @@ held in memory, in 8 bits.
 """
 
 import io
+import itertools
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +41,8 @@ class Format:
     grey: bool = True
     deep: bool = False
     """Samples of 16 bits."""
+    max_bytes: int = sys.maxsize
+    """Largest size, if it is that of the pixels."""
 
 
 PNG = Format("PNG", 2**31 - 1, animations=True, deep=True)
@@ -46,7 +50,7 @@ TIFF = Format("TIFF", 2**31 - 1, animations=True, pages=True, deep=True)
 WEBP = Format("WEBP", 16_383, animations=True, grey=False)
 GIF = Format("GIF", 65_535, animations=True)
 JPEG = Format("JPEG", 65_500, alpha=False)
-BMP = Format("BMP", 2**31 - 1, alpha=False)
+BMP = Format("BMP", 2**31 - 1, alpha=False, max_bytes=2**32 - 2**11)  # with a header
 
 BY_SUFFIX = {
     **{".png": PNG, ".apng": PNG, ".tif": TIFF, ".tiff": TIFF, ".webp": WEBP, ".gif": GIF},
@@ -95,8 +99,11 @@ def write(
         with open(path, "wb") as file:
             png.write(file, fitted, len(picture), picture.plays)
     elif form is TIFF:
-        # As if every page had alpha and 16 bits; whether it has shows only when it comes.
-        _write_tiff(path, fitted, big=8 * picture.pixels * scale**2 > 2**32)
+        first = next(fitted)
+        # More pages are taken to have alpha and 16 bits; whether they have shows when they come.
+        depth = first.shape[2] * first.dtype.itemsize if len(picture) == 1 else 8
+        big = depth * picture.pixels * scale**2 > 0.98 * 2**32
+        _write_tiff(path, itertools.chain([first], fitted), big=big)
     else:
         _write_with_pillow(path, form, fitted, picture, quality)
 
@@ -110,7 +117,12 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
         )
     flatten = channels in (2, 4) and not form.alpha
     colour = channels < 3 and not form.grey
+    channels += 2 * colour - flatten
     dtype = frame.dtype if form.deep else np.dtype(np.uint8)
+    if height * (width * channels + 3) > form.max_bytes:  # lines are padded
+        raise FormatError(
+            f"is too large for {form.name}, which ends at 4 GB: choose --format png or tiff"
+        )
 
     def fit(band: Pixels) -> Pixels:
         if flatten:
@@ -125,9 +137,9 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
             band = np.concatenate([grey, band[:, :, 1:]], axis=2)
         return band
 
-    channels += 2 * colour - flatten
     bands = map(fit, frame.bands)
-    return BandedFrame((height, width, channels), dtype, bands, frame.metadata)
+    metadata = replace(frame.metadata, icc=None) if colour else frame.metadata  # a profile of grey
+    return BandedFrame((height, width, channels), dtype, bands, metadata)
 
 
 def _write_tiff(path: Path, frames: Iterator[BandedFrame], *, big: bool) -> None:
@@ -177,8 +189,9 @@ def _exif_tags(metadata: Metadata, big: bool) -> list[tuple[int | str, int, int,
             tags.append((tag, TiffTags.ASCII, len(text), text, True))
         elif isinstance(value, bytes):
             tags.append((tag, TiffTags.BYTE, len(value), value, True))
-        elif isinstance(value, int):
-            tags.append((tag, TiffTags.LONG, 1, value, True))
+        elif isinstance(value, int) and -(2**31) <= value < 2**32:
+            number = TiffTags.LONG if value >= 0 else TiffTags.SIGNED_LONG
+            tags.append((tag, number, 1, value, True))
     for name, directory in (("ExifTag", ExifTags.IFD.Exif), ("GPSTag", ExifTags.IFD.GPSInfo)):
         if directory in metadata.exif:
             # For the time being, the page's own directory: tifffile reads what is pointed to.

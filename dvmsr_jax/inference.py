@@ -1,5 +1,6 @@
 """Upscaling pictures with a model: whole, in bands of rows, or in tiles."""
 
+import contextlib
 import functools
 import math
 import operator
@@ -202,10 +203,11 @@ def keep_compiled_programs() -> None:
     """Has JAX keep what it compiles in the user's cache, so that the next process need not wait.
 
     For programs to call, not for libraries: it changes JAX's settings. A folder that the user has
-    set (JAX_COMPILATION_CACHE_DIR) stays.
+    set (JAX_COMPILATION_CACHE_DIR) stays, and without one to write to nothing is kept.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "programs"))
+        with contextlib.suppress(OSError):
+            jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "programs"))
 
 
 def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -136,7 +136,8 @@ class Picture:
         self._source, self._max_pixels = source, max_pixels
         with self._reading():
             if not isinstance(source, bytes) and not os.path.isfile(source):
-                raise ImageError("no such file")
+                there = os.path.exists(source)
+                raise ImageError("is no regular file; - reads pipes" if there else "no such file")
             if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
                 raise ImageError("is empty")
         with self._reading(), self._open() as image:
@@ -184,7 +185,7 @@ class Picture:
 
     def _read(self, image: Image.Image, i: int) -> Frame:
         rawmode = _rawmode(image)  # before the image is loaded, which reading EXIF does to PNG
-        exif = _read_exif(image)
+        exif, turned = _read_exif(image), _is_turned(image)
         planes = _tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
         if planes and 16 in _tag(image, TiffImagePlugin.BITSPERSAMPLE, ()):  # Pillow misreads them
             raise ImageError("16-bit samples in separate planes; save it with interleaved ones")
@@ -198,7 +199,7 @@ class Picture:
         else:
             ImageOps.exif_transpose(image, in_place=True)
             pixels = _pixels(image, rawmode)
-        return Frame(pixels, _read_metadata(image, exif, channels=pixels.shape[2]))
+        return Frame(pixels, _read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
     def _read_16_bit(self, image: Image.Image, i: int, rawmode: str) -> Pixels:
         """Pillow keeps one byte of such samples, so it is asked once for each."""
@@ -271,10 +272,10 @@ def from_pillow(image: Image.Image) -> Frame:
 
     Raises ImageError for 32-bit pixels, whose range nothing tells.
     """
-    exif = _read_exif(image)
+    exif, turned = _read_exif(image), _is_turned(image)
     upright = ImageOps.exif_transpose(image)
     pixels = _pixels(upright, rawmode="")
-    return Frame(pixels, _read_metadata(image, exif, channels=pixels.shape[2]))
+    return Frame(pixels, _read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
 
 def to_pillow(pixels: Pixels) -> Image.Image:
@@ -355,9 +356,12 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _read_metadata(
-    image: Image.Image, exif: Mapping[int, Mapping[int, Any]], channels: int
+    image: Image.Image, exif: Mapping[int, Mapping[int, Any]], turned: bool, channels: int
 ) -> Metadata:
-    """Of the current frame, loaded. What is damaged or makes no sense is left out."""
+    """Of the current frame, loaded, whose sides change places if it is turned upright.
+
+    What is damaged or makes no sense is left out.
+    """
     icc = image.info.get("icc_profile")
     if image.format == "TIFF":  # `info` may still hold an earlier page's
         icc = _tag(image, TiffImagePlugin.ICCPROFILE, None)
@@ -365,7 +369,7 @@ def _read_metadata(
     if not (isinstance(icc, bytes) and icc[16:20] == space and icc[36:40] == b"acsp"):
         icc = None
     try:
-        x, y = (float(value) for value in image.info["dpi"])
+        x, y = (float(value) for value in image.info["dpi"][:: -1 if turned else 1])
         dpi = (x, y) if 1 < x < 1e5 and 1 < y < 1e5 else None  # (1, 1) means that none was given
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         dpi = None
@@ -383,12 +387,33 @@ def _read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
         }
         if ExifTags.IFD.Interop in kept[ExifTags.IFD.Exif]:  # an offset in the old bytes
             interop = dict(exif.get_ifd(ExifTags.IFD.Interop))
-            kept[ExifTags.IFD.Exif][ExifTags.IFD.Interop] = interop
-        kept = {directory: entries for directory, entries in kept.items() if entries}
+            kept[ExifTags.IFD.Exif][ExifTags.IFD.Interop] = _keep_bytes(interop)
+        kept = {key: _keep_bytes(entries) for key, entries in kept.items() if entries}
         Metadata(exif=kept).exif_bytes()
     except Exception:  # Pillow reads EXIF unchecked
         return {}
     return kept
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether upright it lies on another side."""
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+class _Text(str):
+    """EXIF's text, of which Pillow makes a character of each byte, and would write ASCII only.
+
+    It is written as the bytes that it was, whatever encoding they are in.
+    """
+
+    def encode(self, encoding: str = "latin-1", errors: str = "replace") -> bytes:
+        return super().encode("latin-1", errors)
+
+
+def _keep_bytes(entries: Mapping[int, Any]) -> dict[int, Any]:
+    return {
+        tag: _Text(value) if isinstance(value, str) else value for tag, value in entries.items()
+    }
 
 
 def _rawmode(image: Image.Image) -> str:

@@ -118,14 +118,14 @@ RICH = Metadata(
 
 
 @pytest.mark.parametrize(
-    ("form", "scale"), [(PNG, 1.0), (JPEG, 1.0), (WEBP, 1.0), (TIFF, 1.0), (TIFF, 999.0)]
+    ("form", "scale"), [(PNG, 1.0), (JPEG, 1.0), (WEBP, 1.0), (TIFF, 585.0), (TIFF, 586.0)]
 )
 def test_metadata(write, form, scale):
     pixels = np.zeros((64, 64, 3), np.uint8)
-    path = write(form, pixels, metadata=RICH, scale=scale)  # 999: a BigTIFF
+    path = write(form, pixels, metadata=RICH, scale=scale)  # 586: 4 GB, were it so
     if form is TIFF:
         with tifffile.TiffFile(path) as file:
-            assert file.is_bigtiff == (scale > 1)
+            assert file.is_bigtiff == (scale == 586)
     metadata = only_frame(path).metadata
     assert metadata.icc == SRGB
     if form is WEBP:
@@ -136,6 +136,16 @@ def test_metadata(write, form, scale):
     else:
         assert metadata.dpi == pytest.approx(RICH.dpi, rel=1e-3)
     assert metadata.exif == RICH.exif
+
+
+def test_a_profile_of_grey_does_not_come_with_colours(write):
+    profile = bytearray(SRGB)
+    profile[16:20] = b"GRAY"
+    metadata = Metadata(icc=bytes(profile))
+    grey = np.zeros((8, 8, 1), np.uint8)
+    assert only_frame(write(PNG, grey, metadata=metadata)).metadata == metadata
+    with Image.open(write(WEBP, grey, metadata=metadata)) as image:
+        assert "icc_profile" not in image.info
 
 
 def test_pictures_without_metadata_get_none(write):
@@ -202,6 +212,15 @@ def test_too_large_for_the_format(write, form):
     with pytest.raises(FormatError, match=f"too many for {form.name}.*png or tiff"):
         write(form, pixels)
     assert only_pixels(write(form, pixels[:, 1:])).shape[1] == form.max_side
+
+
+def test_bmp_ends_at_4_gb(tmp_path):
+    """Which shows before anything is computed."""
+    shape = 40_000, 40_000, 3
+    frame = BandedFrame(shape, np.dtype(np.uint8), map(pytest.fail, ["computed"]), NOTHING)
+    picture = Source([np.empty((1, 1, 3), np.uint8)], "PNG", 0)
+    with pytest.raises(FormatError, match=r"too large for BMP.* png or tiff"):
+        formats.write(tmp_path / "large", BMP, [frame], picture, scale=1.0, quality=95)
 
 
 @pytest.mark.parametrize("form", [PNG, TIFF])

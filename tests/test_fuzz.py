@@ -132,6 +132,7 @@ def test_damaged_files(tmp_path, capfd, doubling):
                 assert_whole(written[0])
             else:
                 assert outcome.what
+                assert not outcome.what.startswith("unexpected")
                 assert not written
     faulthandler.cancel_dump_traceback_later()
     assert statuses["done"] + statuses["failed"] == FILES

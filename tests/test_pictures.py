@@ -1,6 +1,7 @@
 """What is read of picture files: pixels as they are, upright, and what belongs to them."""
 
 import io
+import os
 import struct
 import tracemalloc
 import zlib
@@ -140,7 +141,7 @@ def test_pictures_are_turned_upright(form, orientation):
     exif[ExifTags.Base.Orientation] = orientation
     image = Image.new("L", (48, 32))
     image.paste(255, (0, 0, 24, 16))  # the upper left quarter
-    frame = only_frame(saved(image.convert("RGB"), form, exif=exif))
+    frame = only_frame(saved(image.convert("RGB"), form, exif=exif, dpi=(100, 200)))
     quarter = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1)}
     down, right = quarter.get(orientation, (1, 0))
     height, width, _ = frame.pixels.shape
@@ -148,6 +149,9 @@ def test_pictures_are_turned_upright(form, orientation):
     centre = frame.pixels[height // 4 + down * height // 2, width // 4 + right * width // 2]
     assert centre.min() > 200
     assert frame.pixels.mean() < 80
+    if form != "WEBP":
+        dpi = (100, 200) if orientation < 5 else (200, 100)
+        assert frame.metadata.dpi == pytest.approx(dpi, rel=1e-3)
     assert not frame.metadata.exif  # nothing else was in it
 
 
@@ -297,6 +301,9 @@ def test_what_is_no_picture_is_named(tmp_path):
             list(Picture(path).frames())
     with pytest.raises(ImageError, match=r"missing\.png: no such file"):
         Picture(tmp_path / "missing.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match=r"pipe\.png: is no regular file"):
+        Picture(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="standard input: is empty"):
         Picture(b"")
 

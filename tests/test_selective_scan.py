@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from kernels import user_cache
 from kernels.selective_scan import native, selective_scan
 
 DIFFERENTIATED = [
@@ -312,3 +314,87 @@ def test_native_is_never_required(compiler, empty_cache, monkeypatch, tmp_path):
     finally:
         native.register.cache_clear()
         native.missing.cache_clear()
+
+
+@pytest.fixture
+def compilations(request, monkeypatch, tmp_path):
+    """Tells how often a compiler ran, which only copies a library that is there already."""
+    name, _ = native.load_library()
+    library = user_cache.folder() / f"{name}.so"
+    request.getfixturevalue("empty_cache")
+    calls = tmp_path / "calls"
+    calls.touch()
+    (tmp_path / "c++").write_text(f"""#!{shutil.which("sh")}
+if [ "$1" = --version ]; then echo copier 1; exit; fi
+for output; do :; done
+echo "$output" >> {calls}
+exec {shutil.which("cp")} {library} "$output"
+""")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return lambda: len(calls.read_text().splitlines())
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("damage", ["truncated", "not loadable", "no symbol", "of others", "newer"])
+def test_a_library_is_used_only_if_it_is_whole_and_ours(damage, compilations, tmp_path):
+    cache = user_cache.folder()
+    name, _ = native.load_library()
+    assert native.load_library()[0] == name
+    assert compilations() == 1
+    (library,) = cache.glob("*.so")
+    assert library.stat().st_mode & 0o077 == cache.stat().st_mode & 0o077 == 0
+    data = library.read_bytes()
+    if damage == "of others":
+        library.chmod(0o777)
+    elif damage == "newer":
+        (tmp_path / "c++").write_text(
+            (tmp_path / "c++").read_text().replace("copier 1", "copier 2")
+        )
+    else:
+        library.unlink()  # and not changed, as it is loaded
+        if damage == "truncated":
+            data = data[:5000]
+        else:  # whole, as far as one can see
+            stem = library.stem.rpartition("_")[0]
+            unknown = data.replace(b"\0SelectiveScan\0", b"\0SelectiveNone\0")
+            data = b"no library" if damage == "not loadable" else unknown
+            library = library.with_name(f"{stem}_{native._checksum(data)}.so")
+        library.write_bytes(data)
+    _, scan = native.load_library()
+    assert scan
+    assert compilations() == 2
+    (whole,) = set(cache.glob("*.so")) - ({library} if damage == "newer" else set())
+    assert whole.stat().st_mode & 0o077 == 0
+    native.load_library()
+    assert compilations() == 2
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
+def test_a_compiler_may_give_nonsense(compilations, tmp_path):
+    (tmp_path / "c++").write_text(f"#!{shutil.which('sh')}\nfor out; do :; done\necho > $out\n")
+    with pytest.raises(native.NativeUnavailableError, match="cannot compile and load"):
+        native.load_library()
+
+
+def test_the_cache_is_the_users_own(empty_cache, monkeypatch):
+    assert user_cache.folder() == empty_cache
+    assert empty_cache.stat().st_mode & 0o777 == 0o700
+    empty_cache.chmod(0o777)
+    with pytest.raises(PermissionError, match="others"):
+        user_cache.folder()
+    empty_cache.chmod(0o700)
+    monkeypatch.setattr("os.geteuid", lambda: empty_cache.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="another user"):
+        user_cache.folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-that-name")
+    with pytest.raises(OSError, match="no cache folder"):
+        user_cache.folder()
+
+
+@pytest.mark.parametrize("implementation", [NATIVE])
+def test_native_among_64_bit_types(implementation):
+    arrays, flags, expected = case(5, frozenset())
+    with jax.enable_x64(True):
+        actual = selective_scan(**arrays, **flags, implementation=implementation)
+    assert_close({"y": actual}, {"y": expected["y"]}, 2e-5)

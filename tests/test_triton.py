@@ -141,14 +141,19 @@ def test_automatic_choice_on_gpus(monkeypatch, caplog):
     assert "the moon is in the wrong phase" in record.message
 
 
-@pytest.mark.parametrize(
-    ("lack", "choice"), [(None, "native"), ("there is no compiler", "chunked-carried")]
-)
-def test_automatic_choice_on_cpus_is_silent(lack, choice, monkeypatch, caplog):
+def test_automatic_choice_on_cpus(monkeypatch, caplog):
+    """C++ where it can run; else `chunked`, and one line that says why."""
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    monkeypatch.setattr(native, "missing", lambda: lack)
-    assert op._resolve("auto") == choice
+    monkeypatch.setattr(native, "missing", lambda: None)
+    assert op._resolve("auto") == "native"
+    monkeypatch.setattr(native, "missing", lambda: "the compiler is on holiday")
+    assert op._resolve("chunked") == "chunked-carried"
     assert not caplog.records
+    for _ in range(2):
+        assert op._resolve("auto") == "chunked-carried"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "the compiler is on holiday" in record.message
 
 
 @pytest.mark.parametrize(

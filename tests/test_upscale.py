@@ -2,7 +2,11 @@
 
 import errno
 import io
+import itertools
+import os
 import re
+import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
+from PIL import ExifTags, Image
 
 import upscale
 from dvmsr_jax import batch, formats
@@ -109,6 +113,34 @@ def test_results_of_earlier_runs_are_no_inputs():
     make("out/d.png")
     assert "out/d.png" not in targets(plan(".", output="out"))
     assert "out/d.png" in targets(plan("out", output="out"))
+
+
+@pytest.mark.parametrize(
+    "output", ["ph/out/", "./ph/out", "{cwd}/ph/out/", "ph/../ph/out/", "link/"]
+)
+@pytest.mark.parametrize("name", ["ph", "{cwd}/ph", "ph/../ph/", "ph/**/*", "{cwd}/p*/**/*.*"])
+def test_the_output_folder_is_no_input(folder, name, output):
+    make("ph/a.jpg", "ph/out/a_x4.png", "ph/out/deep/b_x4.png")
+    Path("link").symlink_to("ph/out")
+    (job,) = plan(name.format(cwd=folder), output=output.format(cwd=folder))
+    assert isinstance(job, Job)
+    assert job.source.name == "a.jpg"
+
+
+def test_inputs_inside_the_output_folder():
+    make("ph/sub/a.jpg")
+    for name in ("ph/sub", "ph/sub/*", "ph/s*/*"):
+        assert len(targets(plan(name, output="ph/"))) == 1
+    assert len(targets(plan("ph/sub", output="ph/sub"))) == 1
+
+
+def test_what_is_named_is_meant():
+    make("a.jpg", "a_x2.jpg", "a_x4.png")
+    assert set(targets(plan("a.jpg", "a_x2.jpg"))) == {"a.jpg", "a_x2.jpg"}
+    assert set(targets(plan("a.jpg", "a_x4.png", output="q/"))) == {"a.jpg", "a_x4.png"}
+    assert set(targets(plan(".", "a_x2.jpg"))) == {"a.jpg", "a_x2.jpg"}
+    # Unless it is what a shell makes of *.* where the command has been given before.
+    assert set(targets(plan("a.jpg", "a_x4.png"))) == {"a.jpg"}
 
 
 def test_one_file_as_output():
@@ -215,7 +247,8 @@ def test_animations_stay_animations(upscaler):
     ("error", "answer"),
     [
         (MemoryError(), "out of memory.*--tile"),
-        (OSError(errno.EACCES, "Permission denied"), "cannot be written.*Permission denied"),
+        (OSError(errno.ENOSPC, "No space"), r"^unexpected OSError: \[Errno 28\] No space$"),
+        (ZeroDivisionError("of a bug"), "^unexpected ZeroDivisionError: of a bug$"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
@@ -231,6 +264,29 @@ def test_nothing_is_left_of_what_went_wrong(doubling, suffix, error, answer):
     assert [outcome.status for outcome in outcomes.values()] == ["failed", "failed"]
     assert re.search(answer, outcomes["a.png"].what)
     assert sorted(map(str, Path().iterdir())) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EFBIG])
+def test_what_cannot_be_written_fails(upscaler, monkeypatch, number):
+    def write(path, *arguments, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(number, "for a reason")
+
+    make("a.png", "b.png")
+    monkeypatch.setattr(formats, "write", write)
+    outcomes = run(upscaler, "a.png", "b.png")
+    assert [outcome.status for outcome in outcomes.values()] == ["failed", "failed"]
+    assert outcomes["a.png"].what == "a_x2.png cannot be written (for a reason)"
+    assert sorted(map(str, Path().iterdir())) == ["a.png", "b.png"]
+
+
+def test_long_names(upscaler):
+    longest = os.pathconf(".", "PC_NAME_MAX")
+    fits, too_long = "a" * (longest - 7) + ".png", "b" * (longest - 4) + ".png"
+    make(fits, too_long)
+    outcomes = run(upscaler, fits, too_long)
+    assert outcomes[fits].status == "done"
+    assert outcomes[too_long].what.endswith("cannot be written (File name too long)")
 
 
 def test_a_full_disk_stops_the_run(doubling, upscaler, monkeypatch):
@@ -296,6 +352,13 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         (["a.png", "--ckpt", weights, "--scale", "400"], "scale is 400"),
         (["a.png", "--ckpt", weights, "-o", "x.xyz"], "written as .png"),
         (["a.png", "--ckpt", weights, "--tile", "4"], "overlap"),
+        *(
+            (
+                ["a.png", "--ckpt", weights, "--max-megapixels", value],
+                f"--max-megapixels is {value}",
+            )
+            for value in ("inf", "nan", "0", "-1")
+        ),
         (["--ckpt", weights], "no pictures"),
     ):
         message = run_main(monkeypatch, *arguments)
@@ -304,7 +367,8 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         assert "\n" not in message
 
 
-def test_ctrl_c(upscaler, weights, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals(upscaler, monkeypatch, capsys, number):
     make("a.png", "b.png", "c.png", size=(4, 40))
     count = 0
 
@@ -313,14 +377,28 @@ def test_ctrl_c(upscaler, weights, monkeypatch, capsys):
         count += 1
         yield from list(upscaler._upscale(image))[:1]
         if count == 2:
-            raise KeyboardInterrupt
+            assert list(Path().glob(".dvmsr-*"))
+            signal.raise_signal(number)
         yield from list(upscaler._upscale(image))[1:]
 
     stop = Upscaler(stopping, 2)
     monkeypatch.setattr(upscale.Upscaler, "from_checkpoint", lambda *_, **__: stop)
-    assert run_main(monkeypatch, ".", "--format", "tif") == upscale.INTERRUPTED
-    assert "1 done, 0 skipped, 0 failed" in capsys.readouterr().err
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert run_main(monkeypatch, ".", "--format", "tif") == 128 + number
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+    if number == signal.SIGINT:
+        assert "1 done, 0 skipped, 0 failed" in capsys.readouterr().err
     assert sorted(map(str, Path().iterdir())) == ["a.png", "a_x2.tif", "b.png", "c.png"]
+
+
+def test_no_picture_on_a_terminal(weights, monkeypatch):
+    make("a.png")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    message = run_main(monkeypatch, "a.png", "-o", "-", "--ckpt", weights)
+    assert message.startswith("error: standard output is a terminal")
 
 
 def test_pipes(weights, monkeypatch):
@@ -340,4 +418,59 @@ def test_pipes(weights, monkeypatch):
     result = subprocess.run(command, input=b"no picture", capture_output=True)
     assert result.returncode == 1
     assert not result.stdout
-    assert b"failed: -: standard input: is no PNG" in result.stderr
+    assert b"failed: -: is no PNG" in result.stderr
+
+
+def exif_with(*entries):
+    """EXIF whose main directory has these (tag, type, count, value or its bytes)."""
+    data, rest = struct.pack("<H", len(entries)), b""
+    behind = 8 + 2 + 12 * len(entries) + 4
+    for tag, kind, count, value in entries:
+        if len(value) > 4:
+            value, rest = struct.pack("<I", behind + len(rest)), rest + value
+        data += struct.pack("<2HI", tag, kind, count) + value.ljust(4, b"\0")
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + data + bytes(4) + rest
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_text_of_exif_stays_as_it_is(upscaler, suffix):
+    """In UTF-8, though the standard wants ASCII; in the main directory and in another."""
+    text = "© 2023 Jürgen".encode()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Copyright] = text
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel] = "????"
+    data = exif.tobytes().replace(b"????", "Öß".encode())
+    for name in ("a.png", "b.jpg", "c.webp"):
+        Image.new("RGB", (4, 3)).save(name, exif=data)
+    run(upscaler, "a.png", output="d.tif")  # Pillow would not keep it
+    for name in ("a.png", "b.jpg", "c.webp", "d.tif"):
+        (outcome,) = run(upscaler, name, suffix=suffix).values()
+        with Image.open(outcome.what) as image:
+            again = image.getexif()
+            assert again[ExifTags.Base.Copyright].encode("latin-1") == text
+            lens = again.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel]
+            assert lens.encode("latin-1").decode() == "Öß"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_numbers_of_every_kind_in_exif(upscaler, suffix):
+    """Even where others belong: type, count and value of what should be text, or a small number."""
+    numbers = [
+        *((1, 1, b"\xff"), (3, 1, b"\xff\xff"), (3, 3, bytes(range(6))), (4, 1, b"\xff" * 4)),
+        *((6, 1, b"\x80"), (8, 1, b"\xff\xff"), (9, 1, b"\xff" * 4), (9, 2, b"\xff" * 8)),
+        *((5, 1, bytes(8)), (10, 1, b"\xff" * 8), (11, 1, b"\xff" * 4), (12, 1, b"\xff" * 8)),
+        *((7, 4, b"\xff\xfea\0"), (2, 4, b"\xff\xfea\0"), (16, 1, b"\xff" * 8)),
+    ]
+    tags = ExifTags.Base.Rating, ExifTags.Base.ImageDescription, ExifTags.Base.XPTitle
+    for i, number in enumerate(itertools.product(tags, numbers)):
+        tag, (kind, count, value) = number
+        exif = exif_with((tag, kind, count, value))
+        Image.new("RGB", (4, 3)).save(f"{i}.jpg", exif=exif)
+        (outcome,) = run(upscaler, f"{i}.jpg", suffix=suffix).values()
+        assert outcome.status == "done", outcome
+    for i, rating in enumerate((-1, 5)):
+        exif = exif_with((ExifTags.Base.Rating, 9, 1, struct.pack("<i", rating)))
+        Image.new("RGB", (4, 3)).save(f"rating{i}.jpg", exif=exif)
+        (outcome,) = run(upscaler, f"rating{i}.jpg", suffix=suffix).values()
+        with Image.open(outcome.what) as image:
+            assert image.getexif()[ExifTags.Base.Rating] == rating

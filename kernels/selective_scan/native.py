@@ -3,15 +3,18 @@
 Forward only. What is differentiated is computed by `chunked` in its carried form, both ways.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +62,8 @@ def _scan(delta_softplus: bool, u, delta, A, B, C, D, z, delta_bias, initial_sta
     )
     y, end = call(
         *(x.astype(jnp.float32) for x in (u, delta, A.T, B, C, D)),
-        jnp.zeros(0) if z is None else z.astype(jnp.float32),
-        jnp.zeros(d) if delta_bias is None else delta_bias,
+        jnp.zeros(0, jnp.float32) if z is None else z.astype(jnp.float32),
+        jnp.zeros(d, jnp.float32) if delta_bias is None else delta_bias,
         initial_state.mT,
         delta_softplus=delta_softplus,
         gated=z is not None,
@@ -102,38 +105,59 @@ def register() -> str:
     if jax.default_backend() != "cpu":
         raise NativeUnavailableError("it is for CPUs only")
     with _LOCK:
-        library = compile_library()
-        name = f"dvmsr_{library.stem}"
-        handler = ctypes.CDLL(str(library)).SelectiveScan
+        name, handler = load_library()
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return name
 
 
-def compile_library() -> Path:
-    """The shared library in the user's cache folder, compiled unless it is there."""
+def load_library() -> tuple[str, Any]:
+    """(a name, the scan) of the library in the user's cache, compiled unless it is there, whole.
+
+    Its name holds its checksum: to load half a library can end the process.
+    """
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise NativeUnavailableError("there is no C++ compiler (c++, g++ or clang++)")
-    # What it was made from and for: a home may be shared by machines of several kinds.
-    made_of = SOURCE.read_text(), FLAGS, jax.lib.__version__, compiler, _processor()
-    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    folder = user_cache.folder()
-    library = folder / f"selective_scan_{digest}.so"
-    if library.exists():
-        return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fresh = Path(scratch, library.name)
-            include = f"-I{jax.ffi.include_dir()}"
-            command = [compiler, *FLAGS, include, str(SOURCE), "-o", str(fresh)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            fresh.replace(library)
+        folder = user_cache.folder()
+        stem = f"selective_scan_{_checksum(repr(_made_of(compiler)).encode())}"
+        for library in folder.glob(f"{stem}_*.so"):
+            if library.name == f"{stem}_{_checksum(library.read_bytes())}.so":
+                with contextlib.suppress(OSError, AttributeError):
+                    user_cache.check_is_private(library)
+                    return library.stem, ctypes.CDLL(str(library)).SelectiveScan
+            library.unlink(missing_ok=True)
+        library = _compile(compiler, folder, stem)
+        return library.stem, ctypes.CDLL(str(library)).SelectiveScan
     except subprocess.CalledProcessError as error:
         raise NativeUnavailableError(f"{compiler} failed on {SOURCE}:\n{error.stderr}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailableError(f"cannot compile {SOURCE}: {error}") from error
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"cannot compile and load {SOURCE}: {error}") from error
+
+
+def _compile(compiler: str, folder: Path, stem: str) -> Path:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        fresh = Path(scratch, "fresh.so")
+        include = f"-I{jax.ffi.include_dir()}"
+        command = [compiler, *FLAGS, include, str(SOURCE), "-o", str(fresh)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+        library = folder / f"{stem}_{_checksum(fresh.read_bytes())}.so"
+        fresh.chmod(0o700)
+        fresh.replace(library)
     return library
+
+
+def _made_of(compiler: str) -> tuple[object, ...]:
+    """What a library is made from and for: a home may be shared by machines of several kinds."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
+    system = platform.libc_ver(), _processor()
+    return SOURCE.read_text(), FLAGS, jax.lib.__version__, compiler, version, *system
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _processor() -> str:

@@ -127,7 +127,12 @@ def _resolve(implementation: str) -> str:
         _log_once(f"selective_scan runs without its Triton kernels, slower: {lack}")
     if platform != "cpu":
         return "chunked-parallel"
-    return "native" if implementation == "auto" and not missing("native") else "chunked-carried"
+    if implementation == "auto":
+        lack = missing("native")
+        if lack is None:
+            return "native"
+        _log_once(f"selective_scan runs without its C++ scan, slower: {lack}")
+    return "chunked-carried"
 
 
 @functools.cache
