@@ -5,14 +5,17 @@ the median of those after it and, in parentheses, how many times faster than wit
 scan that is. Megapixels are those that come out. `memory` is the most that the process held (on a
 GPU, that JAX held there) beyond what it holds after its imports. It includes the picture that goes
 in. The one that comes out is held with `whole`, and dropped row by row with `streaming`.
+
+JAX chooses the device; `JAX_PLATFORMS=cpu python -m benchmarks.inference` does otherwise.
 """
 
+import functools
 import itertools
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Literal, NamedTuple
@@ -22,11 +25,13 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from benchmarks import machine
+from benchmarks import machine, pytorch
+from benchmarks.pytorch import TorchModel
 from benchmarks.table import print_head, print_row, rounded
 from configs import PRESETS
 from dvmsr_jax.config import Compute
-from dvmsr_jax.inference import Upscale, make_streamer
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.inference import RgbView, Upscale, make_streamer
 from dvmsr_jax.model import DVMSR
 from kernels.selective_scan import Implementation, missing
 
@@ -55,13 +60,19 @@ class Result(NamedTuple):
     memory: int | None  # bytes; None where the system does not say
 
 
-def measure(width: int, height: int, how: How) -> Result:
-    """Upscales a picture of this size, in this process."""
-    before = machine.peak_memory()
+def measure(width: int, height: int, how: How | TorchModel) -> Result:
+    """Upscales a picture of this size, in this process. Raises UserError for a bad TorchModel."""
+    make_upscale: Callable[[], Callable[[np.ndarray], Iterator[np.ndarray]]]
+    peak_memory: Callable[[], int | None]
+    if isinstance(how, TorchModel):
+        make_upscale = functools.partial(pytorch.make_upscale, how, pytorch.load_class(how))
+        peak_memory = functools.partial(pytorch.peak_memory, how)
+    else:
+        make_upscale = functools.partial(_make_upscale, how)
+        peak_memory = machine.peak_memory
+    before = peak_memory()
     image = np.random.default_rng(0).random((height, width, 3), np.float32)
-    compute = Compute(scan=how.scan, precision=how.precision)
-    model = nnx.jit(lambda: DVMSR(CONFIG, compute=compute, rngs=nnx.Rngs(0)))()
-    upscale = make_streamer(model) if how.mode == "streaming" else _make_whole(model)
+    upscale = make_upscale()
 
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds[1:]) < CASE_SECONDS:
@@ -69,24 +80,27 @@ def measure(width: int, height: int, how: How) -> Result:
         for _ in upscale(image):
             pass
         seconds.append(time.perf_counter() - start)
-    after = machine.peak_memory()
+    after = peak_memory()
     memory = None if before is None or after is None else after - before
     return Result(seconds[0], statistics.median(seconds[1:]), memory)
 
 
-def _make_whole(model: DVMSR) -> Upscale:
-    """The model on the whole image at once."""
+def _make_upscale(how: How) -> Upscale:
+    compute = Compute(scan=how.scan, precision=how.precision)
+    model = nnx.jit(lambda: DVMSR(CONFIG, compute=compute, rngs=nnx.Rngs(0)))()
+    if how.mode == "streaming":
+        return make_streamer(model)
     graph, parameters = nnx.split(model)
     run = jax.jit(lambda parameters, image: nnx.merge(graph, parameters)(image))
 
-    def upscale(image: np.ndarray) -> Iterator[np.ndarray]:
-        yield np.asarray(run(parameters, image[None])[0])
+    def upscale(image: np.ndarray | RgbView) -> Iterator[np.ndarray]:
+        yield np.asarray(run(parameters, np.asarray(image)[None])[0])
 
     return upscale
 
 
-def measure_apart(width: int, height: int, how: How) -> Result | None:
-    """Upscales in a process of its own; None if that was killed for the memory it took."""
+def measure_apart(width: int, height: int, how: How | TorchModel) -> Result | None:
+    """`measure` in a process of its own; None if that was killed for the memory it took."""
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
@@ -116,6 +130,7 @@ def main(
         "chunked-parallel",
         "auto",
     ),
+    torch: tuple[str, ...] = (),
     smoke: bool = False,
 ) -> None:
     """Prints time, memory, and the growth of time with the picture, as Markdown tables.
@@ -125,6 +140,8 @@ def main(
         modes: the picture at once, or in bands.
         precisions: of convolutions and projections.
         scans: implementations of the selective scan (auto: native or triton where they run).
+        torch: FILE.py:CLASS of other x4 models in PyTorch, to be measured too, in float32: classes
+            that are built without arguments and take (1, 3, h, w).
         smoke: a quick run that only shows that everything works.
     """
     if smoke:
@@ -132,24 +149,45 @@ def main(
     for scan in scans:
         if lack := missing(scan):
             sys.exit(f"benchmarks.inference: the scan {scan!r} cannot run here: {lack}")
+    platform = jax.default_backend()
     print(f"{machine.describe()}\n")
-    print_head(("size", *How._fields, "first", "seconds", "MP/s", "memory"), text=How._fields)
-    ways = list(itertools.starmap(How, itertools.product(modes, precisions, scans)))
-    times: dict[How, dict[int, float]] = {how: {} for how in ways}
+    fields = (*How._fields[:-1], "scan or model")
+    print_head((f"size, {platform}", *fields, "first", "seconds", "MP/s", "memory"), text=fields)
+    ways: list[How | TorchModel] = [
+        *itertools.starmap(How, itertools.product(modes, precisions, scans))
+    ]
+    ways += [TorchModel(place, "cuda" if platform == "gpu" else "cpu") for place in torch]
+    times: dict[How | TorchModel, dict[int, float]] = {how: {} for how in ways}
+    failed: set[How | TorchModel] = set()
     for size, how in itertools.product(sizes, ways):
+        if how in failed:
+            continue
         width, height = map(int, size.split("x") if "x" in size else (size, size))
-        result = measure_apart(width, height, how)
+        try:
+            result = measure_apart(width, height, how)
+        except UserError as error:
+            failed.add(how)
+            print(f"benchmarks.inference: {error}", file=sys.stderr)
+            continue
         pixels = width * height
         if result is not None:
             times[how][pixels] = result.seconds
-        baseline = times.get(how._replace(scan=BASELINE), {}).get(pixels)
-        print_row([f"{width} x {height}", *how, *_cells(pixels, result, baseline)])
+        baseline = None
+        if isinstance(how, How):
+            baseline = times.get(how._replace(scan=BASELINE), {}).get(pixels)
+        print_row([f"{width} x {height}", *_names(how), *_cells(pixels, result, baseline)])
 
     print("\nSeconds grow like a power of the number of pixels:\n")
-    print_head((*How._fields, "exponent"), text=How._fields)
+    print_head((*fields, "exponent"), text=fields)
     for how, seconds in times.items():
         if len(seconds) > 1:
-            print_row([*how, f"{growth(seconds):.2f}"])
+            print_row([*_names(how), f"{growth(seconds):.2f}"])
+
+
+def _names(how: How | TorchModel) -> tuple[str, str, str]:
+    if isinstance(how, How):
+        return how
+    return "whole", "float32", f"{how.place.rpartition(':')[2]} in PyTorch"
 
 
 def _cells(pixels: int, result: Result | None, baseline: float | None) -> list[str]:

@@ -72,7 +72,7 @@ class Band:
         `columns` is the band's own width, and `carried` the last band's `left`; None, for zeros, if
         there has been none.
         """
-        self.first = first
+        self._first = first
         self.left: list[Array] = []
         self._height, self._width, self._columns = height, width, columns
         self._carried = None if carried is None else iter(carried)
@@ -81,7 +81,7 @@ class Band:
         """See Whole. From here on, the rows are those one further up in the image."""
         b, h, w, c = x.shape
         x = self.masked(x.reshape(b, h * w, c)).reshape(x.shape)
-        self.first = self.first - 1
+        self._first = self._first - 1
         x = jnp.concatenate([self._take((b, 2, w, c), x.dtype), x], axis=1)
         self.left.append(x[:, -2:])
         return x
@@ -111,7 +111,7 @@ class Band:
     def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
         """See Whole."""
         row, column = jnp.divmod(jnp.arange(x.shape[1]), self._columns)
-        row += self.first
+        row += self._first
         inside = (row >= 0) & (row < self._height) & (column < self._width)
         return jnp.where(inside[None, :, None], x, jnp.asarray(outside, x.dtype))
 

@@ -44,9 +44,10 @@ def resize_bands(
     weights.sum_duplicates()  # and put in order
     starts, ends = weights.indptr[:-1], weights.indptr[1:]
     first_sources, last_sources = weights.indices[starts], weights.indices[ends - 1]
-    held, first, done = None, 0, 0
+    columns, held, first, done = None, None, 0, 0
     for band in bands:
-        columns = _weights(band.shape[1], width).astype(np.float32)
+        if columns is None:
+            columns = _weights(band.shape[1], width).astype(np.float32)
         lines = (columns @ band.swapaxes(0, 1).reshape(band.shape[1], -1)).astype(np.float32)
         lines = lines.reshape(width, len(band), -1).swapaxes(0, 1)
         held = lines if held is None else np.concatenate([held, lines])

@@ -2,10 +2,10 @@
 
 import contextlib
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,42 @@ from dvmsr_jax.images import to_uint8
 from dvmsr_jax.model import DVMSR
 from kernels import user_cache
 
-# A band has about this many pixels, and at most so many rows: a CPU is fastest where a layer's
-# features fit its cache, and the answer's lateness costs the small picture up to a band more.
-BAND_PIXELS = 8_192
-MAX_BAND_ROWS = 16
+# A band has about this many pixels, and at most so many rows. A CPU is fastest where a layer's
+# features fit its cache, and the answer's lateness costs the small picture up to a band more. An
+# accelerator takes as long for a small band as for a larger one (where that ends is a guess, not
+# measured).
+BAND_PIXELS, MAX_BAND_ROWS = 8_192, 16
+ACCELERATOR_BAND_PIXELS, ACCELERATOR_MAX_BAND_ROWS = 131_072, 128
 
-# A function from an RGB image in [0, 1], (h, w, 3), to its upscaled rows from top to bottom in
-# arrays of (any number, w s, 3), which may leave that range slightly.
-Upscale = Callable[[np.ndarray], Iterator[np.ndarray]]
+Item = TypeVar("Item")
+
+
+class RgbView:
+    """An RGB image in [0, 1] that is made of other pixels where it is looked at, and not held.
+
+    Of an array's interface it has what upscaling takes: shape, slices, and np.asarray for all.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, pixels: np.ndarray, to_rgb: Callable[[np.ndarray], np.ndarray]):
+        """`to_rgb` makes (h, w, 3), float32, of any part, (h, w, channels), of the pixels."""
+        self.shape = (*pixels.shape[:2], 3)
+        self._pixels, self._to_rgb = pixels, to_rgb
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
+        return self._to_rgb(self._pixels[part])
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self[:], dtype, copy=copy)
+
+
+# A function from an RGB image in [0, 1] to its upscaled rows from top to bottom in arrays of
+# (any number, w s, 3), which may leave that range slightly.
+Upscale = Callable[[np.ndarray | RgbView], Iterator[np.ndarray]]
 
 
 def make_upscaler(
@@ -74,13 +102,13 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> Upscale:
     if model.config.bidirectional:
         raise UserError("a bidirectional model reads a picture from both ends: upscale it in tiles")
     graph, parameters = nnx.split(model)
-    s = model.config.scale
+    s, late = model.config.scale, model.rows_late
 
     def step(parameters, carried, rows, first, height, width):
-        """(what the next band needs, the upscaled rows, the place of the first among the rows)."""
+        """(what the next band needs, the upscaled rows)."""
         band = Band(first, height, width, rows.shape[1], carried)
         upscaled = nnx.merge(graph, parameters)(rows[None], band=band)[0]
-        return band.left, upscaled, band.first
+        return band.left, upscaled
 
     @functools.cache
     def shapes_carried(rows, columns):
@@ -89,22 +117,26 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> Upscale:
 
     compiled_step = jax.jit(step, donate_argnums=1)
 
-    def stream(image: Float[np.ndarray, "h w 3"]) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
+    def stream(
+        image: Float[np.ndarray, "h w 3"] | Float[RgbView, "h w 3"],
+    ) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
         h, w, _ = image.shape
         columns = _columns(w)
-        count = band_rows or min(MAX_BAND_ROWS, max(1, BAND_PIXELS // columns))
-        carried = [jnp.zeros(x.shape, x.dtype) for x in shapes_carried(count, columns)]
-        done = 0
-        for first in itertools.count(0, count):
-            rows = image[first : first + count]
-            rows = np.pad(rows, ((0, count - len(rows)), (0, columns - w), (0, 0)))
-            carried, upscaled, place = compiled_step(parameters, carried, rows, first, h, w)
-            start, end = done - int(place), min(count, h - int(place))
+        count = band_rows or _band_rows(columns)
+
+        def answers() -> Iterator[tuple[int, Array]]:
+            """(the place of the first row, the upscaled rows), which JAX may still compute."""
+            carried = [jnp.zeros(x.shape, x.dtype) for x in shapes_carried(count, columns)]
+            for first in range(0, h + late, count):
+                rows = image[first : first + count]
+                rows = np.pad(rows, ((0, count - len(rows)), (0, columns - w), (0, 0)))
+                carried, upscaled = compiled_step(parameters, carried, rows, first, h, w)
+                yield first - late, upscaled
+
+        for place, upscaled in _one_ahead(answers()):
+            start, end = max(0, -place), min(count, h - place)
             if start < end:
                 yield np.asarray(upscaled)[start * s : end * s, : w * s]
-                done += end - start
-            if done == h:
-                return
 
     return stream
 
@@ -125,7 +157,9 @@ def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> Upscale:
     def run(parameters, image):
         return nnx.merge(graph, parameters)(image[None])[0]
 
-    def upscale(image: Float[np.ndarray, "h w 3"]) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
+    def upscale(
+        image: Float[np.ndarray, "h w 3"] | Float[RgbView, "h w 3"],
+    ) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
         h, w, _ = image.shape
         tops, weights_down = _tiles_along(h, tile, overlap, s)
         lefts, weights_across = _tiles_along(w, tile, overlap, s)
@@ -136,7 +170,8 @@ def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> Upscale:
             for left, across in zip(lefts, weights_across, strict=True):
                 part = image[top : top + tile, left : left + tile]
                 weights = (down[:, None] * across)[:, :, None]
-                rows[:, left * s : left * s + len(across)] += weights * run(parameters, part)
+                upscaled = np.asarray(run(parameters, part))
+                rows[:, left * s : left * s + len(across)] += weights * upscaled
             done = (below - top) * s
             yield rows[:done]
             begun = rows[done:]
@@ -173,6 +208,23 @@ def keep_compiled_programs() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         with contextlib.suppress(OSError):
             jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "programs"))
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each when the next is asked for already: that is computed while one is used."""
+    ahead = next(items)
+    for item in items:
+        yield ahead
+        ahead = item
+    yield ahead
+
+
+def _band_rows(columns: int) -> int:
+    if jax.default_backend() == "cpu":
+        pixels, most = BAND_PIXELS, MAX_BAND_ROWS
+    else:
+        pixels, most = ACCELERATOR_BAND_PIXELS, ACCELERATOR_MAX_BAND_ROWS
+    return min(most, max(1, pixels // columns))
 
 
 def _columns(width: int) -> int:

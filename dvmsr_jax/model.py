@@ -97,12 +97,17 @@ class DVMSR(nnx.Module):
         self.conv_last = Conv3x3(c, c, compute, rngs=rngs)
         self.reconstruct = Conv3x3(c, 3 * s * s, compute, rngs=rngs)
 
+    @property
+    def rows_late(self) -> int:
+        """By how many rows the answers to bands are late: one for each 3x3 convolution."""
+        return len(self.rssbs) + 3
+
     def __call__(
         self, image: Float[Array, "b h w 3"], band: Whole | Band = WHOLE
     ) -> Float[Array, "b hs ws 3"]:
         """Upscales RGB images in [0, 1]; the result may leave that range slightly.
 
-        Given a `Band`, the rows that come out lie where `band.first` says then.
+        Given a `Band`, the rows that come out lie `rows_late` further up in the image.
         """
         return self.with_features(image, band=band)[0]
 

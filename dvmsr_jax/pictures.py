@@ -172,13 +172,15 @@ class Picture:
 
     def frames(self) -> Iterator[Frame]:
         """Every frame or page. Raises ImageError, naming the file, if one cannot be decoded."""
-        with contextlib.ExitStack() as stack:
-            with self._reading():
-                image = stack.enter_context(self._open())
+        with self._reading():
+            image = self._open()
+        with contextlib.closing(image):
             for i in self._frames:
                 with self._reading():
                     image.seek(i)
                     frame = self._read(image, i)
+                if i == self._frames[-1]:
+                    image.close()  # frees what it has decoded, while the frame is used
                 yield frame
 
     def _read(self, image: Image.Image, i: int) -> Frame:
@@ -292,7 +294,7 @@ def _pixels(image: Image.Image, rawmode: str) -> Pixels:
         raise ImageError("32-bit pixels, of unknown range; save it with 8 or 16 bits")
     key = image.info.get("transparency")
     if mode.startswith("I;16"):
-        pixels = np.asarray(image).astype(np.uint16)[:, :, None]
+        pixels = _converted(image, mode).astype(np.uint16, copy=False)[:, :, None]
         if rawmode == "I;12":
             pixels = np.rint(pixels * (65535 / 4095)).astype(np.uint16)
         if _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0:  # 0 is white
@@ -301,15 +303,33 @@ def _pixels(image: Image.Image, rawmode: str) -> Pixels:
     if mode in ("1", "L"):
         if isinstance(key, int) and rawmode in ("L;2", "L;4"):  # counted in the file's bits
             key *= 255 // (2 ** int(rawmode[2:]) - 1)
-        return _transparent_colour(np.array(image.convert("L"))[:, :, None], key)
+        return _transparent_colour(_converted(image, "L")[:, :, None], key)
     if mode == "RGB":
-        return _transparent_colour(np.array(image), key)
+        return _transparent_colour(_converted(image, "RGB"), key)
     if mode in ("CMYK", "LAB"):
         return np.array(_to_srgb(image))
     if mode in ("LA", "La"):
-        return np.array(image.convert("LA"))
+        return _converted(image, "LA")
     alpha = image.has_transparency_data or mode in ("RGBA", "RGBa", "PA")
-    return np.array(image.convert("RGBA" if alpha else "RGB"))
+    return _converted(image, "RGBA" if alpha else "RGB")
+
+
+def _converted(image: Image.Image, mode: str) -> np.ndarray:
+    """np.array(image.convert(mode)), but by rows: Pillow copies thrice on the way there."""
+
+    def rows(top: int, bottom: int) -> np.ndarray:
+        return np.asarray(image.crop((0, top, image.width, bottom)).convert(mode))
+
+    one = rows(0, 1)
+    pixels = np.empty((image.height, *one.shape[1:]), one.dtype)
+    step = max(1, _CONVERTED // max(1, image.width))
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        pixels[top:bottom] = rows(top, bottom)
+    return pixels
+
+
+_CONVERTED = 2**18  # pixels at a time
 
 
 def _transparent_colour(pixels: Pixels, colour: Any) -> Pixels:

@@ -6,7 +6,7 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, overload
 
@@ -19,7 +19,13 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from dvmsr_jax import bicubic
 from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import Upscale, average_over_symmetries, make_streamer, make_tiler
+from dvmsr_jax.inference import (
+    RgbView,
+    Upscale,
+    average_over_symmetries,
+    make_streamer,
+    make_tiler,
+)
 from dvmsr_jax.pictures import BandedFrame, Frame, from_pillow, to_pillow
 from dvmsr_jax.pretrained import load_model
 
@@ -92,7 +98,7 @@ class Upscaler:
     @overload
     def __call__(self, picture: np.ndarray) -> np.ndarray: ...
 
-    def __call__(self, picture: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+    def __call__(self, picture: object) -> Image.Image | np.ndarray:
         """The picture enlarged, in the form it came in.
 
         Args:
@@ -110,19 +116,23 @@ class Upscaler:
         """
         if isinstance(picture, Image.Image):
             frame = self.enlarge(from_pillow(picture))
-            image = to_pillow(np.concatenate([*frame.bands]))
+            image = to_pillow(_joined(frame.bands, frame.shape, frame.dtype))
             metadata = frame.metadata
             exif = metadata.exif_bytes()
             kept = {"icc_profile": metadata.icc, "dpi": metadata.dpi, "exif": exif}
             image.info |= {key: value for key, value in kept.items() if value}
             return image
+        if not isinstance(picture, np.ndarray):
+            kind = type(picture).__name__
+            raise UserError(f"a {kind} is no picture: expected a Pillow image or a NumPy array")
         pixels = picture[:, :, None] if picture.ndim == 2 else picture
         if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or 0 in pixels.shape:
             raise UserError(
                 f"an array of shape {picture.shape} is no picture: expected (h, w) or (h, w, c) "
                 "with c from 1 to 4"
             )
-        enlarged = np.concatenate([*self._bands(pixels)])
+        shape = (*self._enlarged(*pixels.shape[:2]), pixels.shape[2])
+        enlarged = _joined(self._bands(pixels), shape, pixels.dtype)
         return enlarged[:, :, 0] if picture.ndim == 2 else enlarged
 
     def enlarge(self, frame: Frame) -> BandedFrame:
@@ -139,79 +149,99 @@ class Upscaler:
     def _bands(self, pixels: np.ndarray) -> Iterator[np.ndarray]:
         """Of the enlarged pixels, in their own type."""
         dtype = pixels.dtype
-        if dtype in (np.uint8, np.uint16):
-            maximum = np.iinfo(dtype).max
-            values = pixels.astype(np.float32) / np.float32(maximum)
-        elif np.issubdtype(dtype, np.floating):
-            maximum = 0
-            values = pixels.astype(np.float32)
-        else:
+        if not (dtype.kind == "f" or (dtype.kind == "u" and dtype.itemsize <= 2)):
             raise UserError(f"pixels of type {dtype}: expected uint8, uint16 or floating point")
-        for band in self._enlarge_values(values):
+        for band in self._enlarge_values(pixels):
             band = np.clip(band, 0, 1)
-            if maximum:
-                band = np.rint(band * maximum)
+            if dtype.kind == "u":
+                band = np.rint(band * np.iinfo(dtype).max)
             yield band.astype(dtype)
 
-    def _enlarge_values(
-        self, values: Float[np.ndarray, "h w channels"]
-    ) -> Iterator[Float[np.ndarray, "rows W channels"]]:
-        channels = values.shape[2]
-        if channels == 1:
-            for band in self._enlarge_rgb(np.repeat(values, 3, axis=2)):
-                yield band @ _LUMA[:, None]
-        elif channels == 3:
-            yield from self._enlarge_rgb(values)
-        elif (values[:, :, -1] == 1).all():
-            for band in self._enlarge_values(values[:, :, :-1]):
+    def _enlarge_values(self, pixels: np.ndarray) -> Iterator[Float[np.ndarray, "rows W channels"]]:
+        if pixels.shape[2] in (1, 3):
+            yield from self._enlarge_colours(pixels, lambda values: values)
+        elif _values(pixels[:, :, -1].min(keepdims=True)).item() == 1:
+            for band in self._enlarge_colours(pixels, lambda values: values[:, :, :-1]):
                 yield np.pad(band, ((0, 0), (0, 0), (0, 1)), constant_values=1)
         else:
-            yield from self._enlarge_transparent(values)
+            yield from self._enlarge_transparent(pixels)
 
     def _enlarge_transparent(
-        self, values: Float[np.ndarray, "h w channels"]
+        self, pixels: np.ndarray
     ) -> Iterator[Float[np.ndarray, "rows W channels"]]:
         """On black, where the model sees premultiplied colours, and on white.
 
         The results tell alpha, and the colour that gives both of them: so the enlarged picture
         looks on either as if it had been put there before, and no fringe can appear.
         """
-        alpha = values[:, :, -1:]
-        on_black = values[:, :, :-1] * alpha
-        on_white = on_black + (1 - alpha)
-        # What is opaque or clear stays exactly so, and alpha does not overshoot at edges.
-        lowest, highest = minimum_filter(alpha, (3, 3, 1)), maximum_filter(alpha, (3, 3, 1))
-        height, width = self._enlarged(*alpha.shape[:2])
-        rows, columns = (
-            ((np.arange(n) + 0.5) * (n_in / n)).astype(int)
-            for n, n_in in zip((height, width), alpha.shape[:2], strict=True)
-        )
-        done = 0
-        bands = zip(self._enlarge_values(on_black), self._enlarge_values(on_white), strict=True)
-        for black, white in bands:
-            area = np.ix_(rows[done : done + len(black)], columns)
-            done += len(black)
+
+        def on_black(values: np.ndarray) -> np.ndarray:
+            return values[:, :, :-1] * values[:, :, -1:]
+
+        def on_white(values: np.ndarray) -> np.ndarray:
+            return on_black(values) + (1 - values[:, :, -1:])
+
+        h, w, _ = pixels.shape
+        height, width = self._enlarged(h, w)
+        columns = ((np.arange(width) + 0.5) * (w / width)).astype(int)
+        bottom = 0
+        for black, white in zip(
+            self._enlarge_colours(pixels, on_black),
+            self._enlarge_colours(pixels, on_white),
+            strict=True,
+        ):
+            top, bottom = bottom, bottom + len(black)
+            rows = ((np.arange(top, bottom) + 0.5) * (h / height)).astype(int)
+            # What is opaque or clear stays exactly so, and alpha does not overshoot at edges.
+            first = max(rows[0] - 1, 0)
+            alpha = _values(pixels[first : rows[-1] + 2, :, -1:])
+            area = np.ix_(rows - first, columns)
+            lowest = minimum_filter(alpha, (3, 3, 1))[area]
+            highest = maximum_filter(alpha, (3, 3, 1))[area]
             black, white = np.clip(black, 0, 1), np.clip(white, 0, 1)
             coverage = 1 - (white - black).mean(axis=2, keepdims=True)
-            coverage = np.clip(coverage, lowest[area], highest[area])
+            coverage = np.clip(coverage, lowest, highest)
             colour = np.divide(black, coverage, out=np.zeros_like(black), where=coverage > 0)
             yield np.concatenate([colour, coverage], axis=2)
 
-    def _enlarge_rgb(
-        self, image: Float[np.ndarray, "h w 3"]
-    ) -> Iterator[Float[np.ndarray, "rows W 3"]]:
-        bands = self._upscale(image)
-        h, w, _ = image.shape
-        if self.scale == self._model_scale:
-            return bands
-        return bicubic.resize_bands(bands, h * self._model_scale, *self._enlarged(h, w))
+    def _enlarge_colours(
+        self, pixels: np.ndarray, colours: Callable[[np.ndarray], np.ndarray]
+    ) -> Iterator[Float[np.ndarray, "rows W colours"]]:
+        """`colours` tells grey or RGB from the values, in [0, 1], of any part of the pixels."""
+
+        def to_rgb(part: np.ndarray) -> np.ndarray:
+            seen = colours(_values(part))
+            return np.broadcast_to(seen, (*seen.shape[:2], 3))
+
+        bands = self._upscale(RgbView(pixels, to_rgb))
+        h, w, channels = pixels.shape
+        if self.scale != self._model_scale:
+            bands = bicubic.resize_bands(bands, h * self._model_scale, *self._enlarged(h, w))
+        for band in bands:
+            yield band @ _LUMA[:, None] if channels < 3 else band
+
+
+def _values(pixels: np.ndarray) -> np.ndarray:
+    """In [0, 1], of any pixels."""
+    values = pixels.astype(np.float32)
+    return values / np.float32(np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else values
+
+
+def _joined(bands: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The array of this shape whose rows the bands are, without holding them beside it."""
+    whole = np.empty(shape, dtype)
+    bottom = 0
+    for band in bands:
+        top, bottom = bottom, bottom + len(band)
+        whole[top:bottom] = band
+    return whole
 
 
 def _self_ensemble(upscale: Upscale) -> Upscale:
     def whole(images: Array) -> Array:
         return jnp.concatenate([*upscale(np.asarray(images[0]))])[None]
 
-    def average(image: np.ndarray) -> Iterator[np.ndarray]:
-        yield np.array(average_over_symmetries(whole, jnp.asarray(image[None]))[0])
+    def average(image: np.ndarray | RgbView) -> Iterator[np.ndarray]:
+        yield np.array(average_over_symmetries(whole, jnp.asarray(np.asarray(image)[None]))[0])
 
     return average

@@ -1,12 +1,16 @@
 """The command lines: README's commands parse, mistakes are answered, scores have their form."""
 
+import contextlib
 import functools
 import importlib
 import json
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tyro
@@ -239,6 +243,66 @@ def test_inference_benchmark_runs(monkeypatch, capsys):
     inference_benchmark.main(smoke=True)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 2 * 2 + 2 + 2  # two sizes in two modes; the growth of each mode
+
+
+TORCH_MODEL = """
+import torch
+
+class Fourfold:
+    def eval(self): return self
+    def to(self, device): return self
+    def __call__(self, x):
+        assert x.array.shape[:2] == (1, 3) and x.array.dtype == "float32"
+        return torch.from_numpy(x.array.repeat(4, 2).repeat(4, 3))
+
+class Failing(Fourfold):
+    def __call__(self, x): raise RuntimeError("no such kernel")
+"""
+
+
+def test_inference_benchmark_takes_models_in_pytorch(monkeypatch, capsys, tmp_path):
+    """What stands for PyTorch has as much of it as is used."""
+
+    class Tensor:
+        def __init__(self, array):
+            self.array = array
+
+        def to(self, device):
+            assert device == ("cuda" if jax.default_backend() == "gpu" else "cpu")
+            return self
+
+        def cpu(self):
+            return self
+
+        def numpy(self):
+            return self.array
+
+    torch = types.ModuleType("torch")
+    torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    torch.from_numpy, torch.no_grad = Tensor, contextlib.nullcontext
+    torch.cuda = types.SimpleNamespace(max_memory_allocated=lambda: 0)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
+    monkeypatch.setattr(inference_benchmark, "measure_apart", inference_benchmark.measure)
+    file = tmp_path / "published_model.py"
+    file.write_text(TORCH_MODEL)
+    names = ("Fourfold", "Failing", "Missing")
+    inference_benchmark.main(modes=(), sizes=("3", "4"), torch=tuple(f"{file}:{n}" for n in names))
+    out, err = capsys.readouterr()
+    rows = [line for line in out.splitlines() if "Fourfold in PyTorch" in line]
+    assert [row.split("|")[1].strip() for row in rows] == ["3 x 3", "4 x 4", "whole"]
+    failing, missing = err.splitlines()
+    assert "Failing: fails on (1, 3, 3, 3) (no such kernel)" in failing
+    assert "Missing: cannot be imported" in missing
+    assert "Failing" not in out
+    assert "Missing" not in out
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    inference_benchmark.main(modes=(), sizes=("3",), torch=(f"{file}:Fourfold", "gone.py:Model"))
+    absent, gone = capsys.readouterr().err.splitlines()
+    assert "PyTorch, which is not installed" in absent
+    assert "gone.py:Model: expected FILE.py:CLASS" in gone
 
 
 def test_growth_is_the_exponent():

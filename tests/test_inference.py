@@ -13,13 +13,20 @@ from jax import monitoring
 from benchmarks import inference
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import _columns, keep_compiled_programs, make_streamer, make_tiler
+from dvmsr_jax.inference import (
+    RgbView,
+    _columns,
+    keep_compiled_programs,
+    make_streamer,
+    make_tiler,
+)
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import load_model
 
 TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
 HEIGHTS = (1, 2, 7, 8, 63, 257)
 BANDS = (1, 3, 8, 32)
+PADDED = 17  # a width for which bands are wider than the image
 
 
 @functools.cache
@@ -56,7 +63,7 @@ def assert_streams_like_whole(config, h, w, band_rows):
 @pytest.mark.parametrize("band_rows", BANDS)
 @pytest.mark.parametrize("h", HEIGHTS)
 def test_streaming_equals_the_whole_image(h, band_rows):
-    assert_streams_like_whole(TINY, h, 5, band_rows)
+    assert_streams_like_whole(TINY, h, PADDED, band_rows)
 
 
 def test_rows_far_away_bear_on_the_result():
@@ -84,6 +91,21 @@ def test_streaming_the_published_weights(shared):
     np.testing.assert_allclose(np.concatenate(bands), whole, atol=1e-5, rtol=0)
 
 
+def test_a_band_is_asked_for_before_the_one_above_is_used():
+    """So that the one can be computed while the other is written."""
+    asked = []
+
+    def note(part):
+        asked.append(len(part))
+        return part
+
+    bands = streamer(TINY, 8)(RgbView(random_image(63, PADDED), note))
+    next(bands)
+    assert asked == [8, 8]
+    assert sum(map(len, bands)) == 4 * 63 - 4 * (8 - random_model(TINY).rows_late)
+    assert sum(asked) == 63
+
+
 def test_one_program_serves_all_heights(monkeypatch):
     """So its memory cannot depend on the height."""
     stream = streamer(TINY, 8)
@@ -107,6 +129,7 @@ def test_one_program_serves_all_heights(monkeypatch):
 def test_columns_are_few_and_never_too_few():
     columns = [_columns(w) for w in range(1, 4097)]
     assert all(w <= c <= 1.125 * w for w, c in enumerate(columns, start=1))
+    assert _columns(PADDED) > PADDED
     assert len(set(columns)) == 16 + 8 * 8  # 1 to 16, and eight in each doubling up to 4,096
 
 
@@ -128,10 +151,27 @@ def test_compiled_programs_are_kept_where_the_user_wants_them(monkeypatch, tmp_p
 def test_benchmark_measures(mode, monkeypatch):
     monkeypatch.setattr(inference, "CONFIG", dataclasses.replace(TINY, rssbs=1))
     monkeypatch.setattr(inference, "CASE_SECONDS", 0)
+    peaks, runs = iter([1000, 1024]), []
+    monkeypatch.setattr(inference.machine, "peak_memory", lambda: next(peaks))
+    make = inference._make_upscale
+
+    def counting(how):
+        upscale = make(how)
+
+        def upscale_and_count(image):
+            runs.append(0)
+            for band in upscale(image):
+                assert band.shape[1:] == (4 * 5, 3)
+                runs[-1] += len(band)
+                yield band
+
+        return upscale_and_count
+
+    monkeypatch.setattr(inference, "_make_upscale", counting)
     result = inference.measure(5, 7, inference.How(mode, "bfloat16", "auto"))
-    assert result.first > 0
-    assert result.seconds > 0
-    assert inference.growth({n: 3e-6 * n**1.5 for n in (4, 16, 64)}) == pytest.approx(1.5)
+    assert result.memory == 24
+    assert runs == [4 * 7] * 2  # once with compiling and once without, all rows
+    assert 0 < result.seconds < result.first
 
 
 def test_bidirectional_models_are_not_streamed():

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -243,6 +244,31 @@ def test_pages():
         writer.write(RGB[::2, ::2], subfiletype=1, photometric="rgb")
         writer.write(RGB, photometric="rgb")
     assert_read(file.getvalue(), RGB)
+
+
+def test_memory_of_reading(tmp_path, monkeypatch):
+    """Pixels are held once, and what Pillow has decoded is freed with the last frame."""
+    opened = []
+
+    def keep(*arguments):
+        opened.append(open_image(*arguments))
+        return opened[-1]
+
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", keep)
+    pixels = np.tile(RGB, (400, 100, 1))
+    picture = Picture(saved(pixels, "TIFF", save_all=True, append_images=[Image.new("L", (9, 9))]))
+    frames = picture.frames()
+    tracemalloc.start()
+    try:
+        first = next(frames)
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * pixels.nbytes
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(first.pixels, pixels)
+    assert next(frames).pixels.shape == (9, 9, 1)
+    with pytest.raises(ValueError, match="closed image"):
+        opened[-1].getpixel((0, 0))
 
 
 def test_previews_behind_a_jpeg_are_no_frames():

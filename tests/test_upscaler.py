@@ -1,7 +1,9 @@
 """From Python: every kind of picture in and out, transparency without fringes, any scale."""
 
+import collections
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries
 from dvmsr_jax.model import DVMSR
+from dvmsr_jax.pictures import Frame, Metadata
 from dvmsr_jax.pretrained import PretrainedError, save_safetensors
 
 RNG = np.random.default_rng(0)
@@ -23,7 +26,8 @@ DEEP = RNG.integers(0, 2**16, (9, 6, 4), np.uint16)
 
 def bicubic_upscale(image):
     """Stands for a model that, as real ones do, sharpens, overshoots, and gives bands."""
-    yield from np.array_split(bicubic.resize(image, 4 * len(image), 4 * image.shape[1]), 3)
+    h, w, _ = image.shape
+    yield from np.array_split(bicubic.resize(np.asarray(image), 4 * h, 4 * w), 3)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +58,45 @@ def test_arrays_keep_their_kind(doubling, channels, dtype):
     assert np.abs(enlarged - expected.astype(np.float64)).max() <= step
 
 
+@pytest.mark.parametrize("dtype", [">u2", "<u2", ">f8"])
+def test_arrays_of_either_byte_order(doubling, dtype):
+    upscale = Upscaler(doubling, 2)
+    pixels = DEEP if "u" in dtype else DEEP / 65535
+    enlarged = upscale(pixels.astype(dtype))
+    assert enlarged.dtype == dtype
+    np.testing.assert_array_equal(enlarged, upscale(pixels))
+
+
+def peak_memory(function):
+    """Bytes that NumPy and Python hold while the function runs, but did not before."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_memory_does_not_grow_with_the_height(doubling, channels):
+    def upscale(h):
+        pixels = np.tile(DEEP[:, :, -channels:].astype(np.uint8), (h, 20, 1))
+        enlarged = Upscaler(doubling, 2).enlarge(Frame(pixels, Metadata()))
+        return peak_memory(lambda: collections.deque(enlarged.bands, maxlen=0))
+
+    assert upscale(300) < 1.5 * upscale(30)  # garbage may wait to be collected
+
+
+def test_the_result_is_held_once(doubling):
+    pixels = np.tile(DEEP[:, :, :3], (100, 10, 1))
+    enlarged = 4 * pixels.nbytes
+    assert enlarged < peak_memory(lambda: Upscaler(doubling, 2)(pixels)) < 1.2 * enlarged
+
+
 def test_what_is_no_picture_is_refused(doubling):
     upscale = Upscaler(doubling, 2)
+    with pytest.raises(UserError, match="a list is no picture"):
+        upscale([[1, 2], [3, 4]])
     for shape in ((3,), (4, 4, 5), (1, 4, 4, 3), (0, 4, 3)):
         with pytest.raises(UserError, match="shape"):
             upscale(np.zeros(shape, np.uint8))

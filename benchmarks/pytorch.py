@@ -1,0 +1,70 @@
+"""Other people's models in PyTorch, to be measured beside this one. PyTorch itself is optional."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from benchmarks import machine
+from dvmsr_jax.errors import UserError
+
+
+class TorchModel(NamedTuple):
+    """A class of models that enlarge (b, 3, h, w), float32."""
+
+    place: str
+    """FILE.py:CLASS; it is built without arguments."""
+    device: Literal["cpu", "cuda"]
+
+
+def load_class(model: TorchModel) -> Callable[[], Any]:
+    """The class. Raises UserError if that, its file or PyTorch is missing, or the file fails."""
+    file, _, name = model.place.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"{model.place}: expected FILE.py:CLASS of an existing file")
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{model.place}: needs PyTorch, which is not installed (pip install torch)")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{model.place}: {file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(file).parent))  # for what it imports from beside it
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:  # whatever the file does
+        raise UserError(f"{model.place}: cannot be imported ({error})") from error
+
+
+def make_upscale(
+    model: TorchModel, build: Callable[[], Any]
+) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
+    """The built model on whole images of (h, w, 3). Raises UserError, now or then, if it fails."""
+    import torch
+
+    def upscale(image: np.ndarray) -> Iterator[np.ndarray]:
+        batch = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
+        try:
+            with torch.no_grad():
+                yield network(torch.from_numpy(batch).to(model.device)).cpu().numpy()
+        except Exception as error:  # whatever the model does
+            raise UserError(f"{model.place}: fails on {batch.shape} ({error})") from error
+
+    try:
+        network = build().eval().to(model.device)
+    except Exception as error:
+        raise UserError(f"{model.place}: cannot be built without arguments ({error})") from error
+    return upscale
+
+
+def peak_memory(model: TorchModel) -> int | None:
+    """See `machine.peak_memory`; on a GPU, what PyTorch has held there."""
+    if model.device == "cpu":
+        return machine.peak_memory()
+    import torch
+
+    return torch.cuda.max_memory_allocated()
