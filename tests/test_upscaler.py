@@ -1,6 +1,7 @@
 """From Python: every kind of picture in and out, transparency without fringes, any scale."""
 
 import collections
+import dataclasses
 import subprocess
 import sys
 import tracemalloc
@@ -12,13 +13,14 @@ import pytest
 from flax import nnx
 from PIL import ExifTags, Image
 
+from configs import PRESETS
 from dvmsr_jax import Upscaler, bicubic, upscaler
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries
-from dvmsr_jax.model import DVMSR
+from dvmsr_jax.model import DVMSR, parameter_count
 from dvmsr_jax.pictures import Frame, Metadata
-from dvmsr_jax.pretrained import PretrainedError, save_safetensors
+from dvmsr_jax.pretrained import PretrainedError, load_model, save_safetensors
 
 RNG = np.random.default_rng(0)
 DEEP = RNG.integers(0, 2**16, (9, 6, 4), np.uint16)
@@ -238,3 +240,11 @@ def test_several_threads(weights):
 def test_importing_the_package_is_light():
     code = "import sys, dvmsr_jax; assert 'jax' not in sys.modules and 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_projects_own_weights():
+    model = load_model(upscaler.DEFAULT_WEIGHTS)
+    student = PRESETS["paper"]["student"].model
+    assert dataclasses.replace(model.config, drop_path=student.drop_path) == student
+    assert parameter_count(model) == 424_428
+    assert upscaler.DEFAULT_WEIGHTS.stat().st_size < 2e6
