@@ -371,11 +371,14 @@ def test_numbers_out_of_range(config):
 
 
 def test_bfloat16_learns_alike(config):
-    """The step's loss, after it has fallen by a half."""
+    """The mean loss of ten steps, after it has fallen by a half."""
     narrow = dataclasses.replace(config, compute=Compute(precision="bfloat16"))
-    wide, narrow = (step_repeatedly(c, None, 30)[0] for c in (config, narrow))
-    assert wide[-1]["loss"] < wide[0]["loss"] / 2
-    assert 0 < abs(narrow[-1]["loss"] - wide[-1]["loss"]) < 0.02 * wide[-1]["loss"]
+    wide, narrow = (
+        np.array([metrics["loss"] for metrics in step_repeatedly(c, None, 40)[0]])
+        for c in (config, narrow)
+    )
+    assert wide[-10:].mean() < wide[0] / 2
+    assert 0 < abs(narrow[-10:].mean() / wide[-10:].mean() - 1) < 0.02
 
 
 def test_remat_saves_memory(config):
@@ -418,7 +421,7 @@ records = [{name: x[i] for name, x in records.items()} for i in range(9)]
 teacher = step.Teacher(TEACHER, named_parameters(DVMSR(TEACHER, rngs=nnx.Rngs(1))))
 
 def run(phase, cached=False, **changes):
-    optim = OptimConfig(learning_rate=5e-3, accumulate=changes.pop("accumulate", 1))
+    optim = OptimConfig(learning_rate=1e-3, accumulate=changes.pop("accumulate", 1))
     config = TrainConfig(
         phase=phase, model=SMALL, data=DataConfig(lr_crop=6, batch_size=8), optim=optim, steps=5,
         **changes,
