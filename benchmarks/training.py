@@ -166,7 +166,9 @@ def main(
     """
     tiny = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=2)
     if smoke:
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        # Compiling takes most of the time: XLA's older emitters are the quicker ones to compile with.
+        hasty = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        os.environ.setdefault("XLA_FLAGS", hasty)
         presets, steps, batch_size = ("demo",), 1, 4
     if batch_size is None and jax.default_backend() == "cpu":
         batch_size = 4
