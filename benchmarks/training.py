@@ -166,7 +166,7 @@ def main(
     """
     tiny = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=2)
     if smoke:
-        # Compiling takes most of the time: XLA's older emitters are the quicker ones to compile with.
+        # Compiling takes most of the time, and less with XLA's older emitters.
         hasty = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
         os.environ.setdefault("XLA_FLAGS", hasty)
         presets, steps, batch_size = ("demo",), 1, 4

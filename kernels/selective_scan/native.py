@@ -1,12 +1,14 @@
 """C++ on the CPU (native.cc), compiled by the system's compiler when it is first wanted.
 
-Forward only. What is differentiated is computed by `chunked` in its carried form, both ways.
+`chunked` in its carried form, computed by hand-written loops: the same borders are kept for the
+backward pass, which computes the other states again.
 """
 
 import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -14,16 +16,19 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import user_cache
-from kernels.selective_scan import chunked
 
 SOURCE = Path(__file__).with_suffix(".cc")
+# Tokens a chunk and channels a thread takes in the backward pass: the states of a chunk, WIDTH of
+# the channels and n of each, are to fit a core's cache, twice.
+CHUNK = 64
+CHANNELS = 64
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 
 
@@ -52,41 +57,79 @@ def selective_scan(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(delta_softplus: bool, u, delta, A, B, C, D, z, delta_bias, initial_state):
-    b, _, d = u.shape
-    n = A.shape[1]
-    call = jax.ffi.ffi_call(
-        register(),
-        (jax.ShapeDtypeStruct(u.shape, jnp.float32), jax.ShapeDtypeStruct((b, n, d), jnp.float32)),
-        vmap_method="sequential",
-    )
-    y, end = call(
-        *(x.astype(jnp.float32) for x in (u, delta, A.T, B, C, D)),
-        jnp.zeros(0, jnp.float32) if z is None else z.astype(jnp.float32),
-        jnp.zeros(d, jnp.float32) if delta_bias is None else delta_bias,
+def _scan(delta_softplus: bool, *arrays):
+    return _call_scan(delta_softplus, *arrays, keep_borders=False)[:2]
+
+
+def _call_scan(delta_softplus, *arrays, keep_borders):
+    """y, the end state, and the states before each chunk, (b, k, n, d), or nothing."""
+    *arrays, initial_state = arrays
+    u, _, A, *_, z, _ = arrays
+    (b, l, d), n = u.shape, A.shape[1]
+    k = math.ceil(l / CHUNK) if keep_borders else 0
+    scan = _foreign(register().scan, u.shape, (b, n, d), (b, k, n, d))
+    y, end, borders = scan(
+        *_prepared(*arrays),
         initial_state.mT,
         delta_softplus=delta_softplus,
         gated=z is not None,
+        chunk=CHUNK,
     )
-    return y.astype(u.dtype), end.mT
+    return y.astype(u.dtype), end.mT, borders
 
 
 def _scan_forward(delta_softplus, *arrays):
-    def scan(u, delta, A, B, C, D, z, delta_bias, initial_state):
-        weights_and_flag = z, delta_bias, delta_softplus
-        return chunked.selective_scan(
-            u, delta, A, B, C, D, *weights_and_flag, initial_state, parallel=False
-        )
-
-    return jax.vjp(scan, *arrays)
+    y, end, borders = _call_scan(delta_softplus, *arrays, keep_borders=True)
+    return (y, end), (arrays[:-1], borders)
 
 
-def _scan_backward(delta_softplus, vjp, gradients):
-    del delta_softplus
-    return vjp(gradients)
+def _scan_backward(delta_softplus, residuals, gradients):
+    arrays, borders = residuals
+    dout, dend = gradients
+    prepared = _prepared(*arrays)
+    u, _, A, *_, z, _ = prepared
+    (b, l, d), n = u.shape, A.shape[0]
+    # Each sequence has gradients by the weights of its own, each group of channels by B and C.
+    of_weights, of_matrices = (b, d), (math.ceil(d / CHANNELS), b, l, n)
+    states = b, n, d
+    gradient = _foreign(
+        register().gradient,
+        *(u.shape, u.shape, states, of_matrices, of_matrices),
+        *(of_weights, z.shape, of_weights, states),
+    )
+    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dstart = gradient(
+        *prepared,
+        borders,
+        dout.astype(jnp.float32),
+        dend.mT,
+        delta_softplus=delta_softplus,
+        gated=arrays[-2] is not None,
+        chunk=CHUNK,
+        channels=CHANNELS,
+    )
+    dA, dB, dC, dD, ddelta_bias = (jnp.sum(x, axis=0) for x in (dA, dB, dC, dD, ddelta_bias))
+    return *jax.tree.map(
+        lambda x, dx: None if x is None else dx.astype(x.dtype),
+        arrays,
+        (du, ddelta, dA.T, dB, dC, dD, dz, ddelta_bias),
+        is_leaf=lambda x: x is None,
+    ), dstart.mT
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _prepared(u, delta, A, B, C, D, z, delta_bias):
+    """What native.cc takes in their place."""
+    gate = jnp.zeros(0) if z is None else z
+    bias = jnp.zeros_like(D) if delta_bias is None else delta_bias
+    return [x.astype(jnp.float32) for x in (u, delta, A.T, B, C, D, gate, bias)]
+
+
+def _foreign(name, *shapes):
+    """The function of native.cc that XLA knows by the name, and the shapes of what it gives."""
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.ffi.ffi_call(name, results, vmap_method="sequential")
 
 
 @functools.cache
@@ -99,19 +142,28 @@ def missing() -> str | None:
     return None
 
 
+class Names(NamedTuple):
+    """What XLA knows the functions of native.cc by."""
+
+    scan: str
+    gradient: str
+
+
 @functools.cache
-def register() -> str:
-    """Makes the compiled scan known to XLA; its name there. Raises NativeUnavailableError."""
+def register() -> Names:
+    """Makes the compiled functions known to XLA. Raises NativeUnavailableError."""
     if jax.default_backend() != "cpu":
         raise NativeUnavailableError("it is for CPUs only")
     with _LOCK:
-        name, handler = load_library()
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-    return name
+        stem, functions = load_library()
+        names = Names(f"{stem}_scan", f"{stem}_gradient")
+        for name, function in zip(names, functions, strict=True):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+    return names
 
 
-def load_library() -> tuple[str, Any]:
-    """(a name, the scan) of the library in the user's cache, compiled unless it is there, whole.
+def load_library() -> tuple[str, tuple[Any, Any]]:
+    """(a name, scan and gradient) of the library in the user's cache, compiled unless it is whole.
 
     Its name holds its checksum: to load half a library can end the process.
     """
@@ -125,14 +177,19 @@ def load_library() -> tuple[str, Any]:
             if library.name == f"{stem}_{_checksum(library.read_bytes())}.so":
                 with contextlib.suppress(OSError, AttributeError):
                     user_cache.check_is_private(library)
-                    return library.stem, ctypes.CDLL(str(library)).SelectiveScan
+                    return library.stem, _functions(library)
             library.unlink(missing_ok=True)
         library = _compile(compiler, folder, stem)
-        return library.stem, ctypes.CDLL(str(library)).SelectiveScan
+        return library.stem, _functions(library)
     except subprocess.CalledProcessError as error:
         raise NativeUnavailableError(f"{compiler} failed on {SOURCE}:\n{error.stderr}") from error
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailableError(f"cannot compile and load {SOURCE}: {error}") from error
+
+
+def _functions(library: Path) -> tuple[Any, Any]:
+    loaded = ctypes.CDLL(str(library))
+    return loaded.SelectiveScan, loaded.SelectiveScanGradient
 
 
 def _compile(compiler: str, folder: Path, stem: str) -> Path:
