@@ -20,7 +20,7 @@ from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import keep_compiled_programs, make_upscaler
 from dvmsr_jax.model import parameter_count
-from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 
 # The size for which papers state the cost of x4 models.
 COST_SIZE = 256
@@ -30,8 +30,9 @@ COST_SIZE = 256
 class Arguments:
     """What to evaluate, on what."""
 
-    ckpt: Path
-    """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file."""
+    ckpt: Path = DEFAULT_WEIGHTS
+    """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file. By
+    default, the project's own weights."""
     data: tuple[Path, ...] = ()
     """Benchmarks (folders with HR/ and, if its pictures are to be used, LR/), or folders of
     several. None: photographs that come with scikit-image."""

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from dvmsr_jax import batch
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import keep_compiled_programs
-from dvmsr_jax.upscaler import DEFAULT_WEIGHTS, Upscaler
+from dvmsr_jax.pretrained import DEFAULT_WEIGHTS
+from dvmsr_jax.upscaler import Upscaler
 
 INTERRUPTED = 130  # what shells say of a program that Ctrl-C has ended
 
@@ -82,7 +83,7 @@ def run(arguments: Arguments) -> int:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, the summary tells
     if arguments.device is not None:
         use_device(arguments.device)
-    upscaler = Upscaler.from_checkpoint(
+    upscaler = Upscaler(
         arguments.ckpt,
         scale=arguments.scale,
         self_ensemble=arguments.self_ensemble,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dvmsr_jax import files, formats, images, pictures
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.pictures import BandedFrame, Picture
-from dvmsr_jax.upscaler import Upscaler
+from dvmsr_jax.upscaler import Enlarger
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def plan(
 
 def run(
     jobs: Sequence[Job | Outcome],
-    upscaler: Upscaler,
+    upscaler: Enlarger,
     *,
     overwrite: bool = False,
     quality: int = 95,
@@ -174,7 +174,7 @@ def run(
 
 def _do(
     job: Job,
-    upscaler: Upscaler,
+    upscaler: Enlarger,
     kept: Mapping[tuple[int, int] | None, str],
     overwrite: bool,
     quality: int,

@@ -195,17 +195,10 @@ class Checkpoints:
     def _check_same(self, stored: dict[str, Any], path: Path) -> None:
         """Raises CheckpointError if a run described so must not be gone on with as this one."""
 
-        def flat(tree, prefix=""):
-            for key, value in tree.items():
-                if isinstance(value, dict):
-                    yield from flat(value, f"{prefix}{key}.")
-                elif prefix + key not in FREE_FIELDS:
-                    yield prefix + key, value
-
-        current = dict(flat(self._description))
+        current = flat(self._description)
         # A field that an older version did not have is as it was then: at its default.
         defaults = to_json(TrainConfig()) | {"sources": self._description["sources"]}
-        stored = dict(flat(defaults)) | dict(flat(stored))
+        stored = flat(defaults) | flat(stored)
         differing = [
             name
             for name in sorted(stored.keys() | current.keys())
@@ -267,16 +260,18 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         return config, read_arrays(step / "ema")
 
 
-def steps_left(path: Path) -> int:
-    """How many steps the run whose newest checkpoint this is had still to go.
+def load_facts(path: Path) -> dict[str, Any]:
+    """How the weights that `load_weights` gives were trained.
+
+    Returns:
+        "step", at which they were taken, and beside it the configuration, in JSON's types.
 
     Raises:
         CheckpointError: there is no readable checkpoint at `path`.
     """
     step = _find_step(path).absolute()
     with _reading(step):
-        config = ocp.JsonCheckpointHandler().restore(step / "config")
-        return config["steps"] - int(step.name)
+        return {"step": int(step.name), **ocp.JsonCheckpointHandler().restore(step / "config")}
 
 
 def read_arrays(item: Path) -> Any:
@@ -314,6 +309,17 @@ def _find_step(path: Path) -> Path:
         choices = " or ".join(map(str, phases))
         raise CheckpointError(f"{path}: holds the checkpoints of phases; pass {choices}")
     raise CheckpointError(f"{path}: holds no checkpoint")
+
+
+def flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a described run that its result depends on, by names like "optim.schedule"."""
+    fields: dict[str, Any] = {}
+    for key, value in description.items():
+        if isinstance(value, dict):
+            fields |= flat(value, f"{prefix}{key}.")
+        elif prefix + key not in FREE_FIELDS:
+            fields[prefix + key] = value
+    return fields
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

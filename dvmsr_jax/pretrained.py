@@ -21,6 +21,9 @@ from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.vimm import ScanError
 
+# The project's own.
+DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "dvmsr_x4.safetensors"
+
 
 class PretrainedError(UserError):
     """A weights file that cannot be used; the message names it and says why."""
@@ -52,15 +55,22 @@ def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
         raise PretrainedError(reason if str(path) in reason else f"{path}: {reason}") from error
 
 
-def save_safetensors(model: DVMSR, path: Path) -> None:
-    """Writes the weights in float32, with the configuration in the metadata."""
+def save_safetensors(model: DVMSR, path: Path, training: dict[str, Any] | None = None) -> None:
+    """Writes the weights in float32, with the configuration in the metadata.
+
+    `training`, how they were made, stands there beside it, for whoever wants to know.
+    """
     metadata = {"format": "dvmsr_jax", "config": json.dumps(dataclasses.asdict(model.config))}
+    if training is not None:
+        metadata["training"] = json.dumps(training)
     arrays = {name: np.asarray(x, np.float32) for name, x in named_parameters(model).items()}
     with files.replacing(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(arrays, metadata))
 
 
 def _read(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    if path == DEFAULT_WEIGHTS and not path.exists():
+        raise PretrainedError(f"there are no weights in {path}: name others (--ckpt)")
     if not path.exists():
         raise PretrainedError(f"{path}: no such file or directory")
     if path.is_dir():
@@ -165,6 +175,8 @@ def _published_config(parameters: dict[str, np.ndarray], path: Path) -> ModelCon
 def convert(source: Path, target: Path) -> None:
     """Converts weights into a `.safetensors` file that carries its configuration.
 
+    That of a checkpoint also tells, under "training" in its metadata, how the weights were made.
+
     Args:
         source: a checkpoint directory, a .safetensors file or a published .pth file.
         target: the .safetensors file to write; an existing one is not overwritten.
@@ -173,7 +185,9 @@ def convert(source: Path, target: Path) -> None:
         raise PretrainedError(f"{target}: the output's name must end in .safetensors")
     if target.exists():
         raise PretrainedError(f"{target}: exists already; remove it or choose another name")
-    save_safetensors(load_model(source), target)
+    model = load_model(source)
+    facts = checkpoint.flat(checkpoint.load_facts(source)) if source.is_dir() else None
+    save_safetensors(model, target, facts)
     print(f"{source} -> {target}")
 
 

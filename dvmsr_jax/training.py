@@ -16,7 +16,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from dvmsr_jax import data, parallel, report
-from dvmsr_jax.checkpoint import Best, Checkpoints, phase_directory, steps_left
+from dvmsr_jax.checkpoint import Best, Checkpoints, load_facts, phase_directory
 from dvmsr_jax.config import TrainConfig, check
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import UserError
@@ -240,7 +240,8 @@ def load_teacher(config: TrainConfig) -> Teacher | None:
                 f"there is no teacher in {path}; run the teacher phase under the same --workdir, "
                 "or pass a checkpoint with --distill.teacher PATH"
             )
-        if (left := steps_left(path)) > 0:
+        facts = load_facts(path)
+        if (left := facts["steps"] - facts["step"]) > 0:
             raise UserError(
                 f"the teacher in {path} has {left} steps to go; finish it, or pass it as it is "
                 f"with --distill.teacher {path}"

@@ -1,14 +1,14 @@
 """Upscaling pictures of every kind: grey, transparent, 8 and 16 bits, by any factor.
 
 >>> from dvmsr_jax import Upscaler
->>> upscale = Upscaler.from_checkpoint("dvmsr_x4.safetensors")
+>>> upscale = Upscaler()  # or Upscaler.from_checkpoint("dvmsr.safetensors")
 >>> upscale(Image.open("photo.jpg")).save("photo_x4.png")
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,17 +27,16 @@ from dvmsr_jax.inference import (
     make_tiler,
 )
 from dvmsr_jax.pictures import BandedFrame, Frame, from_pillow, to_pillow
-from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 
-DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "dvmsr_x4.safetensors"
 MAX_SCALE = 16
 
 # Of red, green and blue in the grey that they make (ITU-R BT.601).
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-class Upscaler:
-    """A function from pictures to larger pictures. One may be used from several threads at once."""
+class Enlarger:
+    """A function from pictures of every kind to larger ones, by a function of RGB pictures."""
 
     def __init__(self, upscale: Upscale, model_scale: int, *, scale: int | float | None = None):
         """
@@ -51,46 +50,6 @@ class Upscaler:
         if not 0 < scale <= MAX_SCALE:
             raise UserError(f"scale is {scale:g}, not within (0, {MAX_SCALE}]")
         self._upscale, self._model_scale, self.scale = upscale, model_scale, float(scale)
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        path: str | os.PathLike[str] = DEFAULT_WEIGHTS,
-        *,
-        scale: int | float | None = None,
-        self_ensemble: bool = False,
-        tile: int | None = None,
-        overlap: int = 16,
-        precision: Literal["float32", "bfloat16"] = "float32",
-    ) -> "Upscaler":
-        """An upscaler with the weights in a checkpoint directory, .safetensors or .pth file.
-
-        Args:
-            path: by default, where the project keeps its own weights.
-            scale: factor, whole or not. None: the model's.
-            self_ensemble: average over the eight flips and turns of a picture: a little better,
-                eight times slower, and the result is held in memory in float32.
-            tile: side, in pixels, of the tiles in which pictures are upscaled. None: in bands,
-                which is exact and needs as little memory; only bidirectional models need tiles,
-                and take 256.
-            overlap: pixels by which tiles overlap.
-            precision: see `config.Compute`.
-
-        Raises:
-            UserError: the weights cannot be read, or an argument makes no sense.
-        """
-        if path == DEFAULT_WEIGHTS and not DEFAULT_WEIGHTS.exists():
-            raise UserError(f"there are no weights in {path}: name others (--ckpt)")
-        model = load_model(Path(path), compute=Compute(precision=precision))
-        if tile is None and model.config.bidirectional:
-            tile = 256
-        if tile is None:
-            upscale = make_streamer(model)
-        else:
-            upscale = make_tiler(model, tile=tile, overlap=overlap)
-        if self_ensemble:
-            upscale = _self_ensemble(upscale)
-        return cls(upscale, model.config.scale, scale=scale)
 
     @overload
     def __call__(self, picture: Image.Image) -> Image.Image: ...
@@ -219,6 +178,55 @@ class Upscaler:
             bands = bicubic.resize_bands(bands, h * self._model_scale, *self._enlarged(h, w))
         for band in bands:
             yield band @ _LUMA[:, None] if channels < 3 else band
+
+
+class Upscaler(Enlarger):
+    """A function from pictures of every kind to larger ones, by a model.
+
+    One may be used from several threads at once.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = DEFAULT_WEIGHTS,
+        *,
+        scale: int | float | None = None,
+        self_ensemble: bool = False,
+        tile: int | None = None,
+        overlap: int = 16,
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ):
+        """An upscaler with the weights in a checkpoint directory, .safetensors or .pth file.
+
+        Args:
+            path: by default, the project's own weights.
+            scale: factor, whole or not. None: the model's.
+            self_ensemble: average over the eight flips and turns of a picture: a little better,
+                eight times slower, and the result is held in memory in float32.
+            tile: side, in pixels, of the tiles in which pictures are upscaled. None: in bands,
+                which is exact and needs as little memory; only bidirectional models need tiles,
+                and take 256.
+            overlap: pixels by which tiles overlap.
+            precision: see `config.Compute`.
+
+        Raises:
+            UserError: the weights cannot be read, or an argument makes no sense.
+        """
+        model = load_model(Path(path), compute=Compute(precision=precision))
+        if tile is None and model.config.bidirectional:
+            tile = 256
+        if tile is None:
+            upscale = make_streamer(model)
+        else:
+            upscale = make_tiler(model, tile=tile, overlap=overlap)
+        if self_ensemble:
+            upscale = _self_ensemble(upscale)
+        super().__init__(upscale, model.config.scale, scale=scale)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], **options: Any) -> "Upscaler":
+        """`Upscaler(path, **options)`, by the name that says what it does."""
+        return cls(path, **options)
 
 
 def _values(pixels: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, ImageSequence
 
 from dvmsr_jax import batch, png
 from dvmsr_jax.pictures import BandedFrame, Metadata
-from dvmsr_jax.upscaler import Upscaler
+from dvmsr_jax.upscaler import Enlarger
 
 FILES = 2_000
 SECONDS = 60  # at most for a file, which takes milliseconds, or the run is stopped
@@ -123,7 +123,7 @@ def test_damaged_files(tmp_path, capfd, doubling):
         results = tmp_path / f"results{suffix}"
         jobs = batch.plan(files[i::7], f"{results}/", scale=2.0, suffix=suffix)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        for outcome in batch.run(jobs, Upscaler(doubling, 2), max_pixels=20_000):
+        for outcome in batch.run(jobs, Enlarger(doubling, 2), max_pixels=20_000):
             faulthandler.dump_traceback_later(SECONDS, exit=True)
             statuses[outcome.status] += 1
             written = list(results.glob(f"*{outcome.source.stem}*"))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from flax import nnx
 
 from dvmsr_jax import images, parallel, report, step, training
@@ -30,7 +31,7 @@ from dvmsr_jax.config import (
 from dvmsr_jax.data import load_records, targets
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, named_parameters
-from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.pretrained import convert, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ModelConfig(channels=12, rssbs=2, vimms_per_rssb=1, states=4)
@@ -191,13 +192,21 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkey
     assert "steps 4 to 6" in capsys.readouterr().out
 
 
-def test_both_phases_leave_what_they_promise(config, monkeypatch):
+def test_both_phases_leave_what_they_promise(config, monkeypatch, tmp_path):
     teacher_directory = training.train(config)
     before = parameters_of(teacher_directory)
     student = student_of(config)
     directory = training.train(student)
     assert directory == config.workdir / "student"
     assert load_model(directory).config == STUDENT
+    convert(directory, tmp_path / "student.safetensors")
+    with safetensors.safe_open(tmp_path / "student.safetensors", framework="numpy") as file:
+        facts = json.loads(file.metadata()["training"])
+    assert facts["step"] == facts["steps"] > 0
+    assert facts["phase"] == "student"
+    assert facts["optim.learning_rate"] > 0
+    assert facts["sources.teacher"]
+    assert "workdir" not in facts
     for name, value in parameters_of(teacher_directory).items():
         np.testing.assert_array_equal(value, before[name])
 

@@ -24,7 +24,7 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
-from dvmsr_jax.upscaler import Upscaler
+from dvmsr_jax.upscaler import Enlarger
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def upscaler(doubling):
-    return Upscaler(doubling, 2)
+    return Enlarger(doubling, 2)
 
 
 def make(*names, size=(4, 3)):
@@ -260,7 +260,7 @@ def test_nothing_is_left_of_what_went_wrong(doubling, suffix, error, answer):
         raise error
 
     make("a.png", "b.png", size=(4, 40))
-    outcomes = run(Upscaler(failing, 2), "a.png", "b.png", suffix=suffix)
+    outcomes = run(Enlarger(failing, 2), "a.png", "b.png", suffix=suffix)
     assert [outcome.status for outcome in outcomes.values()] == ["failed", "failed"]
     assert re.search(answer, outcomes["a.png"].what)
     assert sorted(map(str, Path().iterdir())) == ["a.png", "b.png"]
@@ -381,8 +381,8 @@ def test_signals(upscaler, monkeypatch, capsys, number):
             signal.raise_signal(number)
         yield from list(upscaler._upscale(image))[1:]
 
-    stop = Upscaler(stopping, 2)
-    monkeypatch.setattr(upscale.Upscaler, "from_checkpoint", lambda *_, **__: stop)
+    stop = Enlarger(stopping, 2)
+    monkeypatch.setattr(upscale, "Upscaler", lambda *_, **__: stop)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         assert run_main(monkeypatch, ".", "--format", "tif") == 128 + number

@@ -14,13 +14,14 @@ from flax import nnx
 from PIL import ExifTags, Image
 
 from configs import PRESETS
-from dvmsr_jax import Upscaler, bicubic, upscaler
+from dvmsr_jax import Upscaler, bicubic, pretrained
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries
 from dvmsr_jax.model import DVMSR, parameter_count
 from dvmsr_jax.pictures import Frame, Metadata
 from dvmsr_jax.pretrained import PretrainedError, load_model, save_safetensors
+from dvmsr_jax.upscaler import Enlarger
 
 RNG = np.random.default_rng(0)
 DEEP = RNG.integers(0, 2**16, (9, 6, 4), np.uint16)
@@ -49,7 +50,7 @@ def weights(tmp_path_factory):
 def test_arrays_keep_their_kind(doubling, channels, dtype):
     pixels = (DEEP / 65535 if issubclass(dtype, np.floating) else DEEP >> 8).astype(dtype)
     pixels = pixels[:, :, 0] if channels is None else pixels[:, :, -channels:]
-    enlarged = Upscaler(doubling, 2)(pixels)
+    enlarged = Enlarger(doubling, 2)(pixels)
     assert enlarged.dtype == dtype
     expected = pixels.repeat(2, 0).repeat(2, 1)
     assert enlarged.shape == expected.shape
@@ -62,7 +63,7 @@ def test_arrays_keep_their_kind(doubling, channels, dtype):
 
 @pytest.mark.parametrize("dtype", [">u2", "<u2", ">f8"])
 def test_arrays_of_either_byte_order(doubling, dtype):
-    upscale = Upscaler(doubling, 2)
+    upscale = Enlarger(doubling, 2)
     pixels = DEEP if "u" in dtype else DEEP / 65535
     enlarged = upscale(pixels.astype(dtype))
     assert enlarged.dtype == dtype
@@ -83,7 +84,7 @@ def peak_memory(function):
 def test_memory_does_not_grow_with_the_height(doubling, channels):
     def upscale(h):
         pixels = np.tile(DEEP[:, :, -channels:].astype(np.uint8), (h, 20, 1))
-        enlarged = Upscaler(doubling, 2).enlarge(Frame(pixels, Metadata()))
+        enlarged = Enlarger(doubling, 2).enlarge(Frame(pixels, Metadata()))
         return peak_memory(lambda: collections.deque(enlarged.bands, maxlen=0))
 
     assert upscale(300) < 1.5 * upscale(30)  # garbage may wait to be collected
@@ -92,11 +93,11 @@ def test_memory_does_not_grow_with_the_height(doubling, channels):
 def test_the_result_is_held_once(doubling):
     pixels = np.tile(DEEP[:, :, :3], (100, 10, 1))
     enlarged = 4 * pixels.nbytes
-    assert enlarged < peak_memory(lambda: Upscaler(doubling, 2)(pixels)) < 1.2 * enlarged
+    assert enlarged < peak_memory(lambda: Enlarger(doubling, 2)(pixels)) < 1.2 * enlarged
 
 
 def test_what_is_no_picture_is_refused(doubling):
-    upscale = Upscaler(doubling, 2)
+    upscale = Enlarger(doubling, 2)
     with pytest.raises(UserError, match="a list is no picture"):
         upscale([[1, 2], [3, 4]])
     for shape in ((3,), (4, 4, 5), (1, 4, 4, 3), (0, 4, 3)):
@@ -106,7 +107,7 @@ def test_what_is_no_picture_is_refused(doubling):
         upscale(np.zeros((4, 4), np.int64))
     for scale in (0, -1, 17, float("nan")):
         with pytest.raises(UserError, match="scale"):
-            Upscaler(doubling, 2, scale=scale)
+            Enlarger(doubling, 2, scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_what_is_no_picture_is_refused(doubling):
 )
 def test_pillow_images(doubling, mode, expected):
     image = Image.new(mode, (6, 9), 1)
-    enlarged = Upscaler(doubling, 2)(image)
+    enlarged = Enlarger(doubling, 2)(image)
     assert (enlarged.mode, enlarged.size) == (expected, (12, 18))
     assert (image.mode, image.size) == (mode, (6, 9))
 
@@ -129,8 +130,8 @@ def test_pillow_images_keep_their_metadata(doubling, tmp_path):
     path = tmp_path / "turned.jpg"
     Image.new("RGB", (6, 9)).save(path, exif=exif, dpi=(72, 72))
     with Image.open(path) as image:
-        Upscaler(doubling, 2)(image).save(tmp_path / "upright.png", dpi=(144, 144))
-        enlarged = Upscaler(doubling, 2)(image)
+        Enlarger(doubling, 2)(image).save(tmp_path / "upright.png", dpi=(144, 144))
+        enlarged = Enlarger(doubling, 2)(image)
     assert enlarged.size == (18, 12)
     assert enlarged.info["dpi"] == (144, 144)
     enlarged.save(tmp_path / "again.jpg", exif=enlarged.info["exif"])
@@ -149,7 +150,7 @@ def disc(colour, background, size=24):
 @pytest.mark.parametrize("colour", [(1.0, 0.2, 0.1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)])
 def test_transparency_has_no_fringe(colour):
     """Whatever colour hidden pixels have, on any background it is as if put there before."""
-    upscale = Upscaler(bicubic_upscale, 4)
+    upscale = Enlarger(bicubic_upscale, 4)
     colours, alpha = disc(np.array(colour), np.array([0.0, 1.0, 0.0]))
     enlarged = upscale(np.concatenate([colours, alpha], axis=2))
     seen, coverage = enlarged[:, :, :3], enlarged[:, :, 3:]
@@ -173,44 +174,44 @@ def test_opaque_pictures_are_upscaled_once():
         yield from bicubic_upscale(image)
 
     pixels = np.dstack([DEEP[:, :, :3], np.full((9, 6), 65535, np.uint16)])
-    enlarged = Upscaler(counted, 4)(pixels)
+    enlarged = Enlarger(counted, 4)(pixels)
     assert len(calls) == 1
     assert (enlarged[:, :, 3] == 65535).all()
-    np.testing.assert_array_equal(enlarged[:, :, :3], Upscaler(counted, 4)(pixels[:, :, :3]))
+    np.testing.assert_array_equal(enlarged[:, :, :3], Enlarger(counted, 4)(pixels[:, :, :3]))
 
 
 @pytest.mark.parametrize("scale", [0.5, 1, 2, 2.7, 3, 8])
 def test_other_scales_resize_what_the_model_gives(scale):
     picture = RNG.random((37, 23, 3), np.float32)
     (large,) = np.concatenate([*bicubic_upscale(picture)])[None]
-    enlarged = Upscaler(bicubic_upscale, 4, scale=scale)(picture)
+    enlarged = Enlarger(bicubic_upscale, 4, scale=scale)(picture)
     height, width = round(37 * scale), round(23 * scale)
     expected = np.clip(bicubic.resize(large, height, width), 0, 1)
     assert np.abs(enlarged - expected).max() < 1e-5
-    transparent = Upscaler(bicubic_upscale, 4, scale=scale)(DEEP)
+    transparent = Enlarger(bicubic_upscale, 4, scale=scale)(DEEP)
     assert transparent.shape == (round(9 * scale), round(6 * scale), 4)
 
 
 def test_a_pixel_stays_one(doubling):
-    assert Upscaler(doubling, 2, scale=0.1)(np.zeros((1, 1, 3), np.uint8)).shape == (1, 1, 3)
+    assert Enlarger(doubling, 2, scale=0.1)(np.zeros((1, 1, 3), np.uint8)).shape == (1, 1, 3)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_checkpoints(weights, bidirectional):
     path = weights / f"{bidirectional}.safetensors"
     picture = DEEP[:, :, :3]
-    whole = Upscaler.from_checkpoint(path)(picture)
+    whole = Upscaler(path)(picture)
     assert whole.shape == (18, 12, 3)
-    tiled = Upscaler.from_checkpoint(path, tile=6, overlap=2)(picture)
+    tiled = Upscaler(path, tile=6, overlap=2)(picture)
     assert 0 < np.abs(whole.astype(int) - tiled).mean() < 65535 / 50
-    coarse = Upscaler.from_checkpoint(path, precision="bfloat16")(picture)
+    coarse = Upscaler(path, precision="bfloat16")(picture)
     assert 0 < np.abs(whole.astype(int) - coarse).mean() < 65535 / 50
 
 
 def test_self_ensemble(weights):
     path, picture = weights / "False.safetensors", DEEP[:, :, :3] / 65535.0
-    plain = Upscaler.from_checkpoint(path)
-    ensemble = Upscaler.from_checkpoint(path, self_ensemble=True, scale=2)(picture)
+    plain = Upscaler(path)
+    ensemble = Upscaler(path, self_ensemble=True, scale=2)(picture)
 
     def model(images):
         return jnp.asarray(np.concatenate([*plain._upscale(np.asarray(images[0]))]))[None]
@@ -222,10 +223,10 @@ def test_self_ensemble(weights):
 
 def test_weights_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(PretrainedError, match="no such file"):
-        Upscaler.from_checkpoint(tmp_path / "none.safetensors")
-    monkeypatch.setattr(upscaler, "DEFAULT_WEIGHTS", tmp_path / "own.safetensors")
+        Upscaler(tmp_path / "none.safetensors")
+    monkeypatch.setattr(pretrained, "DEFAULT_WEIGHTS", tmp_path / "own.safetensors")
     with pytest.raises(UserError, match="--ckpt"):
-        Upscaler.from_checkpoint(tmp_path / "own.safetensors")
+        Upscaler(tmp_path / "own.safetensors")
 
 
 def test_several_threads(weights):
@@ -243,8 +244,11 @@ def test_importing_the_package_is_light():
 
 
 def test_the_projects_own_weights():
-    model = load_model(upscaler.DEFAULT_WEIGHTS)
+    model = load_model(pretrained.DEFAULT_WEIGHTS)
     student = PRESETS["paper"]["student"].model
     assert dataclasses.replace(model.config, drop_path=student.drop_path) == student
     assert parameter_count(model) == 424_428
-    assert upscaler.DEFAULT_WEIGHTS.stat().st_size < 2e6
+    assert pretrained.DEFAULT_WEIGHTS.stat().st_size < 2e6
+    picture = RNG.integers(0, 256, (6, 5, 3), np.uint8)
+    ours = Upscaler()(picture)
+    np.testing.assert_array_equal(ours, Upscaler(pretrained.DEFAULT_WEIGHTS)(picture))
