@@ -1,4 +1,4 @@
-# make demo   train a small teacher, distil a small student, compare them with bicubic
+# make demo   upscale a photograph, train a small teacher, distil a small student
 # make test   format, lint, types and the test suite
 # Both set up .venv first, from requirements.txt.
 

@@ -1,4 +1,4 @@
-"""`make demo`: trains a small teacher, distils a small student, and compares both with bicubic.
+"""`make demo`: upscales a photograph, trains a small teacher, and distils a small student.
 
 The photographs come with scikit-image: one is kept apart and shown, the others are trained on.
 """
@@ -6,6 +6,7 @@ The photographs come with scikit-image: one is kept apart and shown, the others 
 import dataclasses
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import evaluate
@@ -13,7 +14,7 @@ from configs import PRESETS
 from dvmsr_jax import bicubic, evaluation, images, report
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import make_upscaler
-from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 from dvmsr_jax.training import StoppedError, train
 
 FOLDER = Path("demo")
@@ -30,6 +31,12 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
 
+    (example,) = evaluation.find_benchmarks([benchmark], scale=4)["held-out"]
+    print("The weights in checkpoints/, on a photograph that they were not trained on:")
+    evaluate.run(evaluate.Arguments(data=(benchmark,)))
+    compare(example, {"DVMSR": DEFAULT_WEIGHTS}, FOLDER / "upscaled.png")
+    print(f"Look at {FOLDER / 'upscaled.png'}. Now a smaller teacher and student are trained.")
+
     phases = {}
     for phase, preset in PRESETS["demo"].items():
         data = dataclasses.replace(preset.data, hr_dirs=(photos,), data_dir=FOLDER / "data")
@@ -39,16 +46,20 @@ def main() -> None:
         print(f"\n{phase}, on a photograph that it was not trained on:")
         evaluate.run(evaluate.Arguments(ckpt=directory, data=(benchmark,)))
 
-    (example,) = evaluation.find_benchmarks([benchmark], scale=4)["held-out"]
+    compare(example, phases, FOLDER / "side_by_side.png")
+    report.plot_training(list(phases.values()), FOLDER / "training_curve.png")
+    print(f"\nLook at {FOLDER / 'side_by_side.png'} and {FOLDER / 'training_curve.png'}.")
+
+
+def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Path) -> None:
+    """Writes what bicubic and models make of a part of the picture, beside that part itself."""
     panels = {
         "bicubic": bicubic.upscale(example.lr, 4),
-        **{phase: make_upscaler(load_model(path))(example.lr) for phase, path in phases.items()},
+        **{label: make_upscaler(load_model(path))(example.lr) for label, path in weights.items()},
         "HR": example.hr,
     }
     panels = {label: picture[SHOWN] for label, picture in panels.items()}
-    images.write_png(FOLDER / "side_by_side.png", report.side_by_side(panels))
-    report.plot_training(list(phases.values()), FOLDER / "training_curve.png")
-    print(f"\nLook at {FOLDER / 'side_by_side.png'} and {FOLDER / 'training_curve.png'}.")
+    images.write_png(target, report.side_by_side(panels))
 
 
 if __name__ == "__main__":
