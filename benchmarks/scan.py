@@ -14,7 +14,7 @@ import tyro
 from benchmarks import gpu_scan, machine
 from benchmarks.programs import Program, forward, forward_backward, make_inputs
 from benchmarks.table import print_head, print_row
-from kernels.selective_scan import Implementation, triton_scan
+from kernels.selective_scan import Implementation, missing, triton_scan
 
 BASELINE: Implementation = "associative"
 COLUMNS = (
@@ -27,11 +27,12 @@ COLUMNS = (
     "memory, forward+backward",
 )
 
-PORTABLE: tuple[Implementation, ...] = (
+COMPARED: tuple[Implementation, ...] = (
     "sequential",
     "associative",
     "chunked-carried",
     "chunked-parallel",
+    "native",
 )
 MAX_ROUNDS = 20
 
@@ -72,7 +73,7 @@ def main(
     Args:
         lengths: numbers of tokens, l.
         channels: numbers of channels, d.
-        implementations: which to compare; by default those that run everywhere, or with `gpu` the
+        implementations: which to compare; by default those that run here, or with `gpu` the
             baselines of the Triton form.
         smoke: a quick run that only shows that everything works: l = 256, d = 16, one repetition.
         gpu: measure the Triton form on an NVIDIA GPU instead, against what the GPU allows.
@@ -93,7 +94,7 @@ def main(
         else:
             gpu_scan.print_times(sizes, channels, implementations or gpu_scan.BASELINES)
         return
-    implementations = implementations or PORTABLE
+    implementations = implementations or tuple(name for name in COMPARED if not missing(name))
     print_head(COLUMNS, text=["implementation"])
     for l in lengths:
         for d in channels:
