@@ -1,0 +1,46 @@
+"""Parts of photographs, bicubic | ours | HR: `python -m benchmarks.crops docs/crops.png`.
+
+The photographs come with scikit-image; none of them was trained on.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from dvmsr_jax import bicubic, images, report
+from dvmsr_jax.evaluation import sample_pairs
+from dvmsr_jax.inference import make_upscaler
+from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
+
+# Rows and columns, in HR, where the crops begin.
+CROPS = {"astronaut": (40, 120), "chelsea": (60, 110), "coffee": (60, 200)}
+SIZE = 160
+
+
+def main(target: Path, ckpt: Path = DEFAULT_WEIGHTS) -> None:
+    """Writes the picture.
+
+    Args:
+        target: a PNG file.
+        ckpt: a checkpoint directory, a .safetensors file or a published .pth file.
+    """
+    model = load_model(ckpt)
+    scale, upscale = model.config.scale, make_upscaler(model)
+    rows = []
+    for example in sample_pairs(scale):
+        if example.name not in CROPS:
+            continue
+        top, left = CROPS[example.name]
+        panels = {
+            "bicubic": bicubic.upscale(example.lr, scale),
+            "ours": upscale(example.lr),
+            "HR": example.hr,
+        }
+        shown = {k: x[top : top + SIZE, left : left + SIZE] for k, x in panels.items()}
+        rows.append(report.side_by_side(shown))
+    images.write_png(target, np.concatenate(rows))
+
+
+if __name__ == "__main__":
+    tyro.cli(tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(main))
