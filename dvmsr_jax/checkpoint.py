@@ -254,7 +254,7 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     Raises:
         CheckpointError: there is no readable checkpoint at `path`.
     """
-    step = _find_step(path).absolute()
+    step = find_step(path).absolute()
     with _reading(step):
         config = ModelConfig(**ocp.JsonCheckpointHandler().restore(step / "config")["model"])
         return config, read_arrays(step / "ema")
@@ -269,7 +269,7 @@ def load_facts(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no readable checkpoint at `path`.
     """
-    step = _find_step(path).absolute()
+    step = find_step(path).absolute()
     with _reading(step):
         return {"step": int(step.name), **ocp.JsonCheckpointHandler().restore(step / "config")}
 
@@ -296,7 +296,8 @@ def _reading(step: Path) -> Iterator[None]:
         raise UnreadableError(step, f"{type(error).__name__}: {reason}") from error
 
 
-def _find_step(path: Path) -> Path:
+def find_step(path: Path) -> Path:
+    """The checkpoint that `path` means, as for `load_weights`. Raises CheckpointError."""
     for folder in (path / "checkpoints", path):
         if folder.is_dir():
             if (folder / "ema").is_dir():

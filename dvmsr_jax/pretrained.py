@@ -68,9 +68,30 @@ def save_safetensors(model: DVMSR, path: Path, training: dict[str, Any] | None =
         temporary.write_bytes(safetensors.numpy.save(arrays, metadata))
 
 
+def training_facts(path: Path) -> dict[str, Any] | None:
+    """How the weights in a checkpoint directory or `.safetensors` file were made, if it tells.
+
+    Returns:
+        "step", at which they were taken, and the configuration's fields by names like
+        "optim.schedule"; paths and what else has no influence on them are left out.
+
+    Raises:
+        CheckpointError, PretrainedError: it cannot be read.
+    """
+    if path.is_dir():
+        return checkpoint.flat(checkpoint.load_facts(path))
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get("training", "null"))
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise PretrainedError(f"{path}: {error}") from error
+
+
 def _read(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     if path == DEFAULT_WEIGHTS and not path.exists():
-        raise PretrainedError(f"there are no weights in {path}: name others (--ckpt)")
+        raise PretrainedError(f"the project's own weights are not in {path}: name others (--ckpt)")
     if not path.exists():
         raise PretrainedError(f"{path}: no such file or directory")
     if path.is_dir():
@@ -175,7 +196,7 @@ def _published_config(parameters: dict[str, np.ndarray], path: Path) -> ModelCon
 def convert(source: Path, target: Path) -> None:
     """Converts weights into a `.safetensors` file that carries its configuration.
 
-    That of a checkpoint also tells, under "training" in its metadata, how the weights were made.
+    "training" in its metadata is what `training_facts` gives.
 
     Args:
         source: a checkpoint directory, a .safetensors file or a published .pth file.
@@ -185,9 +206,9 @@ def convert(source: Path, target: Path) -> None:
         raise PretrainedError(f"{target}: the output's name must end in .safetensors")
     if target.exists():
         raise PretrainedError(f"{target}: exists already; remove it or choose another name")
-    model = load_model(source)
-    facts = checkpoint.flat(checkpoint.load_facts(source)) if source.is_dir() else None
-    save_safetensors(model, target, facts)
+    # A run may write another checkpoint meanwhile.
+    weights = checkpoint.find_step(source) if source.is_dir() else source
+    save_safetensors(load_model(weights), target, training_facts(weights))
     print(f"{source} -> {target}")
 
 
@@ -197,5 +218,5 @@ if __name__ == "__main__":
             tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(convert),
             prog="python -m dvmsr_jax.pretrained",
         )
-    except (PretrainedError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

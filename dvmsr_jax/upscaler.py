@@ -224,7 +224,9 @@ class Upscaler(Enlarger):
         super().__init__(upscale, model.config.scale, scale=scale)
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str], **options: Any) -> "Upscaler":
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str] = DEFAULT_WEIGHTS, **options: Any
+    ) -> "Upscaler":
         """`Upscaler(path, **options)`, by the name that says what it does."""
         return cls(path, **options)
 

@@ -15,7 +15,13 @@ from flax import nnx
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, named_parameters
-from dvmsr_jax.pretrained import PretrainedError, convert, load_model, save_safetensors
+from dvmsr_jax.pretrained import (
+    PretrainedError,
+    convert,
+    load_model,
+    save_safetensors,
+    training_facts,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
@@ -125,6 +131,7 @@ def test_conversion_command(tiny, tmp_path):
     done = run(path, tmp_path / "copy.safetensors")
     assert done.returncode == 0, done.stderr
     assert load_model(tmp_path / "copy.safetensors").config == TINY
+    assert training_facts(tmp_path / "copy.safetensors") is None
     failed = run(tmp_path / "missing.pth", tmp_path / "new.safetensors")
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")

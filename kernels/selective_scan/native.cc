@@ -49,9 +49,12 @@ inline void Store(float* to, Floats x, int64_t count) {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// 2^t for t up to 127, with a relative error of 2e-7, exact at 0; 2^-126 below -126.
+// Comparisons are such that what is not a number stays so.
+
+// 2^t for t up to 127, which delta A, never positive, does not exceed; with a relative error of
+// 2e-7, exact at 0; 2^-126 below -126.
 inline Floats Exp2(Floats t) {
-  t = t > -126.0f ? t : Floats{} - 126.0f;
+  t = t < -126.0f ? Floats{} - 126.0f : t;
   const Floats shifted = t + 12582912.0f;  // 1.5 * 2^23: the last bits are now t rounded
   const Floats f = t - (shifted - 12582912.0f);
   Floats p = Floats{} + 1.326472615e-3f;  // fitted to 2^f for f from -1/2 to 1/2
@@ -67,7 +70,7 @@ inline Floats Exp2(Floats t) {
 inline Floats Softplus(Floats x) {
   const Floats positive = x > 0.0f ? x : Floats{};
   const Floats minus_abs = x > 0.0f ? -x : x;
-  const Floats e = minus_abs > -87.0f ? Exp2(LOG2_E * minus_abs) : Floats{};
+  const Floats e = minus_abs < -87.0f ? Floats{} : Exp2(LOG2_E * minus_abs);
   const Floats s = e / (2.0f + e);  // 1/3 at most
   const Floats s2 = s * s;
   Floats p = Floats{} + 1.0f / 15;
@@ -77,7 +80,7 @@ inline Floats Softplus(Floats x) {
 
 inline Floats Sigmoid(Floats x) {
   const Floats t = -LOG2_E * x;
-  return 1.0f / (1.0f + Exp2(t < 127.0f ? t : Floats{} + 127.0f));
+  return 1.0f / (1.0f + Exp2(t > 127.0f ? Floats{} + 127.0f : t));
 }
 
 inline float Sum(Floats x) {
@@ -206,7 +209,7 @@ struct Gradient : Arrays {
     const Floats D_c = Load(D + c, count), bias = Load(delta_bias + c, count);
     const int64_t begin = b * l + k * chunk, tokens = std::min(chunk, l - k * chunk);
 
-    // The states once more.
+    // The states once more, to rounding.
     for (int64_t q = 0; q < tokens; ++q) {
       const int64_t t = begin + q;
       const Floats delta_t = StepSize(Load(delta + t * d + c, count) + bias);

@@ -65,8 +65,9 @@ def selective_scan(
         h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t      h_0 = initial_state or 0
         y_t = (C_t . h_t + D u_t) silu(z_t)                 (gate where z is given)
 
-    Every input but the flags is differentiable, and so are both outputs. A sequence may be cut
-    anywhere: the final state of one part is the initial state of the next.
+    Every input but the flags is differentiable, and so are both outputs; once, in "native" and
+    "triton", and any number of times in the other forms. A sequence may be cut anywhere: the final
+    state of one part is the initial state of the next.
 
     Args:
         u: input, float32 or bfloat16, as are `delta`, `B`, `C` and `z` (mixing is allowed).
