@@ -11,7 +11,7 @@ from pathlib import Path
 
 import evaluate
 from configs import PRESETS
-from dvmsr_jax import bicubic, evaluation, images, report
+from dvmsr_jax import evaluation, images, report
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
@@ -53,13 +53,10 @@ def main() -> None:
 
 def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Path) -> None:
     """Writes what bicubic and models make of a part of the picture, beside that part itself."""
-    panels = {
-        "bicubic": bicubic.upscale(example.lr, 4),
-        **{label: make_upscaler(load_model(path))(example.lr) for label, path in weights.items()},
-        "HR": example.hr,
+    upscaled = {
+        label: make_upscaler(load_model(path))(example.lr) for label, path in weights.items()
     }
-    panels = {label: picture[SHOWN] for label, picture in panels.items()}
-    images.write_png(target, report.side_by_side(panels))
+    images.write_png(target, report.comparison(example, upscaled, SHOWN))
 
 
 if __name__ == "__main__":

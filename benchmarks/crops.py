@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from dvmsr_jax import bicubic, images, report
+from dvmsr_jax import images, report
 from dvmsr_jax.evaluation import sample_pairs
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
@@ -26,19 +26,14 @@ def main(target: Path, ckpt: Path = DEFAULT_WEIGHTS) -> None:
         ckpt: a checkpoint directory, a .safetensors file or a published .pth file.
     """
     model = load_model(ckpt)
-    scale, upscale = model.config.scale, make_upscaler(model)
+    upscale = make_upscaler(model)
     rows = []
-    for example in sample_pairs(scale):
+    for example in sample_pairs(model.config.scale):
         if example.name not in CROPS:
             continue
         top, left = CROPS[example.name]
-        panels = {
-            "bicubic": bicubic.upscale(example.lr, scale),
-            "ours": upscale(example.lr),
-            "HR": example.hr,
-        }
-        shown = {k: x[top : top + SIZE, left : left + SIZE] for k, x in panels.items()}
-        rows.append(report.side_by_side(shown))
+        part = slice(top, top + SIZE), slice(left, left + SIZE)
+        rows.append(report.comparison(example, {"ours": upscale(example.lr)}, part))
     images.write_png(target, np.concatenate(rows))
 
 

@@ -15,7 +15,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dvmsr_jax import files, images
+from dvmsr_jax import bicubic, files, images
+from dvmsr_jax.evaluation import Example
 
 
 class Log:
@@ -85,6 +86,15 @@ def side_by_side(
         canvas.paste(Image.fromarray(panel), (i * (width + gap), header))
         draw.text((i * (width + gap) + 4, 4), label, fill="black")
     return np.asarray(canvas)
+
+
+def comparison(
+    example: Example, upscaled: Mapping[str, UInt8[np.ndarray, "h w 3"]], part: tuple[slice, slice]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A part, rows and columns, of bicubic's picture, these of models, and HR, side by side."""
+    scale = len(example.hr) // len(example.lr)
+    whole = {"bicubic": bicubic.upscale(example.lr, scale), **upscaled, "HR": example.hr}
+    return side_by_side({label: picture[part] for label, picture in whole.items()})
 
 
 def plot_training(directories: Sequence[Path], path: Path) -> None:

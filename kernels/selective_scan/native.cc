@@ -314,25 +314,30 @@ ffi::Error CallGradient(ffi::ThreadPool pool, Buffer u, Buffer delta, Buffer A, 
                           borders.typed_data(), dout.typed_data(), dend.typed_data(),
                           du->typed_data(), ddelta->typed_data(), dz->typed_data(),
                           dstart->typed_data(), dA->typed_data(), dD->typed_data(),
-                          ddelta_bias->typed_data(), dB->typed_data(), dC->typed_data(), b, chunk, channels};
-  InParallel(pool, b * groups,
-             [&](int64_t i) { gradient.Run(i / groups, i % groups * channels); });
+                          ddelta_bias->typed_data(), dB->typed_data(), dC->typed_data(), b, chunk,
+                          channels};
+  InParallel(pool, b * groups, [&](int64_t i) { gradient.Run(i / groups, i % groups * channels); });
   return ffi::Error::Success();
+}
+
+// What both take first.
+auto BindArrays() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Buffer>()   // u
+      .Arg<Buffer>()   // delta
+      .Arg<Buffer>()   // A
+      .Arg<Buffer>()   // B
+      .Arg<Buffer>()   // C
+      .Arg<Buffer>()   // D
+      .Arg<Buffer>()   // z
+      .Arg<Buffer>();  // delta_bias
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SelectiveScan, CallScan,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()  // u
-                                  .Arg<Buffer>()  // delta
-                                  .Arg<Buffer>()  // A
-                                  .Arg<Buffer>()  // B
-                                  .Arg<Buffer>()  // C
-                                  .Arg<Buffer>()  // D
-                                  .Arg<Buffer>()  // z
-                                  .Arg<Buffer>()  // delta_bias
+                              BindArrays()
                                   .Arg<Buffer>()  // the state before the first token
                                   .Ret<Buffer>()  // y
                                   .Ret<Buffer>()  // the state after the last
@@ -342,16 +347,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SelectiveScan, CallScan,
                                   .Attr<int64_t>("chunk"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SelectiveScanGradient, CallGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()  // u
-                                  .Arg<Buffer>()  // delta
-                                  .Arg<Buffer>()  // A
-                                  .Arg<Buffer>()  // B
-                                  .Arg<Buffer>()  // C
-                                  .Arg<Buffer>()  // D
-                                  .Arg<Buffer>()  // z
-                                  .Arg<Buffer>()  // delta_bias
+                              BindArrays()
                                   .Arg<Buffer>()  // the states before each chunk
                                   .Arg<Buffer>()  // the gradient by y
                                   .Arg<Buffer>()  // the gradient by the state after the last token
