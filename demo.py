@@ -12,7 +12,7 @@ from pathlib import Path
 import evaluate
 from configs import PRESETS
 from dvmsr_jax import evaluation, images, report
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import INTERRUPTED, told_in_a_line
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 from dvmsr_jax.training import StoppedError, train
@@ -60,11 +60,12 @@ def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Pa
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except StoppedError as stopped:
-        sys.exit(f"{stopped}")
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from there")
+    with told_in_a_line(
+        out_of_memory="close other programs",
+        interrupted="interrupted; the same command goes on from there",
+    ):
+        try:
+            main()
+        except StoppedError as stopped:
+            print(stopped)
+            sys.exit(INTERRUPTED)

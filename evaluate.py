@@ -4,7 +4,6 @@ python evaluate.py --ckpt PATH --data Set5 Set14
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ import tyro
 from dvmsr_jax import evaluation
 from dvmsr_jax.config import Compute
 from dvmsr_jax.cost import cost
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import told_in_a_line
+from dvmsr_jax.files import write_json
 from dvmsr_jax.inference import keep_compiled_programs, make_upscaler
 from dvmsr_jax.model import parameter_count
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
@@ -57,7 +57,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     if arguments.data:
         benchmarks = evaluation.find_benchmarks(arguments.data, scale)
     else:
-        benchmarks = {"samples": evaluation.sample_pairs(scale)}
+        benchmarks = {"samples": evaluation.sample_benchmark(scale)}
     upscale = make_upscaler(model, self_ensemble=arguments.self_ensemble)
 
     row = "{:12} {:>6} {:>10} {:>8} {:>10} {:>8} {:>10}".format
@@ -89,13 +89,10 @@ def main() -> None:
     """Evaluates what the command line says."""
     arguments = parse(sys.argv[1:])
     keep_compiled_programs()
-    try:
+    with told_in_a_line(out_of_memory="pictures are taken whole: leave out the largest"):
         result = run(arguments)
         if arguments.json is not None:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+            write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

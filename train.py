@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import jax
 import tyro
 
 from configs import PRESETS
 from dvmsr_jax import parallel
 from dvmsr_jax.config import Cluster, TrainConfig
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import INTERRUPTED, told_in_a_line
 from dvmsr_jax.training import StoppedError, dry_run, train
 
 
@@ -56,31 +55,24 @@ def parse(arguments: Sequence[str]) -> Arguments:
 def main() -> None:
     """Parses the command line and trains."""
     arguments = parse(sys.argv[1:])
-    try:
+    with told_in_a_line(
+        out_of_memory="try --remat, a larger --optim.accumulate, --precision bfloat16 or "
+        "--data.cache none"
+    ):
         parallel.start(arguments.cluster)
         if arguments.dry_run:
             dry_run(arguments.config)
-        else:
+            return
+        try:
             train(
                 arguments.config,
                 profile=arguments.profile,
                 allow_changes=arguments.allow_changes,
             )
-    except StoppedError as stopped:
-        if parallel.is_first():
-            print(stopped)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(
-            f"error: the step does not fit the device's memory ({str(error).splitlines()[0]}); try "
-            "--remat, a larger --optim.accumulate, --precision bfloat16 or --data.cache none"
-        )
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        except StoppedError as stopped:
+            if parallel.is_first():
+                print(stopped)
+            sys.exit(INTERRUPTED)  # so that nothing takes the phase for done
 
 
 if __name__ == "__main__":

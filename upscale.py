@@ -14,6 +14,7 @@ if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the p
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +26,10 @@ import tyro
 from tqdm import tqdm
 
 from dvmsr_jax import batch
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import INTERRUPTED, UserError, told_in_a_line
 from dvmsr_jax.inference import keep_compiled_programs
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS
 from dvmsr_jax.upscaler import Upscaler
-
-INTERRUPTED = 130  # what shells say of a program that Ctrl-C has ended
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ class Arguments:
     overlap: int = 16
     """Pixels by which tiles overlap."""
     max_megapixels: float = 500
-    """Refuse larger pictures: a small file can claim to hold an enormous one."""
+    """Refuse larger pictures (an animation's frames count together): a small file can claim to
+    hold an enormous one."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -97,12 +97,18 @@ def run(arguments: Arguments) -> int:
         scale=upscaler.scale,
         suffix=arguments.format and f".{arguments.format}",
     )
-    to_standard = any(isinstance(job, batch.Job) and job.target == batch.STANDARD for job in jobs)
-    if to_standard and sys.stdout.isatty():
-        raise UserError("standard output is a terminal: redirect it, or name an --output")
+    waiting = [job for job in jobs if isinstance(job, batch.Job)]
+    if any(job.source == batch.STANDARD for job in waiting) and sys.stdin is None:
+        raise UserError("standard input is closed")
+    if any(job.target == batch.STANDARD for job in waiting):
+        if sys.stdout is None:
+            raise UserError("standard output is closed")
+        if sys.stdout.isatty():
+            raise UserError("standard output is a terminal: redirect it, or name an --output")
     results = batch.run(
         jobs,
         upscaler,
+        keep=arguments.inputs,
         overwrite=arguments.overwrite,
         quality=arguments.quality,
         max_pixels=int(arguments.max_megapixels * 1e6),
@@ -146,14 +152,12 @@ def main() -> None:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # which nohup changes
             signal.signal(number, _stop)
-    try:
+    if sys.stderr is None:  # closed: what is meant for it must not go into a picture
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with told_in_a_line(out_of_memory="close other programs"):
         arguments = parse(sys.argv[1:])
         keep_compiled_programs()
         sys.exit(run(arguments))
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

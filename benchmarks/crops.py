@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 
 from dvmsr_jax import images, report
-from dvmsr_jax.evaluation import sample_pairs
+from dvmsr_jax.evaluation import sample_benchmark
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 
@@ -28,7 +28,7 @@ def main(target: Path, ckpt: Path = DEFAULT_WEIGHTS) -> None:
     model = load_model(ckpt)
     upscale = make_upscaler(model)
     rows = []
-    for example in sample_pairs(model.config.scale):
+    for example in sample_benchmark(model.config.scale):
         if example.name not in CROPS:
             continue
         top, left = CROPS[example.name]

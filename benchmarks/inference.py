@@ -30,7 +30,7 @@ from benchmarks.pytorch import TorchModel
 from benchmarks.table import print_head, print_row, rounded
 from configs import PRESETS
 from dvmsr_jax.config import Compute
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.inference import RgbView, Upscale, make_streamer
 from dvmsr_jax.model import DVMSR
 from kernels.selective_scan import Implementation, missing
@@ -108,7 +108,7 @@ def measure_apart(width: int, height: int, how: How | TorchModel) -> Result | No
     except BrokenProcessPool:
         return None
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return None
 

@@ -18,6 +18,7 @@ import tyro
 from flax import nnx
 
 from benchmarks import machine
+from benchmarks.table import print_head, print_row, rounded
 from configs import PRESETS
 from dvmsr_jax import data, losses
 from dvmsr_jax.config import DataConfig, ModelConfig
@@ -53,8 +54,7 @@ def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) ->
         count += batch_size
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     rates = [count / seconds, count / cpu_seconds]
-    cells = [f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in rates]
-    return [name, *cells, f"{cpu_seconds / seconds:.1f}"]
+    return [name, *map(rounded, rates), f"{cpu_seconds / seconds:.1f}"]
 
 
 def make_step(config: ModelConfig) -> Callable[[dict[str, jax.Array]], Any]:
@@ -62,7 +62,7 @@ def make_step(config: ModelConfig) -> Callable[[dict[str, jax.Array]], Any]:
 
     def loss(parameters, batch):
         lr, hr = (batch[name].astype(jnp.float32) / 255 for name in ("lr", "hr"))
-        return losses.l1(model_from_parameters(config, parameters)(lr), hr)
+        return losses.pixel(model_from_parameters(config, parameters)(lr), hr)
 
     parameters = named_parameters(DVMSR(config, rngs=nnx.Rngs(0)))
     gradients = jax.jit(jax.grad(loss))
@@ -102,7 +102,7 @@ def main(
         f"{machine.describe()}; crops of {lr_crop}x{lr_crop} and {lr_crop * SCALE}x"
         f"{lr_crop * SCALE} pixels, batches of {batch_size}\n"
     )
-    print("|", " | ".join(COLUMNS), "|\n|", " | ".join(["---", *["---:"] * 3]), "|")
+    print_head(COLUMNS, text=COLUMNS[:1])
     with tempfile.TemporaryDirectory() as temporary:
         if records is None:
             records = Path(temporary) / "records"
@@ -111,7 +111,7 @@ def main(
         span: dict[str, Any] = {"seed": 0, "start": 0, "stop": warm_up + batches}
 
         def show(name: str, batches: Iterable[Any], size: int = batch_size, skip: int = warm_up):
-            print("|", " | ".join(measure(name, batches, size, skip)), "|", flush=True)
+            print_row(measure(name, batches, size, skip))
 
         for threads in workers:
             config = DataConfig(lr_crop=lr_crop, batch_size=batch_size, workers=threads)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from benchmarks import machine
 from benchmarks.table import rounded
+from dvmsr_jax.errors import is_out_of_memory
 from kernels.selective_scan import Implementation, selective_scan
 
 # A program wants to be timed at least MIN_REPETITIONS times, and until that has taken CELL_SECONDS.
@@ -89,7 +90,7 @@ class Program:
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             self.obstacle = "out of memory"
 

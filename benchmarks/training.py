@@ -25,14 +25,14 @@ from flax import nnx
 from benchmarks import machine
 from benchmarks.table import print_head, print_row
 from configs import PRESETS
-from dvmsr_jax import data, images, parallel
+from dvmsr_jax import data, images
 from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.data.targets import distill
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
-from dvmsr_jax.step import init_state, memory_of
-from dvmsr_jax.training import load_teacher, make_machinery
+from dvmsr_jax.step import memory_of
+from dvmsr_jax.training import build
 
 COLUMNS = ("step", "batch", "steps/s", "crops/s", "time", "waits for data", "TFLOP/s", "memory")
 
@@ -49,13 +49,9 @@ class Runner:
 
     def __init__(self, row: Row):
         self.label, self.config = row
-        mesh = parallel.make_mesh(self.config.data.batch_size, self.config.optim.accumulate)
-        teacher = load_teacher(self.config)
-        self._teacher = None if teacher is None else teacher.config
-        self._state = parallel.replicate(init_state(self.config, teacher), mesh)
-        records = data.load_records(self.config.data, self.config.model.scale)
-        machinery = make_machinery(self.config, mesh, teacher, records)
-        self._batches, self._step = machinery.batches(0), machinery.step
+        run = build(self.config)
+        self._teacher = None if run.teacher is None else run.teacher.config
+        self._state, self._batches, self._step = run.state, run.batches(0), run.step
         self._memory = memory_of(self._step.compile(self._state, next(self._batches)))
         self._seconds: list[float] = []
         self._waited: list[float] = []

@@ -1,4 +1,4 @@
-"""Presets of training runs: one file each, with its command, its cost and its expected score."""
+"""Presets of training runs, with their commands and, of the paper's, the scores to expect."""
 
 from configs import demo, student, teacher
 from dvmsr_jax.config import TrainConfig

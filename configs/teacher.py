@@ -2,7 +2,8 @@
 
     python train.py --phase=teacher --data.hr-dirs DF2K/HR
 
-Cost: 500,000 steps of 128 crops of 64x64; not measured here yet.
+Cost: 500,000 steps of 128 crops of 64x64; never run at this scale (`python -m benchmarks.training`
+measures single steps).
 Expected: the paper gives no score for its teacher alone.
 """
 

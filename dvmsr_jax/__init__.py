@@ -9,7 +9,8 @@ __all__ = ["Upscaler"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what it takes to upscale when it is asked for."""
+    """Imports what it takes to upscale when it is asked for: whoever wants a part of the package
+    need not wait for all of it."""
     if name == "Upscaler":
         from dvmsr_jax.upscaler import Upscaler
 

@@ -11,16 +11,15 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import jax
 from tqdm import tqdm
 
 from dvmsr_jax import files, formats, images, pictures
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.pictures import BandedFrame, Picture
 from dvmsr_jax.upscaler import Enlarger
 
@@ -33,7 +32,7 @@ SKIPPED_SHOWN = 3
 """So many skipped pictures are named in a summary."""
 
 # Stems of upscaled pictures, with that of the original.
-_RESULT = re.compile(r"(.+)_x\d+(\.\d+)?")
+_RESULT = re.compile(r"(.+)_x\d+(\.\d+)?", re.DOTALL)
 
 
 class Outcome(NamedTuple):
@@ -72,9 +71,10 @@ def plan(
         suffix: theirs. None: that of the output or, if it has none, what suits the picture.
 
     A result is named STEM_xSCALE or, if two inputs differ in their suffixes only,
-    STEM_SUFFIX_xSCALE. What was found in a folder or by a pattern is skipped if its name says that
-    it is the result of another input, and so is an input that has been named if it lies where
-    another one's result would: shells replace patterns by names.
+    STEM_SUFFIX_xSCALE; an input whose result would still have the name of another's fails. What was
+    found in a folder or by a pattern is skipped if its name says that it is the result of another
+    input, and so is an input that has been named if it lies where another one's result would:
+    shells replace patterns by names.
 
     Raises:
         UserError: the output is a file and there is more than one input, or its suffix is unknown
@@ -83,14 +83,21 @@ def plan(
     file, folder = _read_output(output, suffix)
     jobs: list[Job | Outcome] = []
     found: dict[str, tuple[Path, Path]] = {}
+
+    def fail(path: Path, error: UserError) -> None:
+        jobs.append(Outcome(path, "failed", str(error).removeprefix(f"{path}: ")))
+
     for name in inputs:
         try:
-            for path, inner in _find(name, leave_out=folder):
-                found.setdefault(os.path.realpath(path), (path, inner))
+            for path, inner in _find(name, leave_out=folder, fail=fail):
+                first, _ = found.setdefault(os.path.realpath(path), (path, inner))
+                if first != path:
+                    jobs.append(Outcome(path, "skipped", f"is {first}"))
         except UserError as error:
-            jobs.append(Outcome(Path(name), "failed", str(error).removeprefix(f"{name}: ")))
+            fail(Path(name), error)
     if file is not None and len(jobs) + len(found) > 1:
-        raise UserError(f"{file} is one file for several results; end a folder's name in {os.sep}")
+        remedy = "name a folder" if file == STANDARD else f"end a folder's name in {os.sep}"
+        raise UserError(f"{file} is one file for several results; {remedy}")
 
     places = {
         path: path.parent if folder is None else folder / inner for path, inner in found.values()
@@ -113,13 +120,18 @@ def plan(
         real = os.path.realpath(path)
         return real not in named or os.path.splitext(real)[0] in results
 
+    taken: dict[str, Path] = {}
     for path, target in targets.items():
+        other = taken.setdefault(str(target).casefold(), path)
         if file is not None:
             jobs.append(Job(path, file, suffix if file == STANDARD else ""))
         elif path == STANDARD and folder is None:
             jobs.append(Job(path, STANDARD, suffix))
         elif is_result(path):
             jobs.append(Outcome(path, "skipped", "by name the result of another input"))
+        elif other != path:
+            why = f"its result would have the name of {other}'s: choose another --output for it"
+            jobs.append(Outcome(path, "failed", why))
         else:
             jobs.append(Job(path, target, suffix))
     return jobs
@@ -129,27 +141,30 @@ def run(
     jobs: Sequence[Job | Outcome],
     upscaler: Enlarger,
     *,
+    keep: Sequence[str] = (),
     overwrite: bool = False,
     quality: int = 95,
     max_pixels: int = pictures.MAX_PIXELS,
 ) -> Iterator[Outcome]:
     """Does the jobs, one after the other.
 
-    A result appears under its name when it is complete. No input is ever overwritten, and another
-    existing file only with `overwrite`. The progress of large pictures is shown on stderr if that
-    is a terminal.
+    A result appears under its name when it is complete. No job's source is ever overwritten, nor
+    what is to be kept, and another existing file only with `overwrite`. The progress of large
+    pictures is shown on stderr if that is a terminal.
 
     Args:
         jobs: see `plan`.
         upscaler: what to do it with.
+        keep: further files not to be overwritten: what the user has named, for one.
         overwrite: whether existing results are made again. They are skipped otherwise.
         quality: of JPEG and WebP, from 1 to 100.
-        max_pixels: limit of a frame's size, against decompression bombs.
+        max_pixels: limit of a picture's size, against decompression bombs (see `Picture`).
 
     Raises:
         DiskFullError: there is no room for a result.
     """
-    kept = {_identity(job.source): "an input" for job in jobs if isinstance(job, Job)}
+    sources = [job.source for job in jobs if isinstance(job, Job)]
+    kept = {_identity(path): "an input" for path in (*sources, *map(Path, keep))}
     for job in jobs:
         if isinstance(job, Outcome):
             yield job
@@ -162,11 +177,8 @@ def run(
             name = "standard input" if job.source == STANDARD else job.source
             outcome = Outcome(job.source, "failed", str(error).removeprefix(f"{name}: "))
         except Exception as error:
-            exhausted = isinstance(error, jax.errors.JaxRuntimeError) and (
-                "RESOURCE_EXHAUSTED" in str(error)
-            )
-            short = exhausted or isinstance(error, MemoryError)
-            outcome = Outcome(job.source, "failed", _OUT_OF_MEMORY if short else _unexpected(error))
+            why = _OUT_OF_MEMORY if is_out_of_memory(error) else _unexpected(error)
+            outcome = Outcome(job.source, "failed", why)
         if outcome.status == "done":
             kept[_identity(Path(outcome.what))] = f"the result of {job.source}"
         yield outcome
@@ -188,6 +200,8 @@ def _do(
     target = job.target
     if target != STANDARD:
         target = target.with_name(target.name + suffix)
+        if os.path.isdir(target):
+            raise UserError(f"{target}, which is to be the result, is a folder")
         if (there := _identity(target)) is not None:
             if there in kept:
                 raise UserError(f"would overwrite {target}, {kept[there]}")
@@ -240,7 +254,7 @@ def _read_output(output: str | None, suffix: str | None) -> tuple[Path | None, P
     path = Path(output)
     if path == STANDARD:
         return path, None
-    if output.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
+    if output.endswith(("/", os.sep)) or os.path.isdir(path) or not path.suffix:
         return None, path
     form = formats.BY_SUFFIX.get(path.suffix.lower())
     if form is None:
@@ -253,15 +267,27 @@ def _read_output(output: str | None, suffix: str | None) -> tuple[Path | None, P
     return path, None
 
 
-def _find(name: str, leave_out: Path | None) -> Iterator[tuple[Path, Path]]:
-    """The files that a name stands for, each with the folder that it is in below that name."""
+def _find(
+    name: str, leave_out: Path | None, fail: Callable[[Path, UserError], None]
+) -> Iterator[tuple[Path, Path]]:
+    """The files that a name stands for, each with the folder that it is in below that name.
+
+    `fail` is told of subfolders that cannot be read. Of os.path's functions, because Path's raise
+    what a name of theirs or a folder's permissions do not allow.
+    """
     path = Path(name)
-    if path.is_dir():
-        root, found = path, images.find_images(path, pictures.SUFFIXES)
-    elif _PATTERN.search(name) and not path.exists():
+    if not name:
+        raise UserError("an empty name")
+    if os.path.isdir(path):
+        root, found = path, images.find_images(path, pictures.SUFFIXES, on_error=fail)
+    elif _PATTERN.search(name) and not os.path.exists(path):
         root = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), path.parts))
         matches = map(Path, glob.glob(name, recursive=True))
-        found = sorted(file for file in matches if file.suffix.lower() in pictures.SUFFIXES)
+        found = sorted(
+            file
+            for file in matches
+            if file.suffix.lower() in pictures.SUFFIXES and not os.path.isdir(file)
+        )
         if not found:
             raise UserError(f"{name}: matches no picture")
     else:

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from dvmsr_jax import parallel
 from dvmsr_jax.config import ModelConfig, TrainConfig
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import UserError, is_out_of_memory
 
 # Fields that may change between a run and its continuation, because they change no result.
 FREE_FIELDS = frozenset(
@@ -47,8 +47,9 @@ FREE_FIELDS = frozenset(
         "distill.teacher",
     ]
 )
-# Fields that the shapes of the weights depend on: they cannot change, allowed or not.
+# Fields that the shapes of the weights depend on, but for one: they cannot change, allowed or not.
 _SHAPING = ("phase", "model.", "distill.level", "distill.rssbs")
+_SHAPELESS = "model.drop_path"
 
 
 class CheckpointError(UserError):
@@ -208,7 +209,7 @@ class Checkpoints:
             return
         lines = "\n".join(f"  {n}: {stored.get(n)} there, {current.get(n)} now" for n in differing)
         shaping = [*_SHAPING, *(["sources.teacher"] if self.config.distill.level == "mid" else [])]
-        fixed = any(name.startswith(tuple(shaping)) for name in differing)
+        fixed = any(n.startswith(tuple(shaping)) and n != _SHAPELESS for n in differing)
         if fixed or not self._allow_changes:
             remedy = "" if fixed else ", or go on all the same with --allow-changes"
             raise CheckpointError(
@@ -287,10 +288,8 @@ def read_arrays(item: Path) -> Any:
 def _reading(step: Path) -> Iterator[None]:
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged checkpoint can fail in any way
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
         raise UnreadableError(step, f"{type(error).__name__}: {reason}") from error

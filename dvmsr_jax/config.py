@@ -1,5 +1,6 @@
 """Every setting of a model and of a training run, as frozen dataclasses; `configs/` fills them."""
 
+import dataclasses
 import math
 import operator
 from dataclasses import dataclass, field
@@ -34,6 +35,21 @@ class ModelConfig:
     """Scan the tokens in both directions, as Vision Mamba does; the published DVMSR does not."""
     drop_path: float = 0.1
     """Chance of dropping the last ViMM's input in training; it grows linearly from 0 over depth."""
+
+    @property
+    def inner_channels(self) -> int:
+        """Width d of a ViMM's scan."""
+        return self.expand * self.channels
+
+    @property
+    def delta_rank(self) -> int:
+        """Rank of the projection that makes delta, as Mamba's code has it: c / 16, rounded up."""
+        return math.ceil(self.channels / 16)
+
+    @property
+    def vimms(self) -> int:
+        """Number of ViMMs in all."""
+        return self.rssbs * self.vimms_per_rssb
 
 
 @dataclass(frozen=True)
@@ -177,13 +193,45 @@ _LIMITS = {
 }
 
 
+# Options that other options leave without a use: (level, which they are for, their names).
+_OF_LEVEL = (("output", ("targets", "self_ensemble")), ("mid", ("rssbs",)))
+
+
 def check(config: TrainConfig) -> None:
-    """Raises UserError, naming them, if numbers other than the model's are out of range."""
+    """Raises UserError, naming them, if options are out of range or exclude each other."""
+    check_model(config.model)
     problems = []
     for name, (low, high) in _LIMITS.items():
         value = operator.attrgetter(name)(config)
         if not low <= value < high:
             below = "" if high == math.inf else f" and below {high}"
             problems.append(f"{name} is {value}, expected from {low} up{below}")
+    for level, names in _OF_LEVEL:
+        for name in names:
+            given = getattr(config.distill, name) != getattr(DistillConfig, name)
+            if given and config.distill.level != level:
+                problems.append(f"distill.{name} is for distill.level={level} only")
     if problems:
         raise UserError("; ".join(problems))
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raises UserError, naming what is wrong, if there is no such model.
+
+    Of any types, because a configuration may come from a file.
+    """
+    sizes = dataclasses.asdict(config)
+    bidirectional, drop_path = sizes.pop("bidirectional"), sizes.pop("drop_path")
+    problems = [
+        f"{name} is {size!r}, not a whole number from 1 up"
+        for name, size in sizes.items()
+        if type(size) is not int or size < 1
+    ]
+    if not problems and config.scale not in (2, 3, 4):
+        problems.append(f"scale is {config.scale!r}, not 2, 3 or 4")
+    if type(bidirectional) is not bool:
+        problems.append(f"bidirectional is {bidirectional!r}, not true or false")
+    if not isinstance(drop_path, int | float) or not 0 <= drop_path < 1:
+        problems.append(f"drop_path is {drop_path!r}, not within [0, 1)")
+    if problems:
+        raise UserError("there is no such model: " + "; ".join(problems))

@@ -1,6 +1,5 @@
 """What a model costs, counted from its configuration."""
 
-import math
 from typing import NamedTuple
 
 from dvmsr_jax.config import ModelConfig
@@ -21,9 +20,8 @@ class Cost(NamedTuple):
 
 def cost(config: ModelConfig, height: int, width: int) -> Cost:
     """The cost of upscaling a `height` x `width` low-resolution image."""
-    c, n = config.channels, config.states
-    d, rank = config.expand * c, math.ceil(c / 16)
-    vimms = config.rssbs * config.vimms_per_rssb
+    c, d, n = config.channels, config.inner_channels, config.states
+    rank, vimms = config.delta_rank, config.vimms
     directions = 2 if config.bidirectional else 1
 
     convolutions = 9 * (3 * c + config.rssbs * c * c + c * c + c * 3 * config.scale**2)

@@ -1,8 +1,38 @@
-"""The one kind of exception that is the user's to mend."""
+"""Exceptions that are the user's to mend, and how command lines tell of them."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+# Exit status of a program that SIGINT ended, as shells give it.
+INTERRUPTED = 130
 
 
 class UserError(ValueError):
-    """Something passed in cannot be used. The message names it and says what to do.
+    """Something passed in cannot be used. The message names it and says what to do."""
 
-    Command lines print the message alone; any other exception is a defect and keeps its traceback.
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the host's or a device's memory does not suffice."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextlib.contextmanager
+def told_in_a_line(*, out_of_memory: str, interrupted: str = "interrupted") -> Iterator[None]:
+    """For main functions: within it, what is not a defect ends the process with a message.
+
+    UserError and OSError with their own, lack of memory with `out_of_memory` (what to try), Ctrl-C
+    with `interrupted`. Any other exception is a defect and keeps its traceback.
     """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or "in main memory"
+        sys.exit(f"error: out of memory ({reason}); {out_of_memory}")

@@ -65,8 +65,8 @@ def find_benchmarks(dirs: Sequence[Path], scale: int) -> dict[str, Benchmark]:
     return {name: Benchmark(_pair_up(folder, scale), scale) for name, folder in folders.items()}
 
 
-def sample_pairs(scale: int) -> Benchmark:
-    """The demo's pictures, `images.SAMPLES`."""
+def sample_benchmark(scale: int) -> Benchmark:
+    """The photographs that come with scikit-image, `images.SAMPLES`."""
     return Benchmark(tuple(Pair(path.stem, path, None) for path in SAMPLES), scale)
 
 

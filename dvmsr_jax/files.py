@@ -1,23 +1,26 @@
-"""Files that are whole and on disk, or not there."""
+"""Files that are whole and on disk, or not there; and whose turn it is to write."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import zlib
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path beside PATH, whose folder is made, to write to. What was written there takes
-    the place of PATH, or is removed if there was an exception."""
+    """An empty hidden file beside PATH, whose folder is made, to write to. What was written there
+    takes the place of PATH, or is removed if there was an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Short, because PATH's name may be as long as they can be.
-    temporary = path.with_name(f".dvmsr-{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}")
+    # Short, because PATH's name may be as long as they can be. Not by process, because containers
+    # that share a folder may count alike.
+    temporary = path.with_name(f".dvmsr-{secrets.token_hex(8)}")
     try:
+        temporary.touch()  # a folder that cannot be written to shows before there is any work
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # before its name says that it is whole
@@ -30,6 +33,18 @@ def write_json(path: Path, content: Any) -> None:
     """Writes what `json.loads` gives back."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def lock(file: IO[Any], *, wait: bool) -> bool:
+    """Takes the open file's lock until it is closed. False if another process has it: waits for it
+    first with `wait`. Some network file systems have no locks: there it is taken for free."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def checksum(path: Path) -> str:

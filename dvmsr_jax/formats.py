@@ -6,6 +6,7 @@ held in memory, in 8 bits.
 
 import io
 import itertools
+import math
 import os
 import sys
 import zlib
@@ -51,6 +52,9 @@ WEBP = Format("WEBP", 16_383, animations=True, grey=False)
 GIF = Format("GIF", 65_535, animations=True)
 JPEG = Format("JPEG", 65_500, alpha=False)
 BMP = Format("BMP", 2**31 - 1, alpha=False, max_bytes=2**32 - 2**11)  # with a header
+
+CLASSIC_TIFF = int(0.98 * 2**32)
+"""Bytes of pixels up to which a TIFF is none with 64-bit offsets, which fewer programs read."""
 
 BY_SUFFIX = {
     **{".png": PNG, ".apng": PNG, ".tif": TIFF, ".tiff": TIFF, ".webp": WEBP, ".gif": GIF},
@@ -100,9 +104,10 @@ def write(
             png.write(file, fitted, len(picture), picture.plays)
     elif form is TIFF:
         first = next(fitted)
-        # More pages are taken to have alpha and 16 bits; whether they have shows when they come.
-        depth = first.shape[2] * first.dtype.itemsize if len(picture) == 1 else 8
-        big = depth * picture.pixels * scale**2 > 0.98 * 2**32
+        size = math.prod(first.shape) * first.dtype.itemsize
+        if len(picture) > 1:  # what the others are like shows when they come
+            size = picture.most_bytes * scale**2
+        big = size > CLASSIC_TIFF
         _write_tiff(path, itertools.chain([first], fitted), big=big)
     else:
         _write_with_pillow(path, form, fitted, picture, quality)
@@ -237,7 +242,8 @@ def _write_with_pillow(
     if exif and (form is not JPEG or len(exif) <= 65_533):
         options["exif"] = exif
     if form is JPEG:
-        options |= {"quality": quality, "subsampling": 0, "optimize": True}
+        # Not optimized: Pillow would need room for the whole file, and guesses too little.
+        options |= {"quality": quality, "subsampling": 0}
     elif form is WEBP:
         options |= {"quality": quality, "method": 4}
     if len(held) > 1:

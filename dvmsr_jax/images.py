@@ -1,7 +1,7 @@
 """Reading and writing pictures: uint8 RGB arrays in memory, files by Pillow."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from dvmsr_jax import files
 from dvmsr_jax.errors import UserError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff"})
 """What `find_images` takes for a picture, in lower case."""
 
 SAMPLES = tuple(
@@ -56,24 +56,34 @@ def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -
         Image.fromarray(image).save(temporary, format="PNG")
 
 
-def find_images(folder: str | os.PathLike[str], suffixes: Collection[str] = SUFFIXES) -> list[Path]:
+def find_images(
+    folder: str | os.PathLike[str],
+    suffixes: Collection[str] = SUFFIXES,
+    on_error: Callable[[Path, ImageError], None] | None = None,
+) -> list[Path]:
     """The pictures in a folder and its subfolders, by suffix and sorted; hidden ones are skipped.
 
-    Raises ImageError if the folder is missing or holds none.
+    Raises ImageError if the folder is missing or holds none, or a subfolder cannot be read; with
+    `on_error`, that is called with it and the error instead, and the subfolder left out.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+
+    def unreadable(error: OSError) -> None:
+        path = Path(error.filename)
+        problem = ImageError(f"{path}: cannot be read ({error.strerror})")
+        if on_error is None or path == Path(folder):
+            raise problem from error
+        on_error(path, problem)
+
+    if not os.path.isdir(folder):
         raise ImageError(f"{folder}: no such folder")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not path.is_dir()
-    )
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in suffixes]
     if not found:
         raise ImageError(f"{folder}: no pictures ({' '.join(sorted(suffixes))}) in it")
-    return found
+    return sorted(found)
 
 
 def to_uint8(image: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

@@ -68,14 +68,20 @@ def make_upscaler(
 
     @jax.jit
     def run(parameters, image):
-        model = nnx.merge(graph, parameters)
-        return average_over_symmetries(model, image) if self_ensemble else model(image)
+        return upscale_batch(nnx.merge(graph, parameters), image, self_ensemble=self_ensemble)
 
     def upscale(image: np.ndarray) -> np.ndarray:
         batch = jnp.asarray(image[None], jnp.float32) / 255
         return to_uint8(np.asarray(run(parameters, batch)[0]))
 
     return upscale
+
+
+def upscale_batch(
+    model: Callable[[Array], Array], images: Float[Array, "b h w 3"], *, self_ensemble: bool
+) -> Float[Array, "b H W 3"]:
+    """The model's answer to the images, or the average over their symmetries."""
+    return average_over_symmetries(model, images) if self_ensemble else model(images)
 
 
 def average_over_symmetries(

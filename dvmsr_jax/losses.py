@@ -1,4 +1,4 @@
-"""The two phases' losses: pure functions of arrays."""
+"""The two phases' losses: pure functions of arrays. `step.loss_function` adds them up."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def l1(prediction: Float[Array, "*shape"], target: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """Mean absolute difference: the pixel loss, and the paper's distillation loss at the output."""
-    return jnp.mean(jnp.abs(prediction - target))
+def pixel(output: Float[Array, "*shape"], hr: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """Of the upscaled crops against the pictures they come from: L1, as in the paper."""
+    return _l1(output, hr)
+
+
+def output_level(
+    output: Float[Array, "*shape"], target: Float[Array, "*shape"]
+) -> Float[Array, ""]:
+    """Of the student's upscaled crops against the teacher's: L1, as in the paper (section 3.3)."""
+    return _l1(output, target)
 
 
 def mid_level(
@@ -21,4 +28,8 @@ def mid_level(
     The projections are trained along and thrown away afterwards.
     """
     pairs = zip(student, teacher, projections, strict=True)
-    return sum((l1(s @ projection, t) for s, t, projection in pairs), jnp.zeros(())) / len(student)
+    return sum((_l1(s @ projection, t) for s, t, projection in pairs), jnp.zeros(())) / len(student)
+
+
+def _l1(prediction: Array, target: Array) -> Float[Array, ""]:
+    return jnp.mean(jnp.abs(prediction - target))

@@ -6,7 +6,6 @@ Legend of the shapes, used by every signature of this package:
     c  channels    d    inner channels of a ViMM            s        scale
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,8 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.bands import WHOLE, Band, Whole
-from dvmsr_jax.config import Compute, ModelConfig
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.config import Compute, ModelConfig, check_model
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
 
 # Mean colour of DIV2K, taken off before the first convolution and added after the last.
@@ -87,7 +85,7 @@ class DVMSR(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs):
-        _check(config)
+        check_model(config)
         c, s = config.channels, config.scale
         self.config = config
         self.conv_first = Conv3x3(3, c, compute, rngs=rngs)
@@ -138,24 +136,6 @@ class DVMSR(nnx.Module):
         return upscaled, Features(shallow, tuple(outputs), body)
 
 
-def _check(config: ModelConfig) -> None:
-    sizes = dataclasses.asdict(config)
-    bidirectional, drop_path = sizes.pop("bidirectional"), sizes.pop("drop_path")
-    problems = [
-        f"{name} is {size!r}, not a whole number from 1 up"
-        for name, size in sizes.items()
-        if type(size) is not int or size < 1
-    ]
-    if not problems and config.scale not in (2, 3, 4):
-        problems.append(f"scale is {config.scale!r}, not 2, 3 or 4")
-    if type(bidirectional) is not bool:
-        problems.append(f"bidirectional is {bidirectional!r}, not true or false")
-    if not isinstance(drop_path, int | float) or not 0 <= drop_path < 1:
-        problems.append(f"drop_path is {drop_path!r}, not within [0, 1)")
-    if problems:
-        raise UserError("there is no such model: " + "; ".join(problems))
-
-
 def pixel_shuffle(x: Float[Array, "b h w c"], scale: int) -> Float[Array, "b hs ws rgb"]:
     """Moves channels into space, in PyTorch's channel order: colour, then row, then column."""
     b, h, w, _ = x.shape
@@ -179,7 +159,7 @@ def model_from_parameters(
     Raises:
         ValueError: parameters are missing, left over, or of another shape than the model's.
     """
-    _check(config)
+    check_model(config)
     if config.rssbs * config.vimms_per_rssb > len(parameters):  # an absurd depth would take ages
         raise ValueError(
             f"the weights do not fit the model: {len(parameters)} of them for {config.rssbs} RSSBs "

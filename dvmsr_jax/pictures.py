@@ -25,7 +25,7 @@ SUFFIXES = images.SUFFIXES | {".gif", ".apng"}
 """What is taken for a picture in a folder, in lower case."""
 
 MAX_PIXELS = 500_000_000
-"""Default limit of a frame's size, against decompression bombs."""
+"""Default limit of a picture's size, against decompression bombs."""
 
 Pixels = UInt8[np.ndarray, "_ _ _"] | UInt16[np.ndarray, "_ _ _"]
 
@@ -126,7 +126,8 @@ class Picture:
     Args:
         source: path of a PNG, JPEG, WebP, TIFF, BMP or GIF file, or the contents of one. What it
             is shows in what it holds and not in its name.
-        max_pixels: limit of a frame's declared size, checked before anything is decoded.
+        max_pixels: limit of the size, a page's or that of an animation's frames together, checked
+            before anything is decoded.
 
     Raises:
         ImageError: the file is missing, empty, no picture, damaged or too large; names it.
@@ -145,8 +146,9 @@ class Picture:
             self.format = "JPEG" if image.format == "MPO" else str(image.format)
             """Pillow's name of it."""
             self._size = image.size
-            self._frames, self.pixels = [], 0
-            """Pixels of all frames together."""
+            self._frames, pixels = [], 0
+            self.most_bytes = 0
+            """That the pixels of all frames together may have."""
             for i in range(1 if self.format == "JPEG" else getattr(image, "n_frames", 1)):
                 if self.format == "TIFF":
                     image.seek(i)
@@ -155,9 +157,12 @@ class Picture:
                 elif i == 0 and image.info.get("default_image"):  # for viewers without APNG
                     continue
                 self._frames.append(i)
-                self.pixels += math.prod(image.size)
+                pixels += math.prod(image.size)
+                self.most_bytes += math.prod(image.size) * _bytes_of_pixels(image)
             if not self._frames:
                 raise ImageError("holds only thumbnails and masks")
+            if self.is_animation and pixels > max_pixels:  # the larger they are, the more are held
+                raise Image.DecompressionBombError
             self.plays = _plays(image)
             """How often an animation is shown; 0: forever."""
 
@@ -259,7 +264,9 @@ class Picture:
             ) from error
         except UnidentifiedImageError as error:
             kinds = "PNG, JPEG, WebP, TIFF, BMP or GIF"
-            raise ImageError(f"{name}: is no {kinds} picture, or is damaged") from error
+            raise ImageError(
+                f"{name}: is no {kinds} picture, or is damaged, or of a rare kind"
+            ) from error
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"{name}: cannot be read ({reason})") from error
@@ -272,9 +279,10 @@ def from_pillow(image: Image.Image) -> Frame:
 
     Raises ImageError for 32-bit pixels, whose range nothing tells.
     """
+    rawmode = _rawmode(image)  # before the image is loaded
     exif, turned = _read_exif(image), _is_turned(image)
     upright = ImageOps.exif_transpose(image)
-    pixels = _pixels(upright, rawmode="")
+    pixels = _pixels(upright, rawmode)
     return Frame(pixels, _read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
 
@@ -291,7 +299,7 @@ def _pixels(image: Image.Image, rawmode: str) -> Pixels:
     """The pixels of a loaded image."""
     mode = image.mode
     if mode in ("I", "F"):
-        raise ImageError("32-bit pixels, of unknown range; save it with 8 or 16 bits")
+        raise ImageError("32-bit or signed pixels, of unknown range; save it with 8 or 16 bits")
     key = image.info.get("transparency")
     if mode.startswith("I;16"):
         pixels = _converted(image, mode).astype(np.uint16, copy=False)[:, :, None]
@@ -369,12 +377,22 @@ def _read_metadata(
     if not (isinstance(icc, bytes) and icc[16:20] == space and icc[36:40] == b"acsp"):
         icc = None
     try:
-        x, y = (float(value) for value in image.info["dpi"][:: -1 if turned else 1])
+        x, y = (float(value) for value in _dpi(image)[:: -1 if turned else 1])
         dpi = (x, y) if 1 < x < 1e5 and 1 < y < 1e5 else None  # (1, 1) means that none was given
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         dpi = None
     duration = image.info.get("duration", 0)
     return Metadata(icc, dpi, exif, float(duration))
+
+
+def _dpi(image: Image.Image) -> tuple[Any, Any]:
+    """As declared by the format itself or, what is all that WebP has, by EXIF."""
+    if "dpi" in image.info:
+        return image.info["dpi"]
+    exif = image.getexif()
+    inches = {2: 1.0, 3: 2.54}[exif.get(ExifTags.Base.ResolutionUnit, 2)]
+    x, y = exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution]
+    return float(x) * inches, float(y) * inches
 
 
 def _read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
@@ -421,6 +439,16 @@ def _rawmode(image: Image.Image) -> str:
     for tile in getattr(image, "tile", ()):
         return tile.args if isinstance(tile.args, str) else str(tile.args and tile.args[0])
     return ""
+
+
+def _bytes_of_pixels(image: Image.Image) -> int:
+    """At most, for each pixel of the current frame."""
+    if image.format != "TIFF":
+        return 4  # animations have 8 bits
+    if _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 3:  # a palette
+        return 3
+    deep = max(_tag(image, TiffImagePlugin.BITSPERSAMPLE, (1,)), default=1) > 8
+    return _tag(image, TiffImagePlugin.SAMPLESPERPIXEL, 1) * (2 if deep else 1)
 
 
 def _tag(image: Image.Image, tag: int, default: Any) -> Any:

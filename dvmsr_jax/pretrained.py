@@ -6,7 +6,6 @@ python -m dvmsr_jax.pretrained IN OUT.safetensors
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import tyro
 
 from dvmsr_jax import checkpoint, files, pth
 from dvmsr_jax.config import Compute, ModelConfig
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import UserError, told_in_a_line
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.vimm import ScanError
 
@@ -37,12 +36,13 @@ def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
             weights do not fit a DVMSR.
         ScanError: the scan that `compute` names cannot run here.
     """
+    path = path.expanduser()
     try:
         config, parameters = _read(path)
         return model_from_parameters(config, parameters, compute=compute)
     except ScanError:  # not the file's fault
         raise
-    except (checkpoint.CheckpointError, pth.UnsafeFileError) as error:
+    except (checkpoint.CheckpointError, pth.PthError) as error:
         raise PretrainedError(str(error)) from error
     except (
         OSError,
@@ -213,10 +213,8 @@ def convert(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_line(out_of_memory="close other programs"):
         tyro.cli(
             tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(convert),
             prog="python -m dvmsr_jax.pretrained",
         )
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")

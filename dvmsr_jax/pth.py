@@ -29,15 +29,15 @@ _STORAGES = {
 }
 
 
-class UnsafeFileError(UserError):
-    """The file names something other than tensors and plain containers, or is damaged."""
+class PthError(UserError):
+    """The file is damaged, or names something other than tensors and plain containers."""
 
 
 def read_pth(path: Path) -> Any:
     """The file's contents: dictionaries, lists and plain values, with tensors as NumPy arrays.
 
     Raises:
-        UnsafeFileError: the file is not a PyTorch zip archive, is truncated or damaged, or names
+        PthError: the file is not a PyTorch zip archive, is truncated or damaged, or names
             any class other than a tensor's. Nothing of it has been executed.
         OSError: the file cannot be read.
     """
@@ -46,35 +46,35 @@ def read_pth(path: Path) -> Any:
         with zipfile.ZipFile(io.BytesIO(file)) as archive:
             return _read(archive, len(file))
     except zipfile.BadZipFile:
-        raise UnsafeFileError(
+        raise PthError(
             f"{path}: not a PyTorch checkpoint, or a truncated one (torch.save has written zip "
             "archives since version 1.6)"
         ) from None
-    except UnsafeFileError as error:
-        raise UnsafeFileError(f"{path}: {error}") from None
+    except PthError as error:
+        raise PthError(f"{path}: {error}") from None
     except Exception as error:  # a damaged archive or pickle can fail in any way
-        raise UnsafeFileError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+        raise PthError(f"{path}: damaged ({type(error).__name__}: {error})") from error
 
 
 def _read(archive: zipfile.ZipFile, file_size: int) -> Any:
     members = archive.infolist()
     pickles = [member.filename for member in members if member.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise UnsafeFileError("a zip archive, but not one written by torch.save")
+        raise PthError("a zip archive, but not one written by torch.save")
     # torch.save does not compress, so what unpacks to more than the file is made to exhaust memory.
     sizes = [max(member.file_size, member.compress_size) for member in members]
     if any(member.compress_type for member in members) or sum(sizes) > file_size:
-        raise UnsafeFileError("a compressed archive, which torch.save does not write")
+        raise PthError("a compressed archive, which torch.save does not write")
     folder = pickles[0].removesuffix("data.pkl")
     order = folder + "byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
-        raise UnsafeFileError("its tensors are not little-endian")
+        raise PthError("its tensors are not little-endian")
 
     instructions = archive.read(pickles[0])
     for opcode, argument, _ in pickletools.genops(instructions):
         # The unpickler allocates whatever a later protocol's lengths, or a memo's index, claim.
         if opcode.proto > 2 or ("PUT" in opcode.name and (argument or 0) > len(instructions)):
-            raise UnsafeFileError(f"refused, torch.save does not write such a {opcode.name}")
+            raise PthError(f"refused, torch.save does not write such a {opcode.name}")
     return _Unpickler(instructions, archive, folder, file_size).load()
 
 
@@ -95,21 +95,21 @@ class _Rebuild:
         self._budget = budget
 
     def __setstate__(self, state):
-        raise UnsafeFileError("refused, it sets a function's attributes")
+        raise PthError("refused, it sets a function's attributes")
 
     def __call__(self, storage, offset, shape, strides, *_):
         if not isinstance(storage, np.ndarray):
-            raise UnsafeFileError("a tensor without a storage")
+            raise PthError("a tensor without a storage")
         numbers = (offset, *shape, *strides)
         if len(shape) != len(strides) or not all(type(x) is int and x >= 0 for x in numbers):
-            raise UnsafeFileError("a tensor of impossible shape")
+            raise PthError("a tensor of impossible shape")
         last = offset + sum(
             (size - 1) * stride for size, stride in zip(shape, strides, strict=True)
         )
         # Strides of 0 would make a tensor of any size out of one number.
         self._budget -= math.prod(shape) * storage.itemsize
         if (0 not in shape and last >= storage.size) or self._budget < 0:
-            raise UnsafeFileError("a tensor larger than its storage")
+            raise PthError("a tensor larger than its storage")
         steps = [stride * storage.itemsize for stride in strides]
         return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
 
@@ -128,7 +128,7 @@ class _Unpickler(pickle.Unpickler):
             return self._rebuild
         if module == "torch" and name in _STORAGES:
             return name
-        raise UnsafeFileError(
+        raise PthError(
             f"refused, it names {module}.{name}; only tensors and plain containers are read (save "
             "the model's state_dict() alone)"
         )
@@ -136,10 +136,10 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, storage_type, key, _, size = pid
         if kind != "storage" or storage_type not in _STORAGES or not isinstance(key, str):
-            raise UnsafeFileError("an unknown kind of storage")
+            raise PthError("an unknown kind of storage")
         if key not in self._storages:
             self._storages[key] = self._archive.read(f"{self._folder}data/{key}")
         storage = np.frombuffer(self._storages[key], _STORAGES[storage_type])
         if storage.size != size:
-            raise UnsafeFileError(f"storage {key} holds {storage.size} numbers instead of {size}")
+            raise PthError(f"storage {key} holds {storage.size} numbers instead of {size}")
         return storage

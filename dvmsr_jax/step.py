@@ -6,6 +6,7 @@ schedule and average the weights; validation, export and distillation use the av
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Key
 from dvmsr_jax import data, losses, parallel
 from dvmsr_jax.config import ModelConfig, OptimConfig, TrainConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import average_over_symmetries
+from dvmsr_jax.inference import upscale_batch
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 
 # For the step, on CPUs. XLA's own order of operations favours concurrency, which takes half as much
@@ -78,10 +79,14 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def rssb_pairs(config: TrainConfig, teacher: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """Which RSSB's features are compared with which of the teacher's, in mid-level distillation."""
+    """Which RSSB's features are compared with which of the teacher's, in mid-level distillation.
+
+    By default every one of the student's, with the one that ends at or just after the same share of
+    the teacher's depth. Raises UserError if the configuration names one that is not there.
+    """
     if not config.distill.rssbs:
-        ratio = teacher.rssbs / config.model.rssbs
-        return tuple((i, round((i + 1) * ratio) - 1) for i in range(config.model.rssbs))
+        count = config.model.rssbs
+        return tuple((i, math.ceil((i + 1) * teacher.rssbs / count) - 1) for i in range(count))
     for student_rssb, teacher_rssb in config.distill.rssbs:
         if not (0 <= student_rssb < config.model.rssbs and 0 <= teacher_rssb < teacher.rssbs):
             raise UserError(
@@ -125,19 +130,17 @@ def loss_function(
     """
     model = model_from_parameters(config.model, params["model"], compute=config.compute)
     output, features = model.with_features(batch["lr"], keys=keys, remat=config.remat)
-    pixel = losses.l1(output, batch["hr"])
+    pixel = losses.pixel(output, batch["hr"])
     if teacher is None:
         return pixel, {"loss": pixel, "pixel_loss": pixel}
 
     if "target" in batch:
-        distillation = losses.l1(output, batch["target"])
+        distillation = losses.output_level(output, batch["target"])
     else:
         teach = model_from_parameters(teacher.config, teacher.parameters, compute=config.compute)
         if config.distill.level == "output":
-            ensemble = config.distill.self_ensemble
-            lr = batch["lr"]
-            target = average_over_symmetries(teach, lr) if ensemble else teach(lr)
-            distillation = losses.l1(output, jax.lax.stop_gradient(target))
+            target = upscale_batch(teach, batch["lr"], self_ensemble=config.distill.self_ensemble)
+            distillation = losses.output_level(output, jax.lax.stop_gradient(target))
         else:
             pairs = rssb_pairs(config, teacher.config)
             target_features = jax.lax.stop_gradient(teach.with_features(batch["lr"])[1])
@@ -205,7 +208,8 @@ class TrainStep:
             grads = jax.lax.optimization_barrier(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            # Early averages would remember the random start: let the memory grow with the run.
+            # Early averages would remember the random start: let the memory grow with the run (as
+            # TensorFlow's ExponentialMovingAverage does if it is told the step).
             t = state.step.astype(jnp.float32)
             decay = jnp.minimum(config.optim.ema_decay, (1 + t) / (10 + t))
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params["model"])
@@ -225,7 +229,11 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
-        """The state after the step and the metrics of its batch."""
+        """The state after the step and the metrics of its batch, means over it.
+
+        loss, pixel_loss and, with a teacher, distill_loss; gradient_norm (before it is clipped),
+        weight_norm and learning_rate.
+        """
         return self._step(state, self._constants, batch)
 
     def compile(self, state: TrainState, batch: dict[str, Array]) -> jax.stages.Compiled:

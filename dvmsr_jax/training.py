@@ -1,7 +1,6 @@
 """The two training phases from beginning to end: feed, step, validate, log, save, stop, go on."""
 
 import contextlib
-import fcntl
 import signal
 import sys
 import time
@@ -15,14 +14,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
 
-from dvmsr_jax import data, parallel, report
+from dvmsr_jax import data, files, parallel, report
 from dvmsr_jax.checkpoint import Best, Checkpoints, load_facts, phase_directory
 from dvmsr_jax.config import TrainConfig, check
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import named_parameters
 from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.step import Teacher, TrainStep, init_state, memory_of
+from dvmsr_jax.step import Teacher, TrainState, TrainStep, init_state, memory_of
 from dvmsr_jax.validation import Validator
 from dvmsr_jax.vimm import check_scan
 
@@ -38,9 +37,14 @@ class StoppedError(Exception):
     """A signal ended the run before its last step; the message says how to go on."""
 
 
-class Machinery(NamedTuple):
-    """What takes a run from step to step."""
+class Run(NamedTuple):
+    """All that a phase is made of."""
 
+    mesh: Mesh
+    teacher: Teacher | None
+    records: data.Records
+    state: TrainState
+    """Before the first step, until it is replaced by a checkpoint's."""
     step: TrainStep
     batches: Callable[[int], Iterator[Any]]
     """batches(start): those from step `start` to the end, on the devices."""
@@ -61,14 +65,11 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
         UserError: the configuration, the data or the teacher cannot be used, the loss is not
             finite, a checkpoint cannot be read or written, or another run writes to the directory.
     """
-    check(config)
-    check_scan(config.compute)
+    run = build(config)
     directory = phase_directory(config)
-    mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
-    teacher = load_teacher(config)
-    records = data.load_records(config.data, config.model.scale)
+    teacher = run.teacher
     sources = {
-        "data": data.identity(records.folder),
+        "data": data.identity(run.records.folder),
         "teacher": teacher and data.teacher_id(teacher.config, teacher.parameters),
     }
     with (
@@ -78,63 +79,17 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
             Checkpoints(config, sources, allow_changes=allow_changes)
         ) as checkpoints,
     ):
-        state, best = parallel.replicate(init_state(config, teacher), mesh), Best()
-        if (restored := checkpoints.restore(state.ema, state._replace(ema={}))) is not None:
-            best, state = restored.best, restored.state._replace(ema=restored.ema)
-        start = int(state.step)
+        best = Best()
+        restored = checkpoints.restore(run.state.ema, run.state._replace(ema={}))
+        if restored is not None:
+            best = restored.best
+            run = run._replace(state=restored.state._replace(ema=restored.ema))
+        start = int(run.state.step)
         _print(f"{config.phase}: steps {start} to {config.steps}, in {directory}")
         if start >= config.steps:
             return directory
-
-        machinery = make_machinery(config, mesh, teacher, records)
-        validate = Validator(config, records, teacher)
-        log = report.Log(directory, start) if parallel.is_first() else None
-        trace = _Trace(directory / "profile", start, profile)
-        batches = machinery.batches(start)
-        recent = _Recent(start)
-        stop_anywhere = parallel.AnyProcess(mesh)
-        with (
-            contextlib.closing(trace),
-            tqdm(
-                total=config.steps,
-                initial=start,
-                unit="step",
-                desc=config.phase,
-                disable=not parallel.is_first(),
-            ) as bar,
-        ):
-            for step in range(start + 1, config.steps + 1):
-                with recent.waiting():
-                    batch = next(batches)
-                state, parts = machinery.step(state, batch)
-                recent.add(parts)
-                trace.step_done(step, state)
-                bar.update()
-                last = stop_anywhere(stop.requested) or step == config.steps
-                validate_now = step == config.steps or step % config.val_every == 0
-                save_now = last or validate_now or step % config.checkpoint_every == 0
-
-                if save_now or step % config.log_every == 0:
-                    values = recent.means(checkpoints)
-                    bar.set_postfix(loss=f"{values['loss']:.4f}")
-                    if log:
-                        log.scalars(step, values)
-                    recent.begin()
-                if validate_now:
-                    psnr_y, sample = validate(state.ema)
-                    psnr_y = parallel.from_first(psnr_y)
-                    best = max(best, Best(step, psnr_y), key=lambda best: best.psnr_y)
-                    if log:
-                        log.scalars(step, {"val_psnr_y": psnr_y, **validate.fixed_scores})
-                        log.sample(step, sample)
-                        bar.write(validate.describe(step, psnr_y))
-                    recent.begin()
-                if save_now:
-                    checkpoints.save(step, best, state.ema, state._replace(ema={}))
-                if last:
-                    break
-        if log:
-            log.close()
+        with contextlib.closing(_Trace(directory / "profile", start, profile)) as trace:
+            step, best = _take_steps(config, run, best, checkpoints, stop, trace)
     if step < config.steps:
         raise StoppedError(f"stopped after step {step}; the same command goes on from there")
     if best.step < step:
@@ -143,60 +98,113 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
     return directory
 
 
+def _take_steps(
+    config: TrainConfig,
+    run: Run,
+    best: Best,
+    checkpoints: Checkpoints,
+    stop: "_StopSignals",
+    trace: "_Trace",
+) -> tuple[int, Best]:
+    """Feeds, steps, logs, validates and saves; (the last step that it took, the best validation)"""
+    state, start = run.state, int(run.state.step)
+    validate = Validator(config, run.records, run.teacher)
+    log = report.Log(phase_directory(config), start) if parallel.is_first() else None
+    batches = run.batches(start)
+    recent = _Recent(start)
+    stop_anywhere = parallel.AnyProcess(run.mesh)
+    with tqdm(
+        total=config.steps,
+        initial=start,
+        unit="step",
+        desc=config.phase,
+        disable=not parallel.is_first(),
+    ) as bar:
+        for step in range(start + 1, config.steps + 1):
+            with recent.waiting():
+                batch = next(batches)
+            state, parts = run.step(state, batch)
+            recent.add(parts)
+            trace.step_done(step, state)
+            bar.update()
+            last = stop_anywhere(stop.requested) or step == config.steps
+            validate_now = step == config.steps or step % config.val_every == 0
+            save_now = last or validate_now or step % config.checkpoint_every == 0
+
+            if save_now or step % config.log_every == 0:
+                values = recent.means(checkpoints)
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+                if log:
+                    log.scalars(step, values)
+                recent.restart()
+            if validate_now:
+                psnr_y, sample = validate(state.ema)
+                psnr_y = parallel.from_first(psnr_y)
+                best = max(best, Best(step, psnr_y), key=lambda best: best.psnr_y)
+                if log:
+                    scores = {f"val_{n}_psnr_y": x for n, x in validate.fixed_scores.items()}
+                    log.scalars(step, {"val_psnr_y": psnr_y, **scores})
+                    log.sample(step, sample)
+                    bar.write(validate.describe(step, psnr_y))
+                recent.restart()
+            if save_now:
+                checkpoints.save(step, best, state.ema, state._replace(ema={}))
+            if last:
+                break
+    if log:
+        log.close()
+    return step, best
+
+
 def dry_run(config: TrainConfig) -> None:
-    """Builds everything, runs a step, and prints what the run will cost; leaves no trace but the
-    prepared data.
+    """Builds everything, takes two steps, and prints what the run will cost; leaves no trace but
+    the prepared data.
 
     Raises:
         UserError: as `train`.
     """
-    check(config)
-    check_scan(config.compute)
-    mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
-    teacher = load_teacher(config)
-    records = data.load_records(config.data, config.model.scale)
-    state = parallel.replicate(init_state(config, teacher), mesh)
-    machinery = make_machinery(config, mesh, teacher, records)
-    batch = next(machinery.batches(0))
-    memory = memory_of(machinery.step.compile(state, batch))
+    run = build(config)
+    state, batch = run.state, next(run.batches(0))
+    memory = memory_of(run.step.compile(state, batch))
     seconds = []
     for _ in range(2):  # the first one warms up
         begin = time.perf_counter()
-        state, parts = jax.block_until_ready(machinery.step(state, batch))
+        state, parts = jax.block_until_ready(run.step(state, batch))
         seconds.append(time.perf_counter() - begin)
     crop, batch_size = config.data.lr_crop, config.data.batch_size
     macs = cost(config.model, crop, crop).macs
     days, hours = divmod(config.steps * seconds[1] / 3600, 24)
     parameters = sum(x.size for x in state.ema.values())
+    device = run.mesh.devices[0].device_kind
     _print(
         f"{config.phase}: {parameters:,} parameters, {config.steps:,} steps of {batch_size} crops"
     )
     _print(f"one crop's forward pass: {macs / 1e9:.3g} GMACs in convolutions and projections")
-    _print(
-        f"memory a device: {memory / 2**20:,.1f} MiB, of {mesh.size} {mesh.devices[0].device_kind}"
-    )
+    _print(f"memory a device: {memory / 2**20:,.1f} MiB, of {run.mesh.size} {device}")
     _print(f"loss {float(parts['loss']):.4f}")
     _print(
         f"{1 / seconds[1]:.3g} steps/s, so {days:.0f} days and {hours:.1f} hours, validation apart"
     )
 
 
-def make_machinery(
-    config: TrainConfig, mesh: Mesh, teacher: Teacher | None, records: data.Records
-) -> Machinery:
-    """Builds what cuts batches from the data and what learns from them.
+def build(config: TrainConfig) -> Run:
+    """Checks the configuration, and builds all that its run is made of.
 
     Raises:
-        UserError: the teacher's outputs for the data are not there.
+        UserError: the configuration, the data or the teacher cannot be used.
     """
+    check(config)
+    check_scan(config.compute)
+    mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
+    teacher = load_teacher(config)
+    records = data.load_records(config.data, config.model.scale)
     targets = None
     if teacher is not None and config.distill.targets == "precomputed":
-        name = data.teacher_id(teacher.config, teacher.parameters)
         targets = data.load_targets(
             records.folder,
-            name,
+            data.teacher_id(teacher.config, teacher.parameters),
             self_ensemble=config.distill.self_ensemble,
-            ckpt=config.distill.teacher or config.workdir / "teacher",
+            ckpt=teacher_path(config),
         )
     span: dict[str, Any] = {
         "seed": config.seed,
@@ -205,7 +213,7 @@ def make_machinery(
     }
     cached = config.data.cache == "device"
 
-    def batches(start):
+    def batches(start: int) -> Iterator[Any]:
         if cached:
             source = data.plans(records.train, config.data, start=start, **span)
         else:
@@ -215,26 +223,28 @@ def make_machinery(
             )
         return parallel.prefetch(source, mesh)
 
+    state = parallel.replicate(init_state(config, teacher), mesh)
     cache = data.load_cache(records.train, targets) if cached else None
-    return Machinery(TrainStep(config, mesh, teacher, cache), batches)
+    return Run(mesh, teacher, records, state, TrainStep(config, mesh, teacher, cache), batches)
+
+
+def teacher_path(config: TrainConfig) -> Path:
+    """The checkpoint that the student phase learns from."""
+    if config.distill.teacher is not None:
+        return config.distill.teacher.expanduser()
+    return config.workdir.expanduser() / "teacher"
 
 
 def load_teacher(config: TrainConfig) -> Teacher | None:
     """The frozen teacher that the student phase is to learn from; None in the teacher phase.
 
     Raises:
-        UserError: there is none, or its scale is not the student's, or the options of distillation
-            exclude each other.
+        UserError: there is none, or it is not finished, or its scale is not the student's.
     """
     if config.phase == "teacher":
         return None
-    if config.distill.level == "mid":
-        for field, default in (("targets", "online"), ("self_ensemble", False)):
-            if getattr(config.distill, field) != default:
-                raise UserError(f"distill.{field} is for distill.level=output only")
-    path = config.distill.teacher
-    if path is None:
-        path = config.workdir.expanduser() / "teacher"
+    path = teacher_path(config)
+    if config.distill.teacher is None:
         if not (path / "checkpoints").is_dir():
             raise UserError(
                 f"there is no teacher in {path}; run the teacher phase under the same --workdir, "
@@ -260,9 +270,9 @@ class _Recent:
 
     def __init__(self, step: int):
         self._step = step
-        self.begin()
+        self.restart()
 
-    def begin(self) -> None:
+    def restart(self) -> None:
         """Forgets what was, and starts the clock."""
         self._pending: list[dict[str, Array]] = []  # not yet fetched from the device
         self._waited, self._begin = 0.0, time.perf_counter()
@@ -337,15 +347,11 @@ def _sole_use(directory: Path) -> Iterator[None]:
         yield
         return
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with (directory / ".lock").open("w") as file:
+        if not files.lock(file, wait=False):
             raise UserError(
                 f"another run is writing to {directory}; stop it, or use another --workdir"
-            ) from error
-        except OSError:  # some network file systems have no locks
-            pass
+            )
         yield
 
 

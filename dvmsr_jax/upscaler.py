@@ -2,9 +2,11 @@
 
 >>> from dvmsr_jax import Upscaler
 >>> upscale = Upscaler()  # or Upscaler.from_checkpoint("dvmsr.safetensors")
->>> upscale(Image.open("photo.jpg")).save("photo_x4.png")
+>>> large = upscale(Image.open("photo.jpg"))
+>>> large.save("photo_x4.png", **large.info)  # with ICC profile, DPI and EXIF
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -143,6 +145,8 @@ class Enlarger:
         h, w, _ = pixels.shape
         height, width = self._enlarged(h, w)
         columns = ((np.arange(width) + 0.5) * (w / width)).astype(int)
+        reach = math.ceil(max(1, 1 / self.scale))  # pixels around, that bear on an enlarged one
+        window = (2 * reach + 1, 2 * reach + 1, 1)
         bottom = 0
         for black, white in zip(
             self._enlarge_colours(pixels, on_black),
@@ -152,11 +156,11 @@ class Enlarger:
             top, bottom = bottom, bottom + len(black)
             rows = ((np.arange(top, bottom) + 0.5) * (h / height)).astype(int)
             # What is opaque or clear stays exactly so, and alpha does not overshoot at edges.
-            first = max(rows[0] - 1, 0)
-            alpha = _values(pixels[first : rows[-1] + 2, :, -1:])
+            first = max(rows[0] - reach, 0)
+            alpha = _values(pixels[first : rows[-1] + reach + 1, :, -1:])
             area = np.ix_(rows - first, columns)
-            lowest = minimum_filter(alpha, (3, 3, 1))[area]
-            highest = maximum_filter(alpha, (3, 3, 1))[area]
+            lowest = minimum_filter(alpha, window)[area]
+            highest = maximum_filter(alpha, window)[area]
             black, white = np.clip(black, 0, 1), np.clip(white, 0, 1)
             coverage = 1 - (white - black).mean(axis=2, keepdims=True)
             coverage = np.clip(coverage, lowest, highest)

@@ -9,7 +9,7 @@ from jaxtyping import Array, UInt8
 
 from dvmsr_jax import bicubic, data, images, metrics, report
 from dvmsr_jax.config import ModelConfig, TrainConfig
-from dvmsr_jax.inference import average_over_symmetries
+from dvmsr_jax.inference import upscale_batch
 from dvmsr_jax.model import model_from_parameters
 from dvmsr_jax.step import Teacher
 
@@ -23,12 +23,12 @@ class Validator:
         self._forward = jax.jit(self._upscale, static_argnums=(0, 1))
         bicubics = [bicubic.upscale(record["lr"], config.model.scale) for record in self._records]
         self._first_bicubic = bicubics[0]
-        self.fixed_scores = {"val_bicubic_psnr_y": self._mean_psnr_y(bicubics)}
-        """Scores that stay the same: of bicubic and, if there is one, of the teacher."""
+        self.fixed_scores = {"bicubic": self._mean_psnr_y(bicubics)}
+        """PSNR-Y that stays the same: of bicubic and, if there is one, of the teacher."""
         if teacher is not None:
             ensemble = config.distill.self_ensemble
             results = self._results(teacher.config, teacher.parameters, ensemble)
-            self.fixed_scores["val_teacher_psnr_y"] = self._mean_psnr_y(results)
+            self.fixed_scores["teacher"] = self._mean_psnr_y(results)
 
     def __call__(self, parameters: Mapping[str, Array]) -> tuple[float, UInt8[np.ndarray, "H W 3"]]:
         """(mean PSNR-Y, a sample picture bicubic | ours | HR)."""
@@ -38,7 +38,7 @@ class Validator:
 
     def describe(self, step: int, psnr_y: float) -> str:
         """A line for the terminal."""
-        others = [f"{name.split('_')[1]} {x:.2f}" for name, x in self.fixed_scores.items()]
+        others = [f"{name} {x:.2f}" for name, x in self.fixed_scores.items()]
         return f"step {step}: PSNR-Y {psnr_y:.2f} dB ({', '.join(others)})"
 
     def _results(self, config, parameters, ensemble=False):
@@ -52,7 +52,7 @@ class Validator:
     def _upscale(self, config: ModelConfig, ensemble: bool, parameters, lr):
         model = model_from_parameters(config, parameters, compute=self._config.compute)
         image = lr[None].astype(jnp.float32) / 255
-        return (average_over_symmetries(model, image) if ensemble else model(image))[0]
+        return upscale_batch(model, image, self_ensemble=ensemble)[0]
 
     def _mean_psnr_y(self, results):
         scale = self._config.model.scale

@@ -59,9 +59,8 @@ class Direction(nnx.Module):
 
     def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
         check_scan(compute)
-        d = config.expand * config.channels
-        n = config.states
-        self.rank = math.ceil(config.channels / 16)
+        d, n = config.inner_channels, config.states
+        self.rank = config.delta_rank
         self.scan = compute.scan
         self.conv = CausalConv(d, config.conv_width, rngs=rngs)
         self.x_proj = projection(d, self.rank + 2 * n, dense_init, compute, rngs)
@@ -76,10 +75,10 @@ class Direction(nnx.Module):
         """The gated scan of u; z is the gate before its silu."""
         u = jax.nn.silu(self.conv(u, band))
         d, n = self.A_log.shape
-        delta, B, C = jnp.split(self.x_proj(u), [self.rank, self.rank + n], axis=-1)
+        low_rank, B, C = jnp.split(self.x_proj(u), [self.rank, self.rank + n], axis=-1)
         y, state = selective_scan(
             u,
-            band.masked(self.dt_proj(delta), outside=NO_STEP),
+            band.masked(self.dt_proj(low_rank), outside=NO_STEP),
             -jnp.exp(self.A_log[...]),
             B,
             C,
@@ -104,10 +103,9 @@ class ViMM(nnx.Module):
 
     def __init__(self, config: ModelConfig, index: int, compute: Compute, *, rngs: nnx.Rngs):
         """`index` counts the network's ViMMs from 0."""
-        c = config.channels
-        d = config.expand * c
+        c, d = config.channels, config.inner_channels
         self.index = index
-        self.drop_path = config.drop_path * index / max(config.rssbs * config.vimms_per_rssb - 1, 1)
+        self.drop_path = config.drop_path * index / max(config.vimms - 1, 1)
         self.norm = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
         self.in_proj = projection(c, 2 * d, dense_init, compute, rngs)
         self.forward = Direction(config, compute, rngs=rngs)

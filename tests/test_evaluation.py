@@ -7,7 +7,14 @@ import pytest
 
 from dvmsr_jax import bicubic
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.evaluation import Example, Pair, evaluate, find_benchmarks, load_pair, sample_pairs
+from dvmsr_jax.evaluation import (
+    Example,
+    Pair,
+    evaluate,
+    find_benchmarks,
+    load_pair,
+    sample_benchmark,
+)
 from dvmsr_jax.images import SAMPLES, ImageError, read_rgb, write_png
 
 
@@ -129,7 +136,7 @@ def test_what_cannot_be_scored_is_named():
 
 
 def test_samples():
-    samples = sample_pairs(scale=4)
+    samples = sample_benchmark(scale=4)
     assert len(samples) == len(SAMPLES)
     example = next(iter(samples))
     assert example.name == "astronaut"

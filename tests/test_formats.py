@@ -46,7 +46,7 @@ class Source(Picture):
 
     def __init__(self, frames, form, plays):
         self._frames, self.format, self.plays = frames, form, plays
-        self.pixels = sum(x.shape[0] * x.shape[1] for x in frames)
+        self.most_bytes = sum(x.nbytes for x in frames)
 
 
 def only_frame(path):
@@ -118,24 +118,27 @@ RICH = Metadata(
 
 
 @pytest.mark.parametrize(
-    ("form", "scale"), [(PNG, 1.0), (JPEG, 1.0), (WEBP, 1.0), (TIFF, 585.0), (TIFF, 586.0)]
+    ("form", "big"), [(PNG, False), (JPEG, False), (WEBP, False), (TIFF, False), (TIFF, True)]
 )
-def test_metadata(write, form, scale):
+def test_metadata(write, form, big, monkeypatch):
     pixels = np.zeros((64, 64, 3), np.uint8)
-    path = write(form, pixels, metadata=RICH, scale=scale)  # 586: 4 GB, were it so
+    monkeypatch.setattr(formats, "CLASSIC_TIFF", pixels.nbytes - big)
+    path = write(form, pixels, metadata=RICH)
     if form is TIFF:
         with tifffile.TiffFile(path) as file:
-            assert file.is_bigtiff == (scale == 586)
+            assert file.is_bigtiff == big
     metadata = only_frame(path).metadata
     assert metadata.icc == SRGB
-    if form is WEBP:
-        with Image.open(path) as image:
-            exif = image.getexif()
-        assert exif[ExifTags.Base.XResolution] == 300
-        assert exif[ExifTags.Base.YResolution] == 150
-    else:
-        assert metadata.dpi == pytest.approx(RICH.dpi, rel=1e-3)
+    assert metadata.dpi == pytest.approx(RICH.dpi, rel=1e-3)
     assert metadata.exif == RICH.exif
+
+
+@pytest.mark.parametrize("quality", [1, 80, 94, 95, 100])
+def test_jpeg_of_noise(write, quality):
+    """Which takes more bytes than pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)
+    found = only_pixels(write(JPEG, pixels, quality=quality)).astype(int)
+    assert np.abs(found - pixels).mean() < 2 if quality == 100 else found.shape == pixels.shape
 
 
 def test_a_profile_of_grey_does_not_come_with_colours(write):
@@ -192,6 +195,15 @@ def test_pages(write):
     for frame, page in zip(picture.frames(), pages, strict=True):
         np.testing.assert_array_equal(frame.pixels, page)
         assert frame.metadata.dpi == (300, 300)
+    assert picture.most_bytes == sum(page.nbytes for page in pages)
+
+
+def test_pages_become_a_big_tiff_if_they_are_large(write, monkeypatch):
+    pages = DEEP[:, :, :3], DEEP[:9, :5, 0:1]
+    for limit, big in ((4 * sum(x.nbytes for x in pages), False), (4 * pages[0].nbytes, True)):
+        monkeypatch.setattr(formats, "CLASSIC_TIFF", limit)
+        with tifffile.TiffFile(write(TIFF, *pages, scale=2.0)) as file:
+            assert file.is_bigtiff == big
 
 
 def test_several_frames_need_a_format_for_them():

@@ -1,6 +1,9 @@
 """What is read is RGB, uint8 and upright, or an error that names the file."""
 
+import errno
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +102,29 @@ def test_find_images(tmp_path):
     for folder in (tmp_path / "folder.png", tmp_path / "missing"):
         with pytest.raises(ImageError, match=re.escape(str(folder))):
             find_images(folder)
+
+
+def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
+    """Root can read them all, so the system's call is replaced."""
+    for name in ("a.png", "locked/b.png", "open/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(ImageError, match=r"locked: cannot be read \(Permission denied\)$"):
+        find_images(tmp_path)
+    left_out = {}
+    found = find_images(tmp_path, on_error=left_out.__setitem__)
+    assert [path.name for path in found] == ["a.png", "c.png"]
+    assert list(left_out) == [tmp_path / "locked"]
+    with pytest.raises(ImageError, match="Permission denied"):
+        find_images(tmp_path / "locked", on_error=left_out.__setitem__)
 
 
 def test_to_uint8():

@@ -113,7 +113,10 @@ def test_a_transparent_colour():
     np.testing.assert_array_equal(np.argwhere(pixels[:, :, 3] == 0), [[2, 3]])
     # Four bits of grey, in which the colour is counted too.
     data = png(2, 1, 4, 0, [[0x5A]], transparent=struct.pack(">H", 5))
-    assert_read(data, np.array([[[0x55, 0], [0xAA, 255]]], np.uint8))
+    expected = np.array([[[0x55, 0], [0xAA, 255]]], np.uint8)
+    assert_read(data, expected)
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(from_pillow(image).pixels, expected)
     # A palette, with alpha of its own.
     palette = Image.fromarray(RGB).quantize(4)
     pixels = only_frame(saved(palette, "PNG", transparency=bytes([0, 100, 200]))).pixels
@@ -186,6 +189,17 @@ def test_metadata(form):
         assert scaled.dpi == pytest.approx((400, 800), rel=1e-3)
 
 
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])  # of JPEG, Pillow reads it
+@pytest.mark.parametrize(("unit", "inches"), [(2, 1.0), (3, 2.54), (None, 1.0)])
+def test_resolution_in_exif(form, unit, inches):
+    exif = Image.Exif()
+    exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = 300.0, 150.0
+    if unit is not None:
+        exif[ExifTags.Base.ResolutionUnit] = unit
+    dpi = only_frame(saved(RGB, form, exif=exif)).metadata.dpi
+    assert dpi == pytest.approx((300 * inches, 150 * inches), rel=1e-3)
+
+
 def test_senseless_metadata_is_left_out():
     assert only_frame(saved(RGB[:, :, 0], "PNG", icc_profile=SRGB)).metadata == Metadata()
     assert only_frame(saved(RGB, "PNG", icc_profile=b"no profile")).metadata == Metadata()
@@ -234,7 +248,8 @@ def test_pages():
     grey = Image.fromarray(RGB[:3, :4, 0])
     data = saved(RGB, "TIFF", save_all=True, append_images=[grey], dpi=(90, 90))
     picture = Picture(data)
-    assert (len(picture), picture.is_animation, picture.pixels) == (2, False, 5 * 7 + 3 * 4)
+    assert (len(picture), picture.is_animation) == (2, False)
+    assert picture.most_bytes == 5 * 7 * 3 + 3 * 4
     rgb, page = (frame.pixels for frame in picture.frames())
     np.testing.assert_array_equal(rgb, RGB)
     np.testing.assert_array_equal(page, RGB[:3, :4, :1])
@@ -292,7 +307,7 @@ def test_what_is_no_picture_is_named(tmp_path):
         "half.tif": (half("TIFF"), "cannot be read"),
         "half.webp": (half("WEBP"), "cannot be read"),
         "half.bmp": (half("BMP"), "truncated"),
-        "float.tif": (tiff(np.zeros((3, 4), np.float32)), "32-bit pixels"),
+        "float.tif": (tiff(np.zeros((3, 4), np.float32)), "32-bit or signed pixels"),
     }
     for name, (data, reason) in files.items():
         path = tmp_path / name
@@ -317,6 +332,17 @@ def test_size_is_checked_before_decoding(form, monkeypatch):
     with pytest.raises(ImageError, match=r"megapixels.*--max-megapixels"):
         Picture(data, max_pixels=19_998)
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_frames_count_together(form):
+    first, *others = (Image.new("RGB", (200, 100), colour) for colour in ("red", "lime", "blue"))
+    data = saved(first, form, save_all=True, append_images=others)
+    assert len(Picture(data, max_pixels=60_000)) == 3
+    with pytest.raises(ImageError, match=r"megapixels.*--max-megapixels"):
+        Picture(data, max_pixels=59_998)
+    pages = saved(first, "TIFF", save_all=True, append_images=others)
+    assert len(Picture(pages, max_pixels=20_000)) == 3
 
 
 def test_pillow_images():

@@ -93,11 +93,11 @@ def start(tmp_path, photos):
         process.stdout.close()
 
 
-def finish(*processes):
-    """Their output, when they have ended well."""
+def finish(*processes, status=0):
+    """Their output, when they have ended so."""
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+        assert process.returncode == status, output
     return outputs
 
 
@@ -141,7 +141,7 @@ def test_two_processes_are_like_one(start, tmp_path):
             assert both[0].poll() is None, both[0].communicate()[0]
             time.sleep(0.01)
         both[1].send_signal(signal.SIGTERM)  # the one that logs learns of it from the other
-        first, second = finish(*both)
+        first, second = finish(*both, status=130)
         assert re.search(r"stopped after step [1-5]; the same command goes on", first), first
         assert "step/s" not in second  # one of them speaks
         first, _ = finish(*pair(start, phase, "two", *options))
@@ -192,7 +192,7 @@ def test_full_disk(start, small_disk, tmp_path):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    finish(process)
+    finish(process, status=130)
 
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))

@@ -83,7 +83,7 @@ def test_targets_are_the_teachers_outputs(records, teacher, self_ensemble, monke
 
 def test_interrupted_distillation_ends_with_the_same_bytes(records, teacher, monkeypatch, tmp_path):
     monkeypatch.setattr(targets, "PER_SHARD", 2)
-    make, calls = targets._make_upscaler, []
+    make, calls = targets._make_teacher, []
 
     def interrupted(*arguments):
         upscale = make(*arguments)
@@ -106,7 +106,7 @@ def test_interrupted_distillation_ends_with_the_same_bytes(records, teacher, mon
     for file in path.iterdir():
         file.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(targets, "_make_upscaler", interrupted)
+        patch.setattr(targets, "_make_teacher", interrupted)
         with pytest.raises(KeyboardInterrupt):
             distill()
         assert {file.name for file in path.iterdir()} == {"00000.npy", "targets.json"}

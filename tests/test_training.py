@@ -269,10 +269,25 @@ def test_precomputed_targets_distil_like_the_teacher_itself(config):
     assert losses[0]["distill_loss"] != losses[1]["distill_loss"]
 
 
-@pytest.mark.parametrize("options", [{"targets": "precomputed"}, {"self_ensemble": True}])
-def test_mid_level_distillation_needs_the_teacher_online(config, options):
-    with pytest.raises(UserError, match=r"for distill\.level=output only"):
-        training.train(student_of(config, level="mid", **options))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"level": "mid", "targets": "precomputed"}, r"targets is for distill\.level=output only"),
+        ({"level": "mid", "self_ensemble": True}, r"ensemble is for distill\.level=output only"),
+        ({"rssbs": ((0, 0),)}, r"distill\.rssbs is for distill\.level=mid only"),
+    ],
+)
+def test_options_of_distillation_that_exclude_each_other(config, options, message):
+    with pytest.raises(UserError, match=message):
+        training.train(student_of(config, **options))
+
+
+def test_an_impossible_model_is_refused_before_anything_is_prepared(config):
+    impossible = dataclasses.replace(config, model=dataclasses.replace(TEACHER, channels=0))
+    with pytest.raises(UserError, match="channels is 0"):
+        training.train(impossible)
+    assert not config.workdir.exists()
+    assert not config.data.data_dir.exists()
 
 
 def test_student_without_teacher_says_what_to_do(config):
@@ -291,6 +306,9 @@ def test_rssb_pairs():
     config = TrainConfig(model=ModelConfig(rssbs=4))
     teacher = ModelConfig(rssbs=8)
     assert step.rssb_pairs(config, teacher) == ((0, 1), (1, 3), (2, 5), (3, 7))
+    for expected in ((0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 2, 2), (0, 1, 2, 3), (1, 2, 3, 4)):
+        pairs = step.rssb_pairs(config, ModelConfig(rssbs=expected[-1] + 1))
+        assert pairs == tuple(enumerate(expected))
     chosen = dataclasses.replace(config, distill=DistillConfig(rssbs=((0, 7),)))
     assert step.rssb_pairs(chosen, teacher) == ((0, 7),)
     wrong = dataclasses.replace(config, distill=DistillConfig(rssbs=((4, 0),)))
@@ -335,12 +353,13 @@ def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
     changed = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, hr_dirs=(fewer,)),
+        model=dataclasses.replace(config.model, drop_path=0.5),
         optim=OptimConfig(learning_rate=1e-3),
     )
     with pytest.raises(UserError) as caught:
         training.train(changed)
     differing = re.findall(r"^  (.*): .* there, .* now$", str(caught.value), re.MULTILINE)
-    assert differing == ["optim.learning_rate", "sources.data", "steps"]
+    assert differing == ["model.drop_path", "optim.learning_rate", "sources.data", "steps"]
     assert "--allow-changes" in str(caught.value)
     capsys.readouterr()
     training.train(changed, allow_changes=True)

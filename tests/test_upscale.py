@@ -152,6 +152,8 @@ def test_one_file_as_output():
             plan("a.png", output=output, suffix=".jpg")
     with pytest.raises(UserError, match="end a folder's name in /"):
         plan("a.png", "b.png", output="x.png")
+    with pytest.raises(UserError, match="several results; name a folder"):
+        plan("a.png", "b.png", output="-")
 
 
 def test_standard_input_and_output():
@@ -186,6 +188,15 @@ def test_inputs_are_never_overwritten(upscaler):
         assert outcome.status == "failed"
         assert "an input" in outcome.what
     assert Path("a.png").read_bytes() == original
+    # One that is named, and is itself skipped because of its name.
+    make("icon.png", "icon_x2.png")
+    named = ["icon.png", "icon_x2.png"]
+    for overwrite in (False, True):
+        outcomes = run(upscaler, *named, keep=named, overwrite=overwrite)
+        assert outcomes["icon_x2.png"].status == "skipped"
+        assert "an input" in outcomes["icon.png"].what
+    with Image.open("icon_x2.png") as image:
+        assert image.size == (4, 3)
     # One that has its turn later, and is named like a result.
     make("c.png", "d/c_x2.png")
     outcomes = run(upscaler, "c.png", "d/c_x2.png", output="d/", overwrite=True)
@@ -194,9 +205,16 @@ def test_inputs_are_never_overwritten(upscaler):
 
 def test_results_do_not_overwrite_each_other(upscaler):
     make("x/a.png", "y/a.png")
-    outcomes = run(upscaler, "x/a.png", "y/a.png", output="out/", overwrite=True)
-    assert [outcome.status for outcome in outcomes.values()] == ["done", "failed"]
-    assert "the result of x/a.png" in outcomes["y/a.png"].what
+    for overwrite, first in ((False, "done"), (False, "skipped"), (True, "done")):
+        outcomes = run(upscaler, "x", "y", output="out/", overwrite=overwrite)
+        assert [outcome.status for outcome in outcomes.values()] == [first, "failed"]
+        assert "would have the name of x/a.png's" in outcomes["y/a.png"].what
+    # Names that the file system, and nothing else, takes for the same.
+    make("z/b.png")
+    Path("z/c_x2.png").symlink_to(Path("b_x2.png"))
+    make("z/c.png")
+    outcomes = run(upscaler, "z/b.png", "z/c.png", overwrite=True)
+    assert "the result of z/b.png" in outcomes["z/c.png"].what
 
 
 def test_failures_are_told_and_the_rest_is_done(upscaler):
@@ -278,6 +296,45 @@ def test_what_cannot_be_written_fails(upscaler, monkeypatch, number):
     assert [outcome.status for outcome in outcomes.values()] == ["failed", "failed"]
     assert outcomes["a.png"].what == "a_x2.png cannot be written (for a reason)"
     assert sorted(map(str, Path().iterdir())) == ["a.png", "b.png"]
+
+
+def test_what_cannot_be_written_fails_before_the_work(monkeypatch):
+    def idle(image):
+        raise AssertionError("there was work")
+
+    make("a.png")
+    Path("a_x2.png").mkdir()
+    (outcome,) = run(Enlarger(idle, 2), "a.png", overwrite=True).values()
+    assert outcome.what == "a_x2.png, which is to be the result, is a folder"
+    touch = Path.touch
+
+    def locked(path, *arguments, **options):
+        if path.name.startswith(".dvmsr-"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return touch(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "touch", locked)
+    (outcome,) = run(Enlarger(idle, 2), "a.png", suffix=".webp").values()
+    assert outcome.what == "a_x2.webp cannot be written (Permission denied)"
+
+
+def test_inputs_that_cannot_be_looked_for(upscaler):
+    make("a.png")
+    too_long = "b" * 300 + ".png"
+    outcomes = run(upscaler, too_long, "", "a.png")
+    assert outcomes["a.png"].status == "done"
+    assert outcomes[too_long].status == "failed"
+    assert outcomes["."].what == "an empty name"
+
+
+def test_two_names_of_a_file():
+    make("a.png", "folder.png/b.png", "line\nbreak.png", "line\nbreak_x4.png")
+    Path("link.png").symlink_to("a.png")
+    assert plan("a.png", "link.png")[::-1] == [
+        Job(Path("a.png"), Path("a_x4"), None),
+        Outcome(Path("link.png"), "skipped", "is a.png"),
+    ]
+    assert set(targets(plan("*.png"))) == {"a.png", "line\nbreak.png"}
 
 
 def test_long_names(upscaler):
@@ -399,6 +456,20 @@ def test_no_picture_on_a_terminal(weights, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     message = run_main(monkeypatch, "a.png", "-o", "-", "--ckpt", weights)
     assert message.startswith("error: standard output is a terminal")
+
+
+def test_closed_streams(weights, monkeypatch):
+    make("a.png")
+    for stream, arguments in (("stdin", ["-", "-o", "x.png"]), ("stdout", ["a.png", "-o", "-"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, stream, None)
+            message = run_main(patch, *arguments, "--ckpt", weights)
+        assert message == f"error: standard {stream[3:]}put is closed"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        assert run_main(patch, "a.png", "--ckpt", weights) == 0
+        sys.stderr.close()
+    assert Path("a_x4.png").exists()
 
 
 def test_pipes(weights, monkeypatch):

@@ -166,6 +166,15 @@ def test_transparency_has_no_fringe(colour):
     assert np.abs(seen[edge] - colour).max() < 0.06
 
 
+@pytest.mark.parametrize("scale", [0.125, 0.25, 0.5, 0.7])
+def test_transparency_survives_shrinking(scale):
+    """Thin lines become faint, but do not vanish."""
+    lines = np.zeros((64, 64, 4), np.float32)
+    lines[:, ::8] = 1
+    shrunk = Enlarger(bicubic_upscale, 4, scale=scale)(lines)
+    assert shrunk[:, :, 3].mean() == pytest.approx(1 / 8, rel=0.2)
+
+
 def test_opaque_pictures_are_upscaled_once():
     calls = []
 

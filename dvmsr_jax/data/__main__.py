@@ -21,7 +21,7 @@ from dvmsr_jax.data.check import check_targets
 from dvmsr_jax.data.pictures import find_pictures
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
 from dvmsr_jax.data.records import read_counts, read_preparation
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import told_in_a_line
 
 # Problems that `check` prints at most; there can be one for each record.
 _SHOWN = 20
@@ -100,14 +100,13 @@ def _summary(folder: Path) -> str:
 
 def main() -> None:
     """Does what the command line says."""
-    try:
+    with told_in_a_line(
+        out_of_memory="try a smaller --batch-size",
+        interrupted="stopped; the same command goes on from there",
+    ):
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="python -m dvmsr_jax.data", description=__doc__
         )
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from there")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dvmsr_jax.config import DataConfig
 
-Plan = dict[str, Int32[np.ndarray, "b"]]
+Plan = dict[str, Int32[np.ndarray, " b"]]
 """A batch in small numbers: "index" of the record, "top" and "left" of the crop in LR pixels, and
 "symmetry": that many quarter turns modulo 4, then a left-right flip from 4 up."""
 
@@ -104,7 +104,7 @@ def load_cache(
 
 def cut(
     cache: Mapping[str, UInt8[Array, "n _ _ 3"]],
-    plan: Mapping[str, Int32[Array, "b"]],
+    plan: Mapping[str, Int32[Array, " b"]],
     lr_crop: int,
     scale: int,
 ) -> dict[str, UInt8[Array, "b _ _ 3"]]:

@@ -1,7 +1,6 @@
 """Pictures -> a folder of records, on all cores, in shards that an interruption leaves finished."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
 from dvmsr_jax.data.pictures import Picture, find_pictures
 from dvmsr_jax.data.records import DataError, Records
-from dvmsr_jax.files import checksum, replacing, write_json
+from dvmsr_jax.files import checksum, lock, replacing, write_json
 
 PICTURES_PER_SHARD = 16
 # Largest share of the pictures that may be left out because they cannot be read.
@@ -263,14 +262,17 @@ def _claim(unfinished: Path, finished: Path) -> Iterator[bool]:
     Yields False if FINISHED is there, already or after the wait.
     """
     while not is_prepared(finished):
-        if finished.is_dir() and any(finished.iterdir()):
-            raise DataError(f"{finished}: holds something else; choose another folder")
+        if finished.is_file() or (finished.is_dir() and any(finished.iterdir())):
+            raise DataError(f"{finished}: is or holds something else; choose another folder")
         unfinished.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
-                lock = stack.enter_context((unfinished / _LOCK).open("w"))
-                _wait_for(lock, unfinished)
-                held = os.path.samestat(os.fstat(lock.fileno()), os.stat(unfinished / _LOCK))
+                file = stack.enter_context((unfinished / _LOCK).open("w"))
+                if not lock(file, wait=False):
+                    waiting = f"waiting for the process that prepares pictures in {unfinished}"
+                    print(waiting, flush=True)
+                    lock(file, wait=True)
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(unfinished / _LOCK))
             except FileNotFoundError:
                 held = False
             # Otherwise who had it has renamed the folder: look again.
@@ -280,13 +282,3 @@ def _claim(unfinished: Path, finished: Path) -> Iterator[bool]:
             if held:  # made in vain, just after that
                 (unfinished / _LOCK).unlink()
     yield False
-
-
-def _wait_for(lock: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting for the process that prepares pictures in {folder}", flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:  # some network file systems have no locks
-        pass

@@ -31,11 +31,15 @@ PREPARATION = "preparation.json"
 
 
 class DataError(UserError):
-    """There is nothing to train on; the message says what to pass."""
+    """Training data that cannot be had, used or read; the message names it and says what to do."""
 
 
 class Records(NamedTuple):
-    """Random-access sequences of {"hr", "lr", "name"}, and the folder that they lie in."""
+    """Random-access sequences of sub-images, and the folder that they lie in.
+
+    Each is {"hr": (S, S, 3) uint8, "lr": (S / scale, S / scale, 3) uint8, "name": bytes}, of the
+    picture that it was cut from, with S = hr_side(scale).
+    """
 
     train: Sequence[dict[str, Any]]
     val: Sequence[dict[str, Any]]

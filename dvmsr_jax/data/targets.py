@@ -23,7 +23,7 @@ from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data.records import DataError, hr_side, open_records, read_preparation
 from dvmsr_jax.files import checksum, replacing, write_json
-from dvmsr_jax.inference import average_over_symmetries
+from dvmsr_jax.inference import upscale_batch
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import load_model
 
@@ -152,7 +152,7 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
             f"{ckpt} is a teacher for x{model.config.scale}, {folder} was prepared for x{scale}"
         )
     records = open_records(folder).train
-    upscale = _make_upscaler(model, self_ensemble, batch_size)
+    teach = _make_teacher(model, self_ensemble, batch_size)
     teacher = teacher_id(model.config, named_parameters(model))
     path = folder / "targets" / _name(teacher, self_ensemble)
     path.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
                 batches = [indices[j : j + batch_size] for j in range(0, len(indices), batch_size)]
                 dataset = grain.MapDataset.source(batches).map(read).to_iter_dataset(_READ_AHEAD)
                 outputs = []
-                for output in upscale(dataset):
+                for output in teach(dataset):
                     outputs.append(output)
                     bar.update(len(output))
                 info["sha256"].pop(shard.name, None)
@@ -183,7 +183,7 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
     return path
 
 
-def _make_upscaler(
+def _make_teacher(
     model: DVMSR, self_ensemble: bool, batch_size: int
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
     """A function from batches of at most `batch_size` LR pictures to their SR pictures, uint8."""
@@ -192,7 +192,7 @@ def _make_upscaler(
     def forward(parameters, lr):
         teacher = model_from_parameters(model.config, parameters)
         lr = lr.astype(jnp.float32) / 255
-        return average_over_symmetries(teacher, lr) if self_ensemble else teacher(lr)
+        return upscale_batch(teacher, lr, self_ensemble=self_ensemble)
 
     replicated, sharded = PartitionSpec(), PartitionSpec(parallel.AXIS)
     forward = jax.jit(
@@ -213,7 +213,7 @@ def _make_upscaler(
     def finish(output, count):
         return images.to_uint8(np.asarray(output)[:count])
 
-    def upscale(batches):
+    def teach(batches):
         under_way = None
         for lr in batches:
             following = start(lr)  # so that the devices have work while this one is fetched
@@ -223,4 +223,4 @@ def _make_upscaler(
         if under_way is not None:
             yield finish(*under_way)
 
-    return upscale
+    return teach

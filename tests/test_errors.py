@@ -1,0 +1,32 @@
+"""What command lines say of errors."""
+
+import jax
+import pytest
+
+from dvmsr_jax.errors import UserError, told_in_a_line
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("mend this"), "error: mend this"),
+        (FileNotFoundError("no such file"), "error: no such file"),
+        (MemoryError(), "error: out of memory (in main memory); try less"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes\nand more"),
+            "error: out of memory (RESOURCE_EXHAUSTED: 9 bytes); try less",
+        ),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_is_no_defect_is_told_in_a_line(error, code):
+    with pytest.raises(SystemExit) as exit_, told_in_a_line(out_of_memory="try less"):
+        raise error
+    assert exit_.value.code == code
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), jax.errors.JaxRuntimeError("INTERNAL: x")])
+def test_a_defect_keeps_its_traceback(error):
+    with pytest.raises(type(error)) as found, told_in_a_line(out_of_memory="try less"):
+        raise error
+    assert found.value is error
