@@ -47,7 +47,8 @@ def print_times(
     exponentials = jax.devices()[0].core_count * SPECIAL_FUNCTIONS_A_CLOCK * clock
     print(
         f"floors from {bandwidth / 1e12:.2f} TB/s (a copy, measured) and "
-        f"{exponentials / 1e12:.2f} T special functions/s (at {clock / 1e9:.2f} GHz)\n"
+        f"{exponentials / 1e12:.2f} T special functions/s (at {clock / 1e9:.2f} GHz); "
+        "*: the GPU may have waited for the host\n"
     )
     others = [*implementations, *(["mamba_ssm"] if importlib.util.find_spec("mamba_ssm") else [])]
     print_head([*COLUMNS, *(f"vs {name}" for name in others)])
@@ -96,7 +97,7 @@ def compare(
         floor = max(moved / bandwidth, evaluated / exponentials)
         yield [
             *size,
-            f"{rounded(triton * 1e3)} ms",
+            f"{rounded(triton * 1e3)} ms" + "*" * isinstance(triton, HostBound),
             f"{moved / triton / 1e12:.2f}",
             f"{evaluated / triton / 1e12:.2f}",
             f"{triton / floor:.2f}x",
@@ -119,10 +120,14 @@ def noting_lack_of_memory(measure: Callable) -> Callable:
     return measure_or_note
 
 
+class HostBound(float):
+    """Seconds of a call that the GPU may have waited for."""
+
+
 @noting_lack_of_memory
 def queued_seconds(call: Callable, wait: Callable) -> float | str:
-    """The time of a call among many in the queue, so that the GPU does not wait for the host; or
-    why there is none."""
+    """The time of a call among many in the queue, so that the GPU does not wait for the host, and
+    HostBound if it may have done all the same; or why there is none."""
 
     def seconds_of(calls):
         """(a call's time on the host, its time until all have run)."""
@@ -136,10 +141,10 @@ def queued_seconds(call: Callable, wait: Callable) -> float | str:
     wait(call())
     calls = max(1, math.ceil(BATCH_SECONDS / seconds_of(1)[1]))
     seconds = statistics.median(seconds_of(calls)[1] for _ in range(BATCHES))
+    if calls == 1:  # so long that no host is in the way
+        return seconds
     host = statistics.median(seconds_of(UNHINDERED)[0] for _ in range(BATCHES))
-    if host > HOST_BOUND * seconds:
-        return f"host-bound ({rounded(seconds * 1e3)} ms)"
-    return seconds
+    return HostBound(seconds) if host > HOST_BOUND * seconds else seconds
 
 
 def copy_bandwidth() -> float:

@@ -17,6 +17,7 @@ from kernels.selective_scan import triton_kernels, triton_scan
 from tests.test_selective_scan import (
     ALL_OPTIONS,
     assert_close,
+    assert_sharded_like_the_specification,
     make_inputs,
     outputs,
     outputs_and_gradients,
@@ -126,6 +127,10 @@ def test_under_vmap(mapped):
     actual = jax.vmap(lambda x: outputs_and_gradients(x, flags, "triton"), (axes,))(stacked)
     expected = outputs_and_gradients(second, flags, "sequential")
     assert_close({k: x[1] for k, x in actual.items()}, expected, 1e-4)
+
+
+def test_sharded_over_two_devices():
+    assert_sharded_like_the_specification(*make_inputs(9, b=2, d=5, n=4), "triton")
 
 
 def test_under_checkpoint():

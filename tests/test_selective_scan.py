@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from kernels import user_cache
@@ -98,6 +99,31 @@ def assert_close(actual, expected, tolerance):
         e = np.asarray(expected[name], np.float64)
         difference = np.abs(a - e).max() / max(np.abs(e).max(), 1e-30)
         assert difference <= tolerance, f"{name}: {difference:.2e} > {tolerance:.0e}"
+
+
+def assert_sharded_like_the_specification(arrays, flags, implementation):
+    """On two devices, which the sequences are shared out between: y, and every gradient."""
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
+    b = arrays["u"].shape[0]
+    per_sequence = {"u", "delta", "B", "C", "z", "initial_state"}
+    assert all((x.shape[0] == b) == (name in per_sequence) for name, x in arrays.items())
+    specs = {name: PartitionSpec(*["data"] * (name in per_sequence)) for name in arrays}
+    function = jax.shard_map(
+        lambda arrays: outputs(arrays, flags, implementation)["y"],
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=PartitionSpec("data"),
+        check_vma=False,
+    )
+
+    def results(function, arrays):
+        y, vjp = jax.vjp(function, arrays)
+        return {"y": y, **vjp(jnp.cos(y))[0]}
+
+    sharded = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in arrays.items()}
+    actual = jax.jit(lambda x: results(function, x))(sharded)
+    expected = results(lambda x: outputs(x, flags, "sequential")["y"], arrays)
+    assert_close(actual, expected, 1e-4)
 
 
 def in_numpy(u, delta, A, B, C, D, z=None, delta_bias=None, initial_state=None, *, delta_softplus):

@@ -3,6 +3,7 @@
 `test_selective_scan.py` holds it to the specification on a GPU, like every other form.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -16,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packaging.version import Version
 
 from kernels.selective_scan import native, op, selective_scan, triton_scan
 from tests.test_selective_scan import (
     assert_close,
+    assert_sharded_like_the_specification,
     make_inputs,
     outputs,
     outputs_and_gradients,
@@ -50,7 +51,8 @@ def test_in_the_interpreter():
     triton = Version(importlib.metadata.version("triton"))
     if triton < Version("3.7") and Version(np.__version__) >= Version("2.4"):
         pytest.skip(f"Triton {triton}'s interpreter does not run with NumPy 2.4 and newer")
-    run_in_a_process_of_its_own("interpreted_triton.py", TRITON_INTERPRET="1")
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    run_in_a_process_of_its_own("interpreted_triton.py", TRITON_INTERPRET="1", XLA_FLAGS=flags)
 
 
 def test_lowered_for_cuda():
@@ -76,6 +78,14 @@ def test_compiles_without_spilling_registers(kernel, target, dtype):
     registers, stack = registers_and_stack(kernel, target, dtype)
     assert 0 < registers <= 255
     assert stack == 0
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [5, 64])
+def test_other_numbers_of_states_spill_no_registers_either(n):
+    from benchmarks.registers import registers_and_stack
+
+    assert registers_and_stack("gradients", 90, "fp32", d=384, n=n)[1] == 0
 
 
 @pytest.mark.parametrize("package", ["triton", "jax_triton"])
@@ -158,10 +168,22 @@ def test_automatic_choice_on_cpus(monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     ("columns", "chunks"),
-    [(1, 1056), (4, 264), (384, 5), (600, 5), (1055, 1), (1056, 1), (2000, 1)],
+    [(1, 1056), (4, 264), (384, 5), (600, 5), (790, 4), (792, 1), (1056, 1), (2000, 1)],
 )
 def test_chunks_fill_the_gpu_in_few_rounds(columns, chunks):
-    assert triton_scan.chunk_count(columns, 1056) == chunks
+    """And there are none where three quarters of it are full and splitting costs a fifth more."""
+    assert triton_scan.chunk_count(columns, 1056, 1.2) == chunks
+
+
+@pytest.mark.parametrize(
+    ("b", "d", "forward", "backward"),
+    [(1, 120, 528, 264), (32, 120, 16, 8), (32, 384, 5, 5), (128, 120, 4, 2), (128, 384, 1, 1)],
+)
+def test_full_gpus_are_not_split(b, d, forward, backward):
+    columns = b * -(-d // 32)
+    for kind, chunks in ((triton_scan.FORWARD, forward), (triton_scan.BACKWARD, backward)):
+        slots = kind.programs * triton_scan.MULTIPROCESSORS
+        assert triton_scan.chunk_count(columns, slots, kind.split_cost) == chunks
 
 
 # On a GPU, at real sizes. The reference there is `chunked-parallel`, which the suite holds to the
@@ -218,26 +240,28 @@ def test_the_same_bits_twice(b, l, dtype):
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("l", "implementation"),
+    [(20_000, "chunked-parallel"), pytest.param(2**24, "triton", marks=pytest.mark.gpu)],
+)
+def test_offsets_beyond_32_bits(l, implementation):
+    """The last of 16 million tokens are like those of a short sequence: states forget."""
+    arrays, flags = make_inputs(l, b=1, d=120, dtype=jnp.bfloat16)
+    per_token = ("u", "delta", "B", "C", "z")
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def last(arrays, implementation):
+        y, vjp = jax.vjp(lambda x: outputs(x, flags, implementation)["y"], arrays)
+        gradients = vjp(jnp.cos(y))[0]
+        return {"y": y[:, -4096:], **{name: gradients[name][:, -4096:] for name in per_token}}
+
+    actual = last(arrays, implementation)
+    short = {k: x[:, -8192:] if k in per_token else x for k, x in arrays.items()}
+    assert_close(actual, last(short, "chunked-parallel"), 8e-3)
+
+
 @pytest.mark.gpu
 def test_sharded_over_two_devices():
     if jax.device_count() < 2:
         pytest.skip("needs two GPUs")
-    arrays, flags = real_inputs(4, 1000, 120)
-    mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
-    specs = {k: PartitionSpec(*["data"] * (x.shape[0] == 4)) for k, x in arrays.items()}
-    function = jax.shard_map(
-        lambda arrays: outputs(arrays, flags, "triton")["y"],
-        mesh=mesh,
-        in_specs=(specs,),
-        out_specs=PartitionSpec("data"),
-        check_vma=False,
-    )
-
-    def results(function, arrays):
-        y, vjp = jax.vjp(function, arrays)
-        return {"y": y, **vjp(jnp.cos(y))[0]}
-
-    sharded = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in arrays.items()}
-    actual = jax.jit(lambda x: results(function, x))(sharded)
-    expected = results(lambda x: outputs(x, flags, "sequential")["y"], arrays)
-    assert_close(actual, expected, 1e-4)
+    assert_sharded_like_the_specification(*real_inputs(4, 1000, 120), "triton")

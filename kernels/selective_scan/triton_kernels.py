@@ -148,7 +148,7 @@ def store_channel_sums(out, x, factor, real, n: tl.constexpr):
     TILE_D: tl.constexpr = x.shape[1]
     lane = tl.arange(0, TILE_D)[None, :]
     k = tl.zeros_like(lane)  # the lane's first state
-    if TILE_D == 1:
+    if TILE_D == 1 or TILE_N == 1:
         x *= factor[None, :]
     for i in tl.static_range(1, 6):
         if TILE_D >> i > 0:
@@ -161,7 +161,9 @@ def store_channel_sums(out, x, factor, real, n: tl.constexpr):
                 k += tl.where(upper, TILE_N >> i, 0)
             else:  # one state left, which both lanes keep
                 given = x
-            if i == 1:  # and not before, so that half of the products are fused with the sum
+            # Not before, so that half of the products are fused with the sum; but then two lanes
+            # that keep the same state would differ by rounding.
+            if i == 1 and TILE_N > 1:
                 x *= factor[None, :]
                 given *= factor[None, :]
             partner = tl.broadcast_to(lane ^ (TILE_D >> i), given.shape)

@@ -17,10 +17,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Programs (warps) that a multiprocessor runs at the same time: 4 and 2 on each of its 4 schedulers,
-# given the registers that the kernels take.
-FORWARD_PROGRAMS = 16
-BACKWARD_PROGRAMS = 8
+
+class Pass(NamedTuple):
+    """How a pass fills the GPU."""
+
+    programs: int
+    """Programs (warps) that a multiprocessor runs at the same time, given the registers that the
+    kernels take (from compute capability 9.0 on; below it, 12 for 16)."""
+    split_cost: float
+    """What a split pass computes, as a multiple of a whole one (README.md, What it costs)."""
+
+
+FORWARD = Pass(programs=16, split_cost=(136 + 152) / 152)
+BACKWARD = Pass(programs=8, split_cost=(152 + 528) / 528)
 FULL = 0.9  # the part of those places that must be taken, counting all rounds of programs
 STATES_A_PROGRAM = 512  # 16 registers a lane for the states
 LANES = 32
@@ -193,10 +202,11 @@ def tile_sizes(d: int, n: int) -> tuple[int, int]:
     return _power_of_2_below(min(LANES, STATES_A_PROGRAM // tile_n, d)), tile_n
 
 
-def chunk_count(columns: int, slots: int) -> int:
+def chunk_count(columns: int, slots: int, split_cost: float) -> int:
     """How many chunks to cut each of `columns` tiles into, `slots` chunks running at a time: as
-    many as fill the slots in the fewest rounds. One if the tiles alone fill them."""
-    if columns >= slots:
+    many as fill the slots in the fewest rounds. One if the tiles alone take so many of them that
+    filling the others would gain less than it costs (see `Pass`)."""
+    if columns * split_cost >= FULL * slots:
         return 1
     most = (rounds * slots // columns for rounds in itertools.count(1))
     return next(n for i, n in enumerate(most, 1) if n * columns >= FULL * i * slots)
@@ -205,8 +215,7 @@ def chunk_count(columns: int, slots: int) -> int:
 class Plan:
     """How one pass over these inputs is cut up."""
 
-    def __init__(self, inputs: Inputs, programs: int):
-        """For as many programs on each multiprocessor at the same time."""
+    def __init__(self, inputs: Inputs, kind: Pass):
         from kernels.selective_scan.triton_kernels import BLOCK
 
         self.block = BLOCK.value
@@ -216,8 +225,9 @@ class Plan:
         self.tile_d, self.tile_n = tile_sizes(self.d, self.n)
         self.tiles = _ceil_div(self.d, self.tile_d)
         gpu = _gpu()
-        slots = programs * (gpu.core_count if gpu else MULTIPROCESSORS)
-        chunk = max(_ceil_div(self.l, chunk_count(self.b * self.tiles, slots)), MIN_CHUNK)
+        slots = kind.programs * (gpu.core_count if gpu else MULTIPROCESSORS)
+        count = chunk_count(self.b * self.tiles, slots, kind.split_cost)
+        chunk = max(_ceil_div(self.l, count), MIN_CHUNK)
         self.chunk = _ceil_div(chunk, self.block) * self.block
         self.chunks = _ceil_div(self.l, self.chunk)
 
@@ -259,7 +269,7 @@ class Plan:
 
 def _forward(delta_softplus, save, inputs: Inputs):
     """(y, final state, saved states or None)."""
-    plan = Plan(inputs, FORWARD_PROGRAMS)
+    plan = Plan(inputs, FORWARD)
     u, delta, A, B, C, D, z, delta_bias, h0 = inputs
     b, d, n = plan.b, plan.d, plan.n
 
@@ -292,7 +302,7 @@ def _forward(delta_softplus, save, inputs: Inputs):
 
 def _backward(delta_softplus, inputs: Inputs, saved, dout, dfinal_state) -> Inputs:
     """The gradients by all inputs."""
-    plan = Plan(inputs, BACKWARD_PROGRAMS)
+    plan = Plan(inputs, BACKWARD)
     u, delta, A, B, C, D, z, delta_bias, _ = inputs
     b, l, d, n = plan.b, plan.l, plan.d, plan.n
     gate = u if z is None else z
