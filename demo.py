@@ -11,11 +11,12 @@ from pathlib import Path
 
 import evaluate
 from configs import PRESETS
-from dvmsr_jax import evaluation, images, report
+from dvmsr_jax import evaluation, images
 from dvmsr_jax.errors import INTERRUPTED, told_in_a_line
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
-from dvmsr_jax.training import StoppedError, train
+from dvmsr_jax.training import report
+from dvmsr_jax.training.phases import StoppedError, train
 
 FOLDER = Path("demo")
 HELD_OUT = "astronaut"
@@ -56,7 +57,7 @@ def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Pa
     upscaled = {
         label: make_upscaler(load_model(path))(example.lr) for label, path in weights.items()
     }
-    images.write_png(target, report.comparison(example, upscaled, SHOWN))
+    images.write_png(target, evaluation.comparison(example, upscaled, SHOWN))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from dvmsr_jax import batch
 from dvmsr_jax.errors import INTERRUPTED, UserError, told_in_a_line
 from dvmsr_jax.inference import keep_compiled_programs
+from dvmsr_jax.pictures import batch
+from dvmsr_jax.pictures.upscaler import Upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS
-from dvmsr_jax.upscaler import Upscaler
 
 
 @dataclass(frozen=True)

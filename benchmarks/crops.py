@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from dvmsr_jax import images, report
-from dvmsr_jax.evaluation import sample_benchmark
+from dvmsr_jax import images
+from dvmsr_jax.evaluation import comparison, sample_benchmark
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 
@@ -33,7 +33,7 @@ def main(target: Path, ckpt: Path = DEFAULT_WEIGHTS) -> None:
             continue
         top, left = CROPS[example.name]
         part = slice(top, top + SIZE), slice(left, left + SIZE)
-        rows.append(report.comparison(example, {"ours": upscale(example.lr)}, part))
+        rows.append(comparison(example, {"ours": upscale(example.lr)}, part))
     images.write_png(target, np.concatenate(rows))
 
 

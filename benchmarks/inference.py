@@ -31,7 +31,7 @@ from benchmarks.table import print_head, print_row, rounded
 from configs import PRESETS
 from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError, is_out_of_memory
-from dvmsr_jax.inference import RgbView, Upscale, make_streamer
+from dvmsr_jax.inference import RgbUpscale, RgbView, make_streamer
 from dvmsr_jax.model import DVMSR
 from kernels.selective_scan import Implementation, missing
 
@@ -85,7 +85,7 @@ def measure(width: int, height: int, how: How | TorchModel) -> Result:
     return Result(seconds[0], statistics.median(seconds[1:]), memory)
 
 
-def _make_upscale(how: How) -> Upscale:
+def _make_upscale(how: How) -> RgbUpscale:
     compute = Compute(scan=how.scan, precision=how.precision)
     model = nnx.jit(lambda: DVMSR(CONFIG, compute=compute, rngs=nnx.Rngs(0)))()
     if how.mode == "streaming":

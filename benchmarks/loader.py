@@ -20,11 +20,12 @@ from flax import nnx
 from benchmarks import machine
 from benchmarks.table import print_head, print_row, rounded
 from configs import PRESETS
-from dvmsr_jax import data, losses
+from dvmsr_jax import data
 from dvmsr_jax.config import DataConfig, ModelConfig
-from dvmsr_jax.data.pictures import Picture
 from dvmsr_jax.data.prepare import prepare
+from dvmsr_jax.data.sources import Source
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.training import losses
 
 SCALE = 4
 COLUMNS = ("", "crops/s", "crops per CPU-second", "cores busy")
@@ -33,12 +34,12 @@ COLUMNS = ("", "crops/s", "crops per CPU-second", "cores busy")
 def make_records(folder: Path, pictures: int) -> None:
     """Prepares pictures of noise, 64 sub-images each; raw pixels, so noise reads like any other."""
 
-    def picture(i: int) -> Picture:
+    def picture(i: int) -> Source:
         def load():
             hr = np.random.default_rng(i).integers(0, 256, (2560, 2560, 3), np.uint8)
             return hr, np.ascontiguousarray(hr[::SCALE, ::SCALE])
 
-        return Picture(f"noise {i}", f"noise {i}", load)
+        return Source(f"noise {i}", f"noise {i}", load)
 
     train = [picture(i) for i in range(pictures)]
     prepare({"train": train, "val": [picture(pictures)]}, SCALE, folder)

@@ -31,8 +31,8 @@ from dvmsr_jax.cost import cost
 from dvmsr_jax.data.targets import distill
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
-from dvmsr_jax.step import memory_of
-from dvmsr_jax.training import build
+from dvmsr_jax.training.phases import build
+from dvmsr_jax.training.step import memory_of
 
 COLUMNS = ("step", "batch", "steps/s", "crops/s", "time", "waits for data", "TFLOP/s", "memory")
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dvmsr_jax.upscaler import Upscaler
+    from dvmsr_jax.pictures.upscaler import Upscaler
 
 __all__ = ["Upscaler"]
 
@@ -12,7 +12,7 @@ def __getattr__(name: str) -> Any:
     """Imports what it takes to upscale when it is asked for: whoever wants a part of the package
     need not wait for all of it."""
     if name == "Upscaler":
-        from dvmsr_jax.upscaler import Upscaler
+        from dvmsr_jax.pictures.upscaler import Upscaler
 
         return Upscaler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,25 @@
 """Benchmarks, folders of test pictures, and a model's scores on them."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from dvmsr_jax import bicubic
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.images import SAMPLES, ImageError, find_images, read_rgb, write_png
+from dvmsr_jax.images import (
+    SAMPLES,
+    ImageError,
+    find_images,
+    read_rgb,
+    side_by_side,
+    write_png,
+)
 from dvmsr_jax.metrics import psnr_y, ssim_y
 
 
@@ -132,6 +140,15 @@ def evaluate(
     if not images:
         raise UserError(f"{name}: no pictures to score")
     return {**_mean(images), "bicubic": _mean(baseline), "images": images}, seconds
+
+
+def comparison(
+    example: Example, upscaled: Mapping[str, UInt8[np.ndarray, "h w 3"]], part: tuple[slice, slice]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A part, rows and columns, of bicubic's picture, these of models, and HR, side by side."""
+    scale = len(example.hr) // len(example.lr)
+    whole = {"bicubic": bicubic.upscale(example.lr, scale), **upscaled, "HR": example.hr}
+    return side_by_side({label: picture[part] for label, picture in whole.items()})
 
 
 def _score(sr: np.ndarray, hr: np.ndarray, border: int) -> dict[str, float]:

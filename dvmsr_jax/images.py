@@ -1,13 +1,13 @@
 """Reading and writing pictures: uint8 RGB arrays in memory, files by Pillow."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 import skimage.data
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from dvmsr_jax import files
 from dvmsr_jax.errors import UserError
@@ -89,3 +89,17 @@ def find_images(
 def to_uint8(image: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Values in [0, 1] to the nearest of 0 .. 255; what leaves that range is clamped."""
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def side_by_side(
+    panels: Mapping[str, UInt8[np.ndarray, "h w 3"]],
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Pictures of one size in a row, each under its label."""
+    height, width, _ = next(iter(panels.values())).shape
+    gap, header = 8, 20
+    canvas = Image.new("RGB", (len(panels) * (width + gap) - gap, height + header), color="white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (label, panel) in enumerate(panels.items()):
+        canvas.paste(Image.fromarray(panel), (i * (width + gap), header))
+        draw.text((i * (width + gap) + 4, 4), label, fill="black")
+    return np.asarray(canvas)

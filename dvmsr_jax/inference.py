@@ -54,7 +54,7 @@ class RgbView:
 
 # A function from an RGB image in [0, 1] to its upscaled rows from top to bottom in arrays of
 # (any number, w s, 3), which may leave that range slightly.
-Upscale = Callable[[np.ndarray | RgbView], Iterator[np.ndarray]]
+RgbUpscale = Callable[[np.ndarray | RgbView], Iterator[np.ndarray]]
 
 
 def make_upscaler(
@@ -99,7 +99,7 @@ def average_over_symmetries(
     return functools.reduce(operator.add, answers()) / 8
 
 
-def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> Upscale:
+def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
     """Upscales in bands of rows, exactly, in memory that does not grow with the image's height.
 
     One compiled step serves images of any height and of many widths (see `_columns`). Raises
@@ -147,7 +147,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> Upscale:
     return stream
 
 
-def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> Upscale:
+def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> RgbUpscale:
     """Upscales in squares of `tile` pixels, which fade into each other where they overlap.
 
     Near the model's answer to the whole image, but not equal to it: for bidirectional models, or

@@ -19,8 +19,8 @@ from dvmsr_jax import data, images
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import prepare
 from dvmsr_jax.data.check import check
-from dvmsr_jax.data.pictures import find_pictures
 from dvmsr_jax.data.records import ShardWriter, open_records, open_shard
+from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.errors import UserError
 
 
@@ -189,7 +189,7 @@ def files_of(folder):
 def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at):
     """And the records depend neither on that nor on the number of cores."""
     monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 2)
-    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=2), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=2), 4)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     with monkeypatch.context() as patch:
         patch.setattr("os.cpu_count", lambda: 3)
@@ -221,7 +221,7 @@ def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypa
 
 
 def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
-    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
     read_rgb, read, waiting = images.read_rgb, [], threading.Event()
     monkeypatch.setattr("builtins.print", lambda *words, **_: waiting.set())
 
@@ -261,7 +261,7 @@ def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch,
 
 def test_mended_pictures_are_read_again(photos, tmp_path):
     """Though their names, sizes and middles are what they were."""
-    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
     path = photos / "3.png"
     content = path.read_bytes()
     path.write_bytes(b"overwrit" + content[8:])
@@ -347,9 +347,7 @@ def test_div2k_goes_through_the_same_preparation(tmp_path, monkeypatch):
 
 def test_records_are_a_tfds_dataset(photos, tmp_path):
     """TFDS reads what our own reader does."""
-    prepare.prepare(
-        find_pictures(DataConfig(hr_dirs=(photos,), val_images=2), 4), 4, tmp_path / "r"
-    )
+    prepare.prepare(find_sources(DataConfig(hr_dirs=(photos,), val_images=2), 4), 4, tmp_path / "r")
     records = data.load_records(DataConfig(prepared=tmp_path / "r"), 4)
     source = tfds.builder_from_directory(tmp_path / "r").as_data_source("train")
     assert len(source) == len(records.train)
@@ -365,7 +363,7 @@ def test_an_explicit_folder(photos, tmp_path):
     config = DataConfig(prepared=folder)
     with pytest.raises(UserError, match=rf"prepare --hr-dirs DIR .* --out {folder}"):
         data.load_records(config, 4)
-    pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
     prepare.prepare(pictures, 4, folder)
     assert len(data.load_records(config, 4).train) == 5
     with pytest.raises(UserError, match="was prepared for x4, the model is to be x2"):
@@ -396,7 +394,7 @@ def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
 
 def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeypatch):
     def identity(folder, name, *, scale=4, val_images=1):
-        splits = find_pictures(DataConfig(hr_dirs=(folder,), val_images=val_images), scale)
+        splits = find_sources(DataConfig(hr_dirs=(folder,), val_images=val_images), scale)
         prepare.prepare(splits, scale, tmp_path / name)
         return data.identity(tmp_path / name)
 
@@ -429,7 +427,7 @@ def prepared(photos, tmp_path):
     """A folder with a file of three pictures and one of two, and a picture for validation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "PICTURES_PER_SHARD", 3)
-        pictures = find_pictures(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+        pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
         prepare.prepare(pictures, 4, tmp_path / "prepared")
     return tmp_path / "prepared"
 

@@ -7,9 +7,10 @@ import pytest
 import tifffile
 from PIL import ExifTags, Image, ImageCms
 
-from dvmsr_jax import formats
-from dvmsr_jax.formats import BMP, GIF, JPEG, PNG, TIFF, WEBP, FormatError
-from dvmsr_jax.pictures import MAIN, BandedFrame, Metadata, Picture
+from dvmsr_jax.pictures import formats
+from dvmsr_jax.pictures.formats import BMP, GIF, JPEG, PNG, TIFF, WEBP, FormatError
+from dvmsr_jax.pictures.metadata import MAIN, Metadata
+from dvmsr_jax.pictures.reading import BandedFrame, Picture
 
 RNG = np.random.default_rng(0)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -9,9 +9,10 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageCms, ImageSequence
 
-from dvmsr_jax import batch, png
-from dvmsr_jax.pictures import BandedFrame, Metadata
-from dvmsr_jax.upscaler import Enlarger
+from dvmsr_jax.pictures import batch, png
+from dvmsr_jax.pictures.metadata import Metadata
+from dvmsr_jax.pictures.reading import BandedFrame
+from dvmsr_jax.pictures.upscaler import PictureUpscaler
 
 FILES = 2_000
 SECONDS = 60  # at most for a file, which takes milliseconds, or the run is stopped
@@ -123,7 +124,7 @@ def test_damaged_files(tmp_path, capfd, doubling):
         results = tmp_path / f"results{suffix}"
         jobs = batch.plan(files[i::7], f"{results}/", scale=2.0, suffix=suffix)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        for outcome in batch.run(jobs, Enlarger(doubling, 2), max_pixels=20_000):
+        for outcome in batch.run(jobs, PictureUpscaler(doubling, 2), max_pixels=20_000):
             faulthandler.dump_traceback_later(SECONDS, exit=True)
             statuses[outcome.status] += 1
             written = list(results.glob(f"*{outcome.source.stem}*"))

@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 
 from configs import PRESETS
-from dvmsr_jax import losses
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries, make_upscaler
@@ -25,6 +24,7 @@ from dvmsr_jax.model import (
     parameter_count,
     pixel_shuffle,
 )
+from dvmsr_jax.training import losses
 from dvmsr_jax.vimm import ViMM
 
 TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)

@@ -12,7 +12,8 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms
 
 from dvmsr_jax.images import ImageError
-from dvmsr_jax.pictures import MAIN, Metadata, Picture, from_pillow, to_pillow
+from dvmsr_jax.pictures.metadata import MAIN, Metadata
+from dvmsr_jax.pictures.reading import Picture, from_pillow, to_pillow
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), np.uint8)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dvmsr_jax import images, parallel, report, step, training
+from dvmsr_jax import images
 from dvmsr_jax.config import (
     Compute,
     DataConfig,
@@ -31,6 +31,7 @@ from dvmsr_jax.data import load_records, targets
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import convert, load_model, training_facts
+from dvmsr_jax.training import parallel, phases, report, step
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ModelConfig(channels=12, rssbs=2, vimms_per_rssb=1, states=4)
@@ -173,29 +174,29 @@ def interrupt_at(step, monkeypatch, number):
 
 
 def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkeypatch, capsys):
-    whole = parameters_of(training.train(config))
+    whole = parameters_of(phases.train(config))
     cut = dataclasses.replace(config, workdir=tmp_path / "cut")
     with monkeypatch.context() as patch:
         interrupt_at(3, patch, signal.SIGTERM)
-        with pytest.raises(training.StoppedError, match="after step 4; the same command goes on"):
-            training.train(cut)
+        with pytest.raises(phases.StoppedError, match="after step 4; the same command goes on"):
+            phases.train(cut)
     directory = cut.workdir / "teacher"
     logged = [line["step"] for line in report.read_metrics(directory / "metrics.jsonl")]
     assert max(logged) == 4  # the step under way when the signal came is finished
     with pytest.raises(UserError, match=r"teacher in .* has 2 steps to go; .*--distill\.teacher"):
-        training.load_teacher(student_of(cut))
-    assert training.load_teacher(student_of(cut, teacher=directory)) is not None
-    training.train(cut)
+        phases.load_teacher(student_of(cut))
+    assert phases.load_teacher(student_of(cut, teacher=directory)) is not None
+    phases.train(cut)
     for name, value in parameters_of(directory).items():
         np.testing.assert_array_equal(value, whole[name], err_msg=name)
     assert "steps 4 to 6" in capsys.readouterr().out
 
 
 def test_both_phases_leave_what_they_promise(config, monkeypatch, tmp_path):
-    teacher_directory = training.train(config)
+    teacher_directory = phases.train(config)
     before = parameters_of(teacher_directory)
     student = student_of(config)
-    directory = training.train(student)
+    directory = phases.train(student)
     assert directory == config.workdir / "student"
     assert load_model(directory).config == STUDENT
     convert(directory, tmp_path / "student.safetensors")
@@ -217,13 +218,13 @@ def test_both_phases_leave_what_they_promise(config, monkeypatch, tmp_path):
     assert sample.shape[1] > 3 * 300
     assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == ["3", "4", "6"]
 
-    training.train(student)  # finished: nothing happens
+    phases.train(student)  # finished: nothing happens
     with pytest.raises(UserError, match=r"optim\.b1: 0\.9 there, 0\.8 now"):
-        training.train(dataclasses.replace(student, optim=OptimConfig(learning_rate=5e-3, b1=0.8)))
+        phases.train(dataclasses.replace(student, optim=OptimConfig(learning_rate=5e-3, b1=0.8)))
 
 
 def test_dry_run_tells_the_cost_and_leaves_nothing(config, capsys):
-    training.dry_run(config)
+    phases.dry_run(config)
     printed = capsys.readouterr().out
     for pattern in (
         r"12,324 parameters, 6 steps of 2 crops",
@@ -236,7 +237,7 @@ def test_dry_run_tells_the_cost_and_leaves_nothing(config, capsys):
 
 
 def test_profile_and_pictures(config):
-    directory = training.train(dataclasses.replace(config, steps=8, val_every=8), profile=1)
+    directory = phases.train(dataclasses.replace(config, steps=8, val_every=8), profile=1)
     (trace,) = directory.glob("profile/**/perfetto_trace.json.gz")
     assert b"train_step" in gzip.decompress(trace.read_bytes())
     assert images.read_rgb(directory / "curves.png").std() > 0
@@ -244,7 +245,7 @@ def test_profile_and_pictures(config):
 
 def test_precomputed_targets_distil_like_the_teacher_itself(config):
     """The first step's losses differ by the rounding to 8 bits only."""
-    training.train(config)
+    phases.train(config)
     online = dataclasses.replace(student_of(config), steps=1)
     precomputed = dataclasses.replace(
         student_of(config, targets="precomputed"), steps=1, workdir=config.workdir / "other"
@@ -257,12 +258,11 @@ def test_precomputed_targets_distil_like_the_teacher_itself(config):
     )
     online = dataclasses.replace(online, data=precomputed.data)
     with pytest.raises(UserError, match=r"dvmsr_jax\.data distill"):
-        training.train(precomputed)
+        phases.train(precomputed)
     records = load_records(config.data, 4)
     targets.distill(config.workdir / "teacher", records.folder, self_ensemble=False, batch_size=1)
     losses = [
-        report.read_metrics(training.train(run) / "metrics.jsonl")[0]
-        for run in (online, precomputed)
+        report.read_metrics(phases.train(run) / "metrics.jsonl")[0] for run in (online, precomputed)
     ]
     assert losses[0]["pixel_loss"] == pytest.approx(losses[1]["pixel_loss"], rel=1e-5)
     assert losses[0]["distill_loss"] == pytest.approx(losses[1]["distill_loss"], abs=1 / 255)
@@ -279,27 +279,27 @@ def test_precomputed_targets_distil_like_the_teacher_itself(config):
 )
 def test_options_of_distillation_that_exclude_each_other(config, options, message):
     with pytest.raises(UserError, match=message):
-        training.train(student_of(config, **options))
+        phases.train(student_of(config, **options))
 
 
 def test_an_impossible_model_is_refused_before_anything_is_prepared(config):
     impossible = dataclasses.replace(config, model=dataclasses.replace(TEACHER, channels=0))
     with pytest.raises(UserError, match="channels is 0"):
-        training.train(impossible)
+        phases.train(impossible)
     assert not config.workdir.exists()
     assert not config.data.data_dir.exists()
 
 
 def test_student_without_teacher_says_what_to_do(config):
     with pytest.raises(UserError, match=r"no teacher in .*--distill\.teacher"):
-        training.train(student_of(config))
+        phases.train(student_of(config))
 
 
 def test_teacher_of_another_scale_is_refused(config):
     teacher = dataclasses.replace(config, model=dataclasses.replace(TEACHER, scale=2), steps=1)
-    directory = training.train(teacher)
+    directory = phases.train(teacher)
     with pytest.raises(UserError, match="teacher for x2, the student is to be x4"):
-        training.train(student_of(config, teacher=directory))
+        phases.train(student_of(config, teacher=directory))
 
 
 def test_rssb_pairs():
@@ -329,7 +329,7 @@ def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     with pytest.raises(
         UserError, match=r"loss is nan at step 4; the last good checkpoint is .*/2\."
     ):
-        training.train(config)
+        phases.train(config)
     steps = [p.name for p in (config.workdir / "teacher" / "checkpoints").iterdir()]
     assert steps == ["2"]
 
@@ -340,13 +340,13 @@ def test_weights_that_are_not_finite_are_not_saved(config):
         config, optim=OptimConfig(learning_rate=1e38), checkpoint_every=1, log_every=6
     )
     with pytest.raises(UserError, match=r"norm of the weights is inf at step 1; .* not written"):
-        training.train(config)
+        phases.train(config)
     assert not list((config.workdir / "teacher" / "checkpoints").iterdir())
 
 
 def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
     """Of data and options; a run that diverged can go on with a lower learning rate."""
-    training.train(dataclasses.replace(config, steps=2))
+    phases.train(dataclasses.replace(config, steps=2))
     fewer = tmp_path / "fewer"
     shutil.copytree(photos, fewer)
     (fewer / "0.png").unlink()
@@ -357,19 +357,19 @@ def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
         optim=OptimConfig(learning_rate=1e-3),
     )
     with pytest.raises(UserError) as caught:
-        training.train(changed)
+        phases.train(changed)
     differing = re.findall(r"^  (.*): .* there, .* now$", str(caught.value), re.MULTILINE)
     assert differing == ["model.drop_path", "optim.learning_rate", "sources.data", "steps"]
     assert "--allow-changes" in str(caught.value)
     capsys.readouterr()
-    training.train(changed, allow_changes=True)
+    phases.train(changed, allow_changes=True)
     printed = capsys.readouterr()
     assert "learning_rate: 0.005 there, 0.001 now" in printed.err
     assert "steps 2 to 6" in printed.out
-    training.train(changed)  # the changes are the run's own now
+    phases.train(changed)  # the changes are the run's own now
     other = dataclasses.replace(changed, model=STUDENT)
     with pytest.raises(UserError, match=r"rssbs: 2 there, 1 now\n.*another --workdir\.$"):
-        training.train(other, allow_changes=True)
+        phases.train(other, allow_changes=True)
 
 
 def test_one_run_at_a_time(config):
@@ -378,7 +378,7 @@ def test_one_run_at_a_time(config):
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=f"another run is writing to {folder}"):
-            training.train(config)
+            phases.train(config)
 
 
 def test_numbers_out_of_range(config):
@@ -386,7 +386,7 @@ def test_numbers_out_of_range(config):
         config, steps=0, seed=-1, optim=OptimConfig(warmup=1.5, learning_rate=float("nan"))
     )
     with pytest.raises(UserError) as caught:
-        training.train(wrong)
+        phases.train(wrong)
     assert str(caught.value).split("; ") == [
         "steps is 0, expected from 1 up",
         "seed is -1, expected from 0 up and below 4294967296",
@@ -394,7 +394,7 @@ def test_numbers_out_of_range(config):
         "optim.warmup is 1.5, expected from 0 up and below 1",
     ]
     with pytest.raises(UserError, match="batch_size is 0"):
-        training.dry_run(dataclasses.replace(config, data=DataConfig(batch_size=0)))
+        phases.dry_run(dataclasses.replace(config, data=DataConfig(batch_size=0)))
 
 
 def test_bfloat16_learns_alike(config):
@@ -435,9 +435,10 @@ DEVICES = """
 import dataclasses, sys
 import jax, numpy as np
 from flax import nnx
-from dvmsr_jax import data, parallel, step
+from dvmsr_jax import data
 from dvmsr_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from dvmsr_jax.model import DVMSR, named_parameters
+from dvmsr_jax.training import parallel, step
 
 SMALL = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4, drop_path=0.3)
 TEACHER = dataclasses.replace(SMALL, channels=12)

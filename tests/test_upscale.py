@@ -18,13 +18,13 @@ from flax import nnx
 from PIL import ExifTags, Image
 
 import upscale
-from dvmsr_jax import batch, formats
-from dvmsr_jax.batch import STANDARD, Job, Outcome
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR
+from dvmsr_jax.pictures import batch, formats
+from dvmsr_jax.pictures.batch import STANDARD, Job, Outcome
+from dvmsr_jax.pictures.upscaler import PictureUpscaler
 from dvmsr_jax.pretrained import save_safetensors
-from dvmsr_jax.upscaler import Enlarger
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def upscaler(doubling):
-    return Enlarger(doubling, 2)
+    return PictureUpscaler(doubling, 2)
 
 
 def make(*names, size=(4, 3)):
@@ -278,7 +278,7 @@ def test_nothing_is_left_of_what_went_wrong(doubling, suffix, error, answer):
         raise error
 
     make("a.png", "b.png", size=(4, 40))
-    outcomes = run(Enlarger(failing, 2), "a.png", "b.png", suffix=suffix)
+    outcomes = run(PictureUpscaler(failing, 2), "a.png", "b.png", suffix=suffix)
     assert [outcome.status for outcome in outcomes.values()] == ["failed", "failed"]
     assert re.search(answer, outcomes["a.png"].what)
     assert sorted(map(str, Path().iterdir())) == ["a.png", "b.png"]
@@ -304,7 +304,7 @@ def test_what_cannot_be_written_fails_before_the_work(monkeypatch):
 
     make("a.png")
     Path("a_x2.png").mkdir()
-    (outcome,) = run(Enlarger(idle, 2), "a.png", overwrite=True).values()
+    (outcome,) = run(PictureUpscaler(idle, 2), "a.png", overwrite=True).values()
     assert outcome.what == "a_x2.png, which is to be the result, is a folder"
     touch = Path.touch
 
@@ -314,7 +314,7 @@ def test_what_cannot_be_written_fails_before_the_work(monkeypatch):
         return touch(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "touch", locked)
-    (outcome,) = run(Enlarger(idle, 2), "a.png", suffix=".webp").values()
+    (outcome,) = run(PictureUpscaler(idle, 2), "a.png", suffix=".webp").values()
     assert outcome.what == "a_x2.webp cannot be written (Permission denied)"
 
 
@@ -438,7 +438,7 @@ def test_signals(upscaler, monkeypatch, capsys, number):
             signal.raise_signal(number)
         yield from list(upscaler._upscale(image))[1:]
 
-    stop = Enlarger(stopping, 2)
+    stop = PictureUpscaler(stopping, 2)
     monkeypatch.setattr(upscale, "Upscaler", lambda *_, **__: stop)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -19,9 +19,10 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries
 from dvmsr_jax.model import DVMSR, parameter_count
-from dvmsr_jax.pictures import Frame, Metadata
+from dvmsr_jax.pictures.metadata import Metadata
+from dvmsr_jax.pictures.reading import Frame
+from dvmsr_jax.pictures.upscaler import PictureUpscaler
 from dvmsr_jax.pretrained import PretrainedError, load_model, save_safetensors
-from dvmsr_jax.upscaler import Enlarger
 
 RNG = np.random.default_rng(0)
 DEEP = RNG.integers(0, 2**16, (9, 6, 4), np.uint16)
@@ -50,7 +51,7 @@ def weights(tmp_path_factory):
 def test_arrays_keep_their_kind(doubling, channels, dtype):
     pixels = (DEEP / 65535 if issubclass(dtype, np.floating) else DEEP >> 8).astype(dtype)
     pixels = pixels[:, :, 0] if channels is None else pixels[:, :, -channels:]
-    enlarged = Enlarger(doubling, 2)(pixels)
+    enlarged = PictureUpscaler(doubling, 2)(pixels)
     assert enlarged.dtype == dtype
     expected = pixels.repeat(2, 0).repeat(2, 1)
     assert enlarged.shape == expected.shape
@@ -63,7 +64,7 @@ def test_arrays_keep_their_kind(doubling, channels, dtype):
 
 @pytest.mark.parametrize("dtype", [">u2", "<u2", ">f8"])
 def test_arrays_of_either_byte_order(doubling, dtype):
-    upscale = Enlarger(doubling, 2)
+    upscale = PictureUpscaler(doubling, 2)
     pixels = DEEP if "u" in dtype else DEEP / 65535
     enlarged = upscale(pixels.astype(dtype))
     assert enlarged.dtype == dtype
@@ -84,7 +85,7 @@ def peak_memory(function):
 def test_memory_does_not_grow_with_the_height(doubling, channels):
     def upscale(h):
         pixels = np.tile(DEEP[:, :, -channels:].astype(np.uint8), (h, 20, 1))
-        enlarged = Enlarger(doubling, 2).enlarge(Frame(pixels, Metadata()))
+        enlarged = PictureUpscaler(doubling, 2).enlarge(Frame(pixels, Metadata()))
         return peak_memory(lambda: collections.deque(enlarged.bands, maxlen=0))
 
     assert upscale(300) < 1.5 * upscale(30)  # garbage may wait to be collected
@@ -93,11 +94,11 @@ def test_memory_does_not_grow_with_the_height(doubling, channels):
 def test_the_result_is_held_once(doubling):
     pixels = np.tile(DEEP[:, :, :3], (100, 10, 1))
     enlarged = 4 * pixels.nbytes
-    assert enlarged < peak_memory(lambda: Enlarger(doubling, 2)(pixels)) < 1.2 * enlarged
+    assert enlarged < peak_memory(lambda: PictureUpscaler(doubling, 2)(pixels)) < 1.2 * enlarged
 
 
 def test_what_is_no_picture_is_refused(doubling):
-    upscale = Enlarger(doubling, 2)
+    upscale = PictureUpscaler(doubling, 2)
     with pytest.raises(UserError, match="a list is no picture"):
         upscale([[1, 2], [3, 4]])
     for shape in ((3,), (4, 4, 5), (1, 4, 4, 3), (0, 4, 3)):
@@ -107,7 +108,7 @@ def test_what_is_no_picture_is_refused(doubling):
         upscale(np.zeros((4, 4), np.int64))
     for scale in (0, -1, 17, float("nan")):
         with pytest.raises(UserError, match="scale"):
-            Enlarger(doubling, 2, scale=scale)
+            PictureUpscaler(doubling, 2, scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_what_is_no_picture_is_refused(doubling):
 )
 def test_pillow_images(doubling, mode, expected):
     image = Image.new(mode, (6, 9), 1)
-    enlarged = Enlarger(doubling, 2)(image)
+    enlarged = PictureUpscaler(doubling, 2)(image)
     assert (enlarged.mode, enlarged.size) == (expected, (12, 18))
     assert (image.mode, image.size) == (mode, (6, 9))
 
@@ -130,8 +131,8 @@ def test_pillow_images_keep_their_metadata(doubling, tmp_path):
     path = tmp_path / "turned.jpg"
     Image.new("RGB", (6, 9)).save(path, exif=exif, dpi=(72, 72))
     with Image.open(path) as image:
-        Enlarger(doubling, 2)(image).save(tmp_path / "upright.png", dpi=(144, 144))
-        enlarged = Enlarger(doubling, 2)(image)
+        PictureUpscaler(doubling, 2)(image).save(tmp_path / "upright.png", dpi=(144, 144))
+        enlarged = PictureUpscaler(doubling, 2)(image)
     assert enlarged.size == (18, 12)
     assert enlarged.info["dpi"] == (144, 144)
     enlarged.save(tmp_path / "again.jpg", exif=enlarged.info["exif"])
@@ -150,7 +151,7 @@ def disc(colour, background, size=24):
 @pytest.mark.parametrize("colour", [(1.0, 0.2, 0.1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)])
 def test_transparency_has_no_fringe(colour):
     """Whatever colour hidden pixels have, on any background it is as if put there before."""
-    upscale = Enlarger(bicubic_upscale, 4)
+    upscale = PictureUpscaler(bicubic_upscale, 4)
     colours, alpha = disc(np.array(colour), np.array([0.0, 1.0, 0.0]))
     enlarged = upscale(np.concatenate([colours, alpha], axis=2))
     seen, coverage = enlarged[:, :, :3], enlarged[:, :, 3:]
@@ -171,7 +172,7 @@ def test_transparency_survives_shrinking(scale):
     """Thin lines become faint, but do not vanish."""
     lines = np.zeros((64, 64, 4), np.float32)
     lines[:, ::8] = 1
-    shrunk = Enlarger(bicubic_upscale, 4, scale=scale)(lines)
+    shrunk = PictureUpscaler(bicubic_upscale, 4, scale=scale)(lines)
     assert shrunk[:, :, 3].mean() == pytest.approx(1 / 8, rel=0.2)
 
 
@@ -183,26 +184,26 @@ def test_opaque_pictures_are_upscaled_once():
         yield from bicubic_upscale(image)
 
     pixels = np.dstack([DEEP[:, :, :3], np.full((9, 6), 65535, np.uint16)])
-    enlarged = Enlarger(counted, 4)(pixels)
+    enlarged = PictureUpscaler(counted, 4)(pixels)
     assert len(calls) == 1
     assert (enlarged[:, :, 3] == 65535).all()
-    np.testing.assert_array_equal(enlarged[:, :, :3], Enlarger(counted, 4)(pixels[:, :, :3]))
+    np.testing.assert_array_equal(enlarged[:, :, :3], PictureUpscaler(counted, 4)(pixels[:, :, :3]))
 
 
 @pytest.mark.parametrize("scale", [0.5, 1, 2, 2.7, 3, 8])
 def test_other_scales_resize_what_the_model_gives(scale):
     picture = RNG.random((37, 23, 3), np.float32)
     (large,) = np.concatenate([*bicubic_upscale(picture)])[None]
-    enlarged = Enlarger(bicubic_upscale, 4, scale=scale)(picture)
+    enlarged = PictureUpscaler(bicubic_upscale, 4, scale=scale)(picture)
     height, width = round(37 * scale), round(23 * scale)
     expected = np.clip(bicubic.resize(large, height, width), 0, 1)
     assert np.abs(enlarged - expected).max() < 1e-5
-    transparent = Enlarger(bicubic_upscale, 4, scale=scale)(DEEP)
+    transparent = PictureUpscaler(bicubic_upscale, 4, scale=scale)(DEEP)
     assert transparent.shape == (round(9 * scale), round(6 * scale), 4)
 
 
 def test_a_pixel_stays_one(doubling):
-    assert Enlarger(doubling, 2, scale=0.1)(np.zeros((1, 1, 3), np.uint8)).shape == (1, 1, 3)
+    assert PictureUpscaler(doubling, 2, scale=0.1)(np.zeros((1, 1, 3), np.uint8)).shape == (1, 1, 3)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

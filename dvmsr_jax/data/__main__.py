@@ -18,9 +18,9 @@ from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import targets
 from dvmsr_jax.data.check import check as find_problems
 from dvmsr_jax.data.check import check_targets
-from dvmsr_jax.data.pictures import find_pictures
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
 from dvmsr_jax.data.records import read_counts, read_preparation
+from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.errors import told_in_a_line
 
 # Problems that `check` prints at most; there can be one for each record.
@@ -44,7 +44,7 @@ def prepare(
         data_dir: where TFDS keeps its downloads.
     """
     config = DataConfig(hr_dirs=hr_dirs, val_images=val_images, data_dir=data_dir)
-    prepare_pictures(find_pictures(config, scale), scale, out.expanduser())
+    prepare_pictures(find_sources(config, scale), scale, out.expanduser())
     print(_summary(out.expanduser()))
 
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from dvmsr_jax import bicubic
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
-from dvmsr_jax.data.pictures import Picture, find_pictures
 from dvmsr_jax.data.records import DataError, Records
+from dvmsr_jax.data.sources import Source, find_sources
 from dvmsr_jax.files import checksum, lock, replacing, write_json
 
 PICTURES_PER_SHARD = 16
@@ -43,7 +43,7 @@ def load_records(config: DataConfig, scale: int) -> Records:
             f"data.lr_crop is {config.lr_crop}, at most {side // scale} fit the prepared sub-images"
         )
     if config.prepared is None:
-        splits = find_pictures(config, scale)
+        splits = find_sources(config, scale)
         parent = config.data_dir.expanduser() / records.NAME
         apart = f"{config.val_images} apart"
         folder = parent / _key(splits["train"] + splits["val"], scale, apart)
@@ -63,7 +63,7 @@ def load_records(config: DataConfig, scale: int) -> Records:
 
 
 def prepare(
-    splits: dict[str, list[Picture]], scale: int, folder: Path, unfinished: Path | None = None
+    splits: dict[str, list[Source]], scale: int, folder: Path, unfinished: Path | None = None
 ) -> None:
     """Writes the pictures' sub-images as records; of "val" pictures, the middle one.
 
@@ -119,7 +119,7 @@ class _Shard:
 
     split: str
     name: str
-    pictures: list[Picture]
+    pictures: list[Source]
     key: str
 
     def info_path(self, folder: Path) -> Path:
@@ -139,7 +139,7 @@ class _Shard:
         return info if whole else None
 
 
-def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
+def _shards(split: str, pictures: list[Source], scale: int) -> list[_Shard]:
     groups = [
         pictures[i : i + PICTURES_PER_SHARD] for i in range(0, len(pictures), PICTURES_PER_SHARD)
     ]
@@ -149,7 +149,7 @@ def _shards(split: str, pictures: list[Picture], scale: int) -> list[_Shard]:
     ]
 
 
-def _key(pictures: list[Picture], scale: int, *more: str) -> str:
+def _key(pictures: list[Source], scale: int, *more: str) -> str:
     return _hash(f"x{scale} {records.hr_side(scale)}", *more, *(p.fingerprint for p in pictures))
 
 

@@ -19,9 +19,10 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, TiffImagePlugin, TiffTags
 
-from dvmsr_jax import png
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.pictures import MAIN, BandedFrame, Metadata, Picture, Pixels, to_pillow
+from dvmsr_jax.pictures import png
+from dvmsr_jax.pictures.metadata import MAIN, Metadata
+from dvmsr_jax.pictures.reading import BandedFrame, Picture, Pixels, to_pillow
 
 
 class FormatError(UserError):
@@ -104,7 +105,7 @@ def write(
             png.write(file, fitted, len(picture), picture.plays)
     elif form is TIFF:
         first = next(fitted)
-        size = math.prod(first.shape) * first.dtype.itemsize
+        size: float = math.prod(first.shape) * first.dtype.itemsize
         if len(picture) > 1:  # what the others are like shows when they come
             size = picture.most_bytes * scale**2
         big = size > CLASSIC_TIFF

@@ -10,16 +10,17 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
-from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from dvmsr_jax import images
 from dvmsr_jax.images import ImageError
+from dvmsr_jax.pictures.metadata import Metadata, is_turned, read_exif, read_metadata, tiff_tag
 
 SUFFIXES = images.SUFFIXES | {".gif", ".apng"}
 """What is taken for a picture in a folder, in lower case."""
@@ -31,59 +32,6 @@ Pixels = UInt8[np.ndarray, "_ _ _"] | UInt16[np.ndarray, "_ _ _"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 Image.init()  # open() with a list of formats does not load their plugins
-
-# What EXIF says of the scene and of who took it; the rest of its first directory is about layout.
-_DESCRIPTIVE_TAGS = [
-    ExifTags.Base[name]
-    for name in (
-        *("ImageDescription", "Make", "Model", "Software", "DateTime", "Artist", "HostComputer"),
-        *("Copyright", "Rating", "RatingPercent"),
-        *("XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject"),
-    )
-]
-
-
-MAIN = 0
-DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """What accompanies a frame's pixels."""
-
-    icc: bytes | None = None
-    """ICC profile."""
-    dpi: tuple[float, float] | None = None
-    """Pixels per inch, horizontally and vertically."""
-    exif: Mapping[int, Mapping[int, Any]] = field(default_factory=dict)
-    """What describes the scene: values by tag, by directory (MAIN and those in DIRECTORIES). There
-    is no orientation, no thumbnail, and no empty directory."""
-    duration: float = 0.0
-    """Milliseconds for which an animation shows the frame."""
-
-    def scaled(self, scale: float, height: int, width: int) -> "Metadata":
-        """For the frame enlarged to this size: printed, it is as large as before."""
-        dpi = self.dpi and (self.dpi[0] * scale, self.dpi[1] * scale)
-        sizes: dict[int, int] = {
-            ExifTags.Base.ExifImageWidth: width,
-            ExifTags.Base.ExifImageHeight: height,
-        }
-        exif = {
-            directory: {tag: sizes.get(tag, value) for tag, value in entries.items()}
-            for directory, entries in self.exif.items()
-        }
-        return Metadata(self.icc, dpi, exif, self.duration)
-
-    def exif_bytes(self) -> bytes:
-        """EXIF as it lies in files, starting with "Exif" and two zeros; b"" if there is none."""
-        if not self.exif:
-            return b""
-        exif = Image.Exif()
-        exif.update(self.exif.get(MAIN, {}))
-        for directory in DIRECTORIES:
-            if directory in self.exif:
-                exif.get_ifd(directory).update(self.exif[directory])
-        return exif.tobytes()
 
 
 @dataclass(frozen=True)
@@ -152,7 +100,7 @@ class Picture:
             for i in range(1 if self.format == "JPEG" else getattr(image, "n_frames", 1)):
                 if self.format == "TIFF":
                     image.seek(i)
-                    if _tag(image, 254, 0) & 0b101:  # a thumbnail or a mask
+                    if tiff_tag(image, 254, 0) & 0b101:  # a thumbnail or a mask
                         continue
                 elif i == 0 and image.info.get("default_image"):  # for viewers without APNG
                     continue
@@ -190,9 +138,10 @@ class Picture:
 
     def _read(self, image: Image.Image, i: int) -> Frame:
         rawmode = _rawmode(image)  # before the image is loaded, which reading EXIF does to PNG
-        exif, turned = _read_exif(image), _is_turned(image)
-        planes = _tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
-        if planes and 16 in _tag(image, TiffImagePlugin.BITSPERSAMPLE, ()):  # Pillow misreads them
+        exif, turned = read_exif(image), is_turned(image)
+        planes = tiff_tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
+        bits = tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, ())
+        if planes and 16 in bits:  # Pillow misreads them
             raise ImageError("16-bit samples in separate planes; save it with interleaved ones")
         if ";16" in rawmode and image.mode in ("RGB", "RGBA") and not self.is_animation:
             pixels = self._read_16_bit(image, i, rawmode)
@@ -204,7 +153,7 @@ class Picture:
         else:
             ImageOps.exif_transpose(image, in_place=True)
             pixels = _pixels(image, rawmode)
-        return Frame(pixels, _read_metadata(image, exif, turned, channels=pixels.shape[2]))
+        return Frame(pixels, read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
     def _read_16_bit(self, image: Image.Image, i: int, rawmode: str) -> Pixels:
         """Pillow keeps one byte of such samples, so it is asked once for each."""
@@ -280,10 +229,10 @@ def from_pillow(image: Image.Image) -> Frame:
     Raises ImageError for 32-bit pixels, whose range nothing tells.
     """
     rawmode = _rawmode(image)  # before the image is loaded
-    exif, turned = _read_exif(image), _is_turned(image)
+    exif, turned = read_exif(image), is_turned(image)
     upright = ImageOps.exif_transpose(image)
     pixels = _pixels(upright, rawmode)
-    return Frame(pixels, _read_metadata(image, exif, turned, channels=pixels.shape[2]))
+    return Frame(pixels, read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
 
 def to_pillow(pixels: Pixels) -> Image.Image:
@@ -305,7 +254,7 @@ def _pixels(image: Image.Image, rawmode: str) -> Pixels:
         pixels = _converted(image, mode).astype(np.uint16, copy=False)[:, :, None]
         if rawmode == "I;12":
             pixels = np.rint(pixels * (65535 / 4095)).astype(np.uint16)
-        if _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0:  # 0 is white
+        if tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0:  # 0 is white
             pixels = 65535 - pixels
         return _transparent_colour(pixels, key)
     if mode in ("1", "L"):
@@ -363,77 +312,6 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
 
 
-def _read_metadata(
-    image: Image.Image, exif: Mapping[int, Mapping[int, Any]], turned: bool, channels: int
-) -> Metadata:
-    """Of the current frame, loaded, whose sides change places if it is turned upright.
-
-    What is damaged or makes no sense is left out.
-    """
-    icc = image.info.get("icc_profile")
-    if image.format == "TIFF":  # `info` may still hold an earlier page's
-        icc = _tag(image, TiffImagePlugin.ICCPROFILE, None)
-    space = b"RGB " if channels > 2 else b"GRAY"
-    if not (isinstance(icc, bytes) and icc[16:20] == space and icc[36:40] == b"acsp"):
-        icc = None
-    try:
-        x, y = (float(value) for value in _dpi(image)[:: -1 if turned else 1])
-        dpi = (x, y) if 1 < x < 1e5 and 1 < y < 1e5 else None  # (1, 1) means that none was given
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        dpi = None
-    duration = image.info.get("duration", 0)
-    return Metadata(icc, dpi, exif, float(duration))
-
-
-def _dpi(image: Image.Image) -> tuple[Any, Any]:
-    """As declared by the format itself or, what is all that WebP has, by EXIF."""
-    if "dpi" in image.info:
-        return image.info["dpi"]
-    exif = image.getexif()
-    inches = {2: 1.0, 3: 2.54}[exif.get(ExifTags.Base.ResolutionUnit, 2)]
-    x, y = exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution]
-    return float(x) * inches, float(y) * inches
-
-
-def _read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
-    """What is worth keeping, or nothing if any of it is damaged."""
-    try:
-        exif = image.getexif()
-        kept: dict[int, dict[int, Any]] = {
-            MAIN: {tag: exif[tag] for tag in _DESCRIPTIVE_TAGS if tag in exif},
-            **{directory: dict(exif.get_ifd(directory)) for directory in DIRECTORIES},
-        }
-        if ExifTags.IFD.Interop in kept[ExifTags.IFD.Exif]:  # an offset in the old bytes
-            interop = dict(exif.get_ifd(ExifTags.IFD.Interop))
-            kept[ExifTags.IFD.Exif][ExifTags.IFD.Interop] = _keep_bytes(interop)
-        kept = {key: _keep_bytes(entries) for key, entries in kept.items() if entries}
-        Metadata(exif=kept).exif_bytes()
-    except Exception:  # Pillow reads EXIF unchecked
-        return {}
-    return kept
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Whether upright it lies on another side."""
-    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-
-
-class _Text(str):
-    """EXIF's text, of which Pillow makes a character of each byte, and would write ASCII only.
-
-    It is written as the bytes that it was, whatever encoding they are in.
-    """
-
-    def encode(self, encoding: str = "latin-1", errors: str = "replace") -> bytes:
-        return super().encode("latin-1", errors)
-
-
-def _keep_bytes(entries: Mapping[int, Any]) -> dict[int, Any]:
-    return {
-        tag: _Text(value) if isinstance(value, str) else value for tag, value in entries.items()
-    }
-
-
 def _rawmode(image: Image.Image) -> str:
     """How the decoder is told that a file's pixels lie."""
     for tile in getattr(image, "tile", ()):
@@ -445,15 +323,10 @@ def _bytes_of_pixels(image: Image.Image) -> int:
     """At most, for each pixel of the current frame."""
     if image.format != "TIFF":
         return 4  # animations have 8 bits
-    if _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 3:  # a palette
+    if tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 3:  # a palette
         return 3
-    deep = max(_tag(image, TiffImagePlugin.BITSPERSAMPLE, (1,)), default=1) > 8
-    return _tag(image, TiffImagePlugin.SAMPLESPERPIXEL, 1) * (2 if deep else 1)
-
-
-def _tag(image: Image.Image, tag: int, default: Any) -> Any:
-    """Of a TIFF's current page; the default for other formats."""
-    return getattr(image, "tag_v2", {}).get(tag, default)
+    deep = max(tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, (1,)), default=1) > 8
+    return tiff_tag(image, TiffImagePlugin.SAMPLESPERPIXEL, 1) * (2 if deep else 1)
 
 
 def _plays(image: Image.Image) -> int:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from dvmsr_jax import bicubic, data, images, metrics, report
+from dvmsr_jax import bicubic, data, images, metrics
 from dvmsr_jax.config import ModelConfig, TrainConfig
 from dvmsr_jax.inference import upscale_batch
 from dvmsr_jax.model import model_from_parameters
-from dvmsr_jax.step import Teacher
+from dvmsr_jax.training.step import Teacher
 
 
 class Validator:
@@ -34,7 +34,7 @@ class Validator:
         """(mean PSNR-Y, a sample picture bicubic | ours | HR)."""
         results = self._results(self._config.model, parameters)
         panels = {"bicubic": self._first_bicubic, "ours": results[0], "HR": self._records[0]["hr"]}
-        return self._mean_psnr_y(results), report.side_by_side(panels)
+        return self._mean_psnr_y(results), images.side_by_side(panels)
 
     def describe(self, step: int, psnr_y: float) -> str:
         """A line for the terminal."""

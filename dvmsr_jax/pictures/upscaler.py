@@ -22,13 +22,13 @@ from dvmsr_jax import bicubic
 from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import (
+    RgbUpscale,
     RgbView,
-    Upscale,
     average_over_symmetries,
     make_streamer,
     make_tiler,
 )
-from dvmsr_jax.pictures import BandedFrame, Frame, from_pillow, to_pillow
+from dvmsr_jax.pictures.reading import BandedFrame, Frame, from_pillow, to_pillow
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 
 MAX_SCALE = 16
@@ -37,10 +37,10 @@ MAX_SCALE = 16
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-class Enlarger:
+class PictureUpscaler:
     """A function from pictures of every kind to larger ones, by a function of RGB pictures."""
 
-    def __init__(self, upscale: Upscale, model_scale: int, *, scale: int | float | None = None):
+    def __init__(self, upscale: RgbUpscale, model_scale: int, *, scale: int | float | None = None):
         """
         Args:
             upscale: what `inference` makes of a model.
@@ -184,7 +184,7 @@ class Enlarger:
             yield band @ _LUMA[:, None] if channels < 3 else band
 
 
-class Upscaler(Enlarger):
+class Upscaler(PictureUpscaler):
     """A function from pictures of every kind to larger ones, by a model.
 
     One may be used from several threads at once.
@@ -251,7 +251,7 @@ def _joined(bands: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype
     return whole
 
 
-def _self_ensemble(upscale: Upscale) -> Upscale:
+def _self_ensemble(upscale: RgbUpscale) -> RgbUpscale:
     def whole(images: Array) -> Array:
         return jnp.concatenate([*upscale(np.asarray(images[0]))])[None]
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import UInt8
 
-from dvmsr_jax.pictures import BandedFrame, Metadata
+from dvmsr_jax.pictures.metadata import Metadata
+from dvmsr_jax.pictures.reading import BandedFrame
 
 _COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by number of channels
 # Bytes, more or less, that are filtered, and compressed ones that are written, at a time.

@@ -14,15 +14,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
 
-from dvmsr_jax import data, files, parallel, report
-from dvmsr_jax.checkpoint import Best, Checkpoints, load_facts, phase_directory
+from dvmsr_jax import data, files
 from dvmsr_jax.config import TrainConfig, check
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import named_parameters
 from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.step import Teacher, TrainState, TrainStep, init_state, memory_of
-from dvmsr_jax.validation import Validator
+from dvmsr_jax.training import parallel, report
+from dvmsr_jax.training.checkpoint import Best, Checkpoints, load_facts, phase_directory
+from dvmsr_jax.training.step import Teacher, TrainState, TrainStep, init_state, memory_of
+from dvmsr_jax.training.validation import Validator
 from dvmsr_jax.vimm import check_scan
 
 # Steps before those of a profile, for the program to be compiled and the queues to fill.

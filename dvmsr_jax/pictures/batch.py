@@ -18,10 +18,11 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from dvmsr_jax import files, formats, images, pictures
+from dvmsr_jax import files, images
 from dvmsr_jax.errors import UserError, is_out_of_memory
-from dvmsr_jax.pictures import BandedFrame, Picture
-from dvmsr_jax.upscaler import Enlarger
+from dvmsr_jax.pictures import formats, reading
+from dvmsr_jax.pictures.reading import BandedFrame, Picture
+from dvmsr_jax.pictures.upscaler import PictureUpscaler
 
 log = logging.getLogger(__name__)
 
@@ -139,12 +140,12 @@ def plan(
 
 def run(
     jobs: Sequence[Job | Outcome],
-    upscaler: Enlarger,
+    upscaler: PictureUpscaler,
     *,
     keep: Sequence[str] = (),
     overwrite: bool = False,
     quality: int = 95,
-    max_pixels: int = pictures.MAX_PIXELS,
+    max_pixels: int = reading.MAX_PIXELS,
 ) -> Iterator[Outcome]:
     """Does the jobs, one after the other.
 
@@ -186,7 +187,7 @@ def run(
 
 def _do(
     job: Job,
-    upscaler: Enlarger,
+    upscaler: PictureUpscaler,
     kept: Mapping[tuple[int, int] | None, str],
     overwrite: bool,
     quality: int,
@@ -279,14 +280,14 @@ def _find(
     if not name:
         raise UserError("an empty name")
     if os.path.isdir(path):
-        root, found = path, images.find_images(path, pictures.SUFFIXES, on_error=fail)
+        root, found = path, images.find_images(path, reading.SUFFIXES, on_error=fail)
     elif _PATTERN.search(name) and not os.path.exists(path):
         root = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), path.parts))
         matches = map(Path, glob.glob(name, recursive=True))
         found = sorted(
             file
             for file in matches
-            if file.suffix.lower() in pictures.SUFFIXES and not os.path.isdir(file)
+            if file.suffix.lower() in reading.SUFFIXES and not os.path.isdir(file)
         )
         if not found:
             raise UserError(f"{name}: matches no picture")
@@ -337,7 +338,7 @@ def _destination(target: Path) -> Iterator[Path]:
 def _computed(frame: BandedFrame, label: str) -> BandedFrame:
     """With progress shown, and errors that cannot be taken for those of writing."""
 
-    def bands() -> Iterator[pictures.Pixels]:
+    def bands() -> Iterator[reading.Pixels]:
         rows = frame.shape[0]
         with tqdm(total=rows, desc=label, unit="row", leave=False, delay=2, disable=None) as bar:
             try:

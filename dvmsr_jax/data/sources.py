@@ -17,7 +17,7 @@ from dvmsr_jax.data.records import DataError
 _SAMPLE = 4096
 
 
-class Picture(NamedTuple):
+class Source(NamedTuple):
     """A source picture: `load` gives (HR, LR or None)."""
 
     name: str
@@ -26,7 +26,7 @@ class Picture(NamedTuple):
     load: Callable[[], tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "h w 3"] | None]]
 
 
-def find_pictures(config: DataConfig, scale: int) -> dict[str, list[Picture]]:
+def find_sources(config: DataConfig, scale: int) -> dict[str, list[Source]]:
     """The pictures to train on ("train") and those kept apart ("val").
 
     `config.val_images` pictures are kept apart, spread evenly over the sorted names (with DIV2K,
@@ -41,10 +41,10 @@ def find_pictures(config: DataConfig, scale: int) -> dict[str, list[Picture]]:
     return _in_folders(config) if config.hr_dirs else _div2k(config, scale)
 
 
-def _in_folders(config: DataConfig) -> dict[str, list[Picture]]:
+def _in_folders(config: DataConfig) -> dict[str, list[Source]]:
     pictures = []
     for folder in (folder.expanduser() for folder in config.hr_dirs):
-        pictures += [_picture(path, folder) for path in images.find_images(folder)]
+        pictures += [_source(path, folder) for path in images.find_images(folder)]
     if len(pictures) <= config.val_images:
         raise DataError(
             f"data.hr_dirs hold {len(pictures)} pictures, of which data.val_images = "
@@ -57,16 +57,16 @@ def _in_folders(config: DataConfig) -> dict[str, list[Picture]]:
     }
 
 
-def _picture(path: Path, folder: Path) -> Picture:
+def _source(path: Path, folder: Path) -> Source:
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(size - _SAMPLE, 0) // 2)
         sample = hashlib.sha256(file.read(_SAMPLE)).hexdigest()[:16]
     fingerprint = f"{path.relative_to(folder)} {size} {sample}"
-    return Picture(str(path), fingerprint, lambda: (images.read_rgb(path), None))
+    return Source(str(path), fingerprint, lambda: (images.read_rgb(path), None))
 
 
-def _div2k(config: DataConfig, scale: int) -> dict[str, list[Picture]]:
+def _div2k(config: DataConfig, scale: int) -> dict[str, list[Source]]:
     try:
         builder = tfds.builder(
             f"div2k/bicubic_x{scale}",
@@ -89,7 +89,7 @@ def _div2k(config: DataConfig, scale: int) -> dict[str, list[Picture]]:
                 return record["hr"], record["lr"]
 
             name = f"{split}{i}"
-            return Picture(name, f"div2k {builder.version} {name}", load)
+            return Source(name, f"div2k {builder.version} {name}", load)
 
         return [picture(i) for i in range(len(source))]
 

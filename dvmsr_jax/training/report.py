@@ -10,13 +10,11 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dvmsr_jax import bicubic, files, images
-from dvmsr_jax.evaluation import Example
+from dvmsr_jax import files, images
 
 
 class Log:
@@ -72,29 +70,6 @@ def read_metrics(path: Path) -> list[dict[str, int | float]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def side_by_side(
-    panels: Mapping[str, UInt8[np.ndarray, "h w 3"]],
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Pictures of one size in a row, each under its label."""
-    height, width, _ = next(iter(panels.values())).shape
-    gap, header = 8, 20
-    canvas = Image.new("RGB", (len(panels) * (width + gap) - gap, height + header), color="white")
-    draw = ImageDraw.Draw(canvas)
-    for i, (label, panel) in enumerate(panels.items()):
-        canvas.paste(Image.fromarray(panel), (i * (width + gap), header))
-        draw.text((i * (width + gap) + 4, 4), label, fill="black")
-    return np.asarray(canvas)
-
-
-def comparison(
-    example: Example, upscaled: Mapping[str, UInt8[np.ndarray, "h w 3"]], part: tuple[slice, slice]
-) -> UInt8[np.ndarray, "H W 3"]:
-    """A part, rows and columns, of bicubic's picture, these of models, and HR, side by side."""
-    scale = len(example.hr) // len(example.lr)
-    whole = {"bicubic": bicubic.upscale(example.lr, scale), **upscaled, "HR": example.hr}
-    return side_by_side({label: picture[part] for label, picture in whole.items()})
 
 
 def plot_training(directories: Sequence[Path], path: Path) -> None:

@@ -1,0 +1,1 @@
+"""People's pictures, of every kind and many at once: read, upscaled, written."""

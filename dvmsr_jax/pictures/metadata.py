@@ -1,0 +1,136 @@
+"""What stays with a picture's pixels: ICC profile, DPI, EXIF, an animation's timing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import ExifTags, Image, TiffImagePlugin
+
+# What EXIF says of the scene and of who took it; the rest of its first directory is about layout.
+_DESCRIPTIVE_TAGS = [
+    ExifTags.Base[name]
+    for name in (
+        *("ImageDescription", "Make", "Model", "Software", "DateTime", "Artist", "HostComputer"),
+        *("Copyright", "Rating", "RatingPercent"),
+        *("XPTitle", "XPComment", "XPAuthor", "XPKeywords", "XPSubject"),
+    )
+]
+
+
+MAIN = 0
+DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What accompanies a frame's pixels."""
+
+    icc: bytes | None = None
+    """ICC profile."""
+    dpi: tuple[float, float] | None = None
+    """Pixels per inch, horizontally and vertically."""
+    exif: Mapping[int, Mapping[int, Any]] = field(default_factory=dict)
+    """What describes the scene: values by tag, by directory (MAIN and those in DIRECTORIES). There
+    is no orientation, no thumbnail, and no empty directory."""
+    duration: float = 0.0
+    """Milliseconds for which an animation shows the frame."""
+
+    def scaled(self, scale: float, height: int, width: int) -> "Metadata":
+        """For the frame enlarged to this size: printed, it is as large as before."""
+        dpi = self.dpi and (self.dpi[0] * scale, self.dpi[1] * scale)
+        sizes: dict[int, int] = {
+            ExifTags.Base.ExifImageWidth: width,
+            ExifTags.Base.ExifImageHeight: height,
+        }
+        exif = {
+            directory: {tag: sizes.get(tag, value) for tag, value in entries.items()}
+            for directory, entries in self.exif.items()
+        }
+        return Metadata(self.icc, dpi, exif, self.duration)
+
+    def exif_bytes(self) -> bytes:
+        """EXIF as it lies in files, starting with "Exif" and two zeros; b"" if there is none."""
+        if not self.exif:
+            return b""
+        exif = Image.Exif()
+        exif.update(self.exif.get(MAIN, {}))
+        for directory in DIRECTORIES:
+            if directory in self.exif:
+                exif.get_ifd(directory).update(self.exif[directory])
+        return exif.tobytes()
+
+
+def read_metadata(
+    image: Image.Image, exif: Mapping[int, Mapping[int, Any]], turned: bool, channels: int
+) -> Metadata:
+    """Of the current frame, loaded, whose sides change places if it is turned upright.
+
+    What is damaged or makes no sense is left out.
+    """
+    icc = image.info.get("icc_profile")
+    if image.format == "TIFF":  # `info` may still hold an earlier page's
+        icc = tiff_tag(image, TiffImagePlugin.ICCPROFILE, None)
+    space = b"RGB " if channels > 2 else b"GRAY"
+    if not (isinstance(icc, bytes) and icc[16:20] == space and icc[36:40] == b"acsp"):
+        icc = None
+    try:
+        x, y = (float(value) for value in _dpi(image)[:: -1 if turned else 1])
+        dpi = (x, y) if 1 < x < 1e5 and 1 < y < 1e5 else None  # (1, 1) means that none was given
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        dpi = None
+    duration = image.info.get("duration", 0)
+    return Metadata(icc, dpi, exif, float(duration))
+
+
+def _dpi(image: Image.Image) -> tuple[Any, Any]:
+    """As declared by the format itself or, what is all that WebP has, by EXIF."""
+    if "dpi" in image.info:
+        return image.info["dpi"]
+    exif = image.getexif()
+    inches = {2: 1.0, 3: 2.54}[exif.get(ExifTags.Base.ResolutionUnit, 2)]
+    x, y = exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution]
+    return float(x) * inches, float(y) * inches
+
+
+def read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
+    """What is worth keeping, or nothing if any of it is damaged."""
+    try:
+        exif = image.getexif()
+        kept: dict[int, dict[int, Any]] = {
+            MAIN: {tag: exif[tag] for tag in _DESCRIPTIVE_TAGS if tag in exif},
+            **{directory: dict(exif.get_ifd(directory)) for directory in DIRECTORIES},
+        }
+        if ExifTags.IFD.Interop in kept[ExifTags.IFD.Exif]:  # an offset in the old bytes
+            interop = dict(exif.get_ifd(ExifTags.IFD.Interop))
+            kept[ExifTags.IFD.Exif][ExifTags.IFD.Interop] = _keep_bytes(interop)
+        kept = {key: _keep_bytes(entries) for key, entries in kept.items() if entries}
+        Metadata(exif=kept).exif_bytes()
+    except Exception:  # Pillow reads EXIF unchecked
+        return {}
+    return kept
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether upright it lies on another side."""
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+class _Text(str):
+    """EXIF's text, of which Pillow makes a character of each byte, and would write ASCII only.
+
+    It is written as the bytes that it was, whatever encoding they are in.
+    """
+
+    def encode(self, encoding: str = "latin-1", errors: str = "replace") -> bytes:
+        return super().encode("latin-1", errors)
+
+
+def _keep_bytes(entries: Mapping[int, Any]) -> dict[int, Any]:
+    return {
+        tag: _Text(value) if isinstance(value, str) else value for tag, value in entries.items()
+    }
+
+
+def tiff_tag(image: Image.Image, tag: int, default: Any) -> Any:
+    """Of a TIFF's current page; the default for other formats."""
+    return getattr(image, "tag_v2", {}).get(tag, default)
