@@ -283,11 +283,11 @@ def test_options_of_distillation_that_exclude_each_other(config, options, messag
 
 
 def test_an_impossible_model_is_refused_before_anything_is_prepared(config):
-    impossible = dataclasses.replace(config, model=dataclasses.replace(TEACHER, channels=0))
+    data = dataclasses.replace(config.data, data_dir=config.workdir / "records")
+    model = dataclasses.replace(TEACHER, channels=0)
     with pytest.raises(UserError, match="channels is 0"):
-        phases.train(impossible)
+        phases.train(dataclasses.replace(config, model=model, data=data))
     assert not config.workdir.exists()
-    assert not config.data.data_dir.exists()
 
 
 def test_student_without_teacher_says_what_to_do(config):

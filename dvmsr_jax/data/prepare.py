@@ -263,7 +263,9 @@ def _claim(unfinished: Path, finished: Path) -> Iterator[bool]:
     """
     while not is_prepared(finished):
         if finished.is_file() or (finished.is_dir() and any(finished.iterdir())):
-            raise DataError(f"{finished}: is or holds something else; choose another folder")
+            raise DataError(
+                f"{finished}: holds something else, or is a file; choose another folder"
+            )
         unfinished.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
