@@ -21,8 +21,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def told_in_a_line(*, out_of_memory: str, interrupted: str = "interrupted") -> Iterator[None]:
     """For main functions: within it, what is not a defect ends the process with a message.
 
-    UserError and OSError with their own, lack of memory with `out_of_memory` (what to try), Ctrl-C
-    with `interrupted`. Any other exception is a defect and keeps its traceback.
+    UserError, OSError and JAX's not finding the wished devices with their own, lack of memory with
+    `out_of_memory` (what to try), Ctrl-C with `interrupted`. Any other exception is a defect and
+    keeps its traceback.
     """
     try:
         yield
@@ -32,7 +33,9 @@ def told_in_a_line(*, out_of_memory: str, interrupted: str = "interrupted") -> I
         print(interrupted, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
+        reason = str(error).partition("\n")[0]
+        if reason.startswith("Unable to initialize backend"):
+            sys.exit(f"error: {reason}")
         if not is_out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0] or "in main memory"
-        sys.exit(f"error: out of memory ({reason}); {out_of_memory}")
+        sys.exit(f"error: out of memory ({reason or 'in main memory'}); {out_of_memory}")

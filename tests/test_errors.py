@@ -16,6 +16,10 @@ from dvmsr_jax.errors import UserError, told_in_a_line
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes\nand more"),
             "error: out of memory (RESOURCE_EXHAUSTED: 9 bytes); try less",
         ),
+        (
+            RuntimeError("Unable to initialize backend 'tpu': no libtpu.so"),
+            "error: Unable to initialize backend 'tpu': no libtpu.so",
+        ),
         (KeyboardInterrupt(), 130),
     ],
 )
