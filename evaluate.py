@@ -4,6 +4,7 @@ python evaluate.py --ckpt PATH --data Set5 Set14
 """
 
 import dataclasses
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from dvmsr_jax import evaluation
 from dvmsr_jax.config import Compute
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import told_in_a_line
-from dvmsr_jax.files import write_json
 from dvmsr_jax.inference import keep_compiled_programs, make_upscaler
 from dvmsr_jax.model import parameter_count
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
@@ -92,7 +92,8 @@ def main() -> None:
     with told_in_a_line(out_of_memory="pictures are taken whole: leave out the largest"):
         result = run(arguments)
         if arguments.json is not None:
-            write_json(arguments.json, result)
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Arguments:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     cluster: Cluster = field(default_factory=Cluster)
     dry_run: bool = False
-    """Build everything, run one step, print memory, speed and expected duration, and exit."""
+    """Build everything, take two steps, print memory, speed and expected duration, and exit."""
     allow_changes: bool = False
     """Go on from a checkpoint although configuration, data or teacher were others; the shapes of
     the weights cannot change."""

@@ -152,7 +152,7 @@ def main() -> None:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # which nohup changes
             signal.signal(number, _stop)
-    if sys.stderr is None:  # closed: what is meant for it must not go into a picture
+    if sys.stderr is None:  # closed: print() would take standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with told_in_a_line(out_of_memory="close other programs"):
         arguments = parse(sys.argv[1:])

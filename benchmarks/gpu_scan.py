@@ -93,6 +93,12 @@ def compare(
         if isinstance(triton, str):
             yield [*size, triton, *["-"] * (3 + len(seconds))]
             continue
+
+        def ratio(seconds: float | str, triton: float = triton) -> str:
+            if isinstance(seconds, str):
+                return seconds
+            return f"{rounded(seconds / triton)}x" + "*" * isinstance(seconds, HostBound)
+
         evaluated = scans * b * l * d * n
         floor = max(moved / bandwidth, evaluated / exponentials)
         yield [
@@ -101,7 +107,7 @@ def compare(
             f"{moved / triton / 1e12:.2f}",
             f"{evaluated / triton / 1e12:.2f}",
             f"{triton / floor:.2f}x",
-            *(x if isinstance(x, str) else f"{rounded(x / triton)}x" for x in seconds.values()),
+            *map(ratio, seconds.values()),
         ]
 
 

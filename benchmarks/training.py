@@ -31,7 +31,7 @@ from dvmsr_jax.cost import cost
 from dvmsr_jax.data.targets import distill
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
-from dvmsr_jax.training.phases import build
+from dvmsr_jax.training.phases import Run
 from dvmsr_jax.training.step import memory_of
 
 COLUMNS = ("step", "batch", "steps/s", "crops/s", "time", "waits for data", "TFLOP/s", "memory")
@@ -49,9 +49,10 @@ class Runner:
 
     def __init__(self, row: Row):
         self.label, self.config = row
-        run = build(self.config)
+        run = Run(self.config)
         self._teacher = None if run.teacher is None else run.teacher.config
-        self._state, self._batches, self._step = run.state, run.batches(0), run.step
+        self._state, self._batches = run.initial_state(), run.batches(0)
+        self._step = run.make_step()
         self._memory = memory_of(self._step.compile(self._state, next(self._batches)))
         self._seconds: list[float] = []
         self._waited: list[float] = []

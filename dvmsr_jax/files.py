@@ -36,8 +36,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def lock(file: IO[Any], *, wait: bool) -> bool:
-    """Takes the open file's lock until it is closed. False if another process has it: waits for it
-    first with `wait`. Some network file systems have no locks: there it is taken for free."""
+    """Takes the open file's lock, until that is closed. While another process has it, waits with
+    `wait`, and gives False without. Where file systems have no locks, everybody gets them."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -346,6 +346,19 @@ def test_frames_count_together(form):
     assert len(Picture(pages, max_pixels=20_000)) == 3
 
 
+def test_frames_that_are_only_claimed():
+    """Counting them takes neither time nor memory."""
+    still = png(1, 1, 8, 2, [[1, 2, 3]])
+    claim = b"acTL" + struct.pack(">2I", 2**30, 0)
+    chunk = struct.pack(">I", 8) + claim + zlib.crc32(claim).to_bytes(4)
+    forged = still[:33] + chunk + still[33:]
+    with pytest.raises(ImageError, match="megapixels"):
+        Picture(forged)
+    picture = Picture(forged, max_pixels=2**31)
+    with pytest.raises(ImageError, match="cannot be read"):
+        list(picture.frames())
+
+
 def test_pillow_images():
     for pixels in (RGB, RGBA, RGBA[:, :, :2], RGB[:, :, :1], DEEP[:, :, :1]):
         again = from_pillow(to_pillow(pixels)).pixels

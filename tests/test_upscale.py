@@ -99,6 +99,8 @@ def test_names_that_would_coincide():
         "a.png": "a_png_x4",
         "b.png": "b_x4",
     }
+    make("cases/a.png", "cases/A.png")
+    assert set(targets(plan("cases")).values()) == {"cases/a_png_x4", "cases/A_png_x4"}
     in_one_folder = targets(plan("a.jpg", "other/A.webp", output="out/"))
     assert set(in_one_folder.values()) == {"out/a_jpg_x4", "out/A_webp_x4"}
 
@@ -191,10 +193,11 @@ def test_inputs_are_never_overwritten(upscaler):
     # One that is named, and is itself skipped because of its name.
     make("icon.png", "icon_x2.png")
     named = ["icon.png", "icon_x2.png"]
-    for overwrite in (False, True):
+    for overwrite, status in ((False, "skipped"), (True, "failed")):
         outcomes = run(upscaler, *named, keep=named, overwrite=overwrite)
         assert outcomes["icon_x2.png"].status == "skipped"
-        assert "an input" in outcomes["icon.png"].what
+        assert outcomes["icon.png"].status == status
+    assert "named as an input" in outcomes["icon.png"].what
     with Image.open("icon_x2.png") as image:
         assert image.size == (4, 3)
     # One that has its turn later, and is named like a result.
@@ -209,6 +212,11 @@ def test_results_do_not_overwrite_each_other(upscaler):
         outcomes = run(upscaler, "x", "y", output="out/", overwrite=overwrite)
         assert [outcome.status for outcome in outcomes.values()] == [first, "failed"]
         assert "would have the name of x/a.png's" in outcomes["y/a.png"].what
+    # What is skipped takes no name away.
+    make("x/a_x2.png", "z/a_x2.png")
+    outcomes = run(upscaler, "x", "z", output="new/")
+    assert outcomes["x/a_x2.png"].status == "skipped"
+    assert outcomes["z/a_x2.png"].status == "done"
     # Names that the file system, and nothing else, takes for the same.
     make("z/b.png")
     Path("z/c_x2.png").symlink_to(Path("b_x2.png"))
@@ -334,6 +342,7 @@ def test_two_names_of_a_file():
         Job(Path("a.png"), Path("a_x4"), None),
         Outcome(Path("link.png"), "skipped", "is a.png"),
     ]
+    assert plan("a.png", "link.png", output="x.png")[-1] == Job(Path("a.png"), Path("x.png"), "")
     assert set(targets(plan("*.png"))) == {"a.png", "line\nbreak.png"}
 
 

@@ -44,7 +44,8 @@ def find_sources(config: DataConfig, scale: int) -> dict[str, list[Source]]:
 def _in_folders(config: DataConfig) -> dict[str, list[Source]]:
     pictures = []
     for folder in (folder.expanduser() for folder in config.hr_dirs):
-        pictures += [_source(path, folder) for path in images.find_images(folder)]
+        found = images.find_images(folder, on_error=lambda _, error: print(f"left out: {error}"))
+        pictures += [_source(path, folder) for path in found]
     if len(pictures) <= config.val_images:
         raise DataError(
             f"data.hr_dirs hold {len(pictures)} pictures, of which data.val_images = "

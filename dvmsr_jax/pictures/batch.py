@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -88,6 +88,7 @@ def plan(
     def fail(path: Path, error: UserError) -> None:
         jobs.append(Outcome(path, "failed", str(error).removeprefix(f"{path}: ")))
 
+    unusable = 0
     for name in inputs:
         try:
             for path, inner in _find(name, leave_out=folder, fail=fail):
@@ -96,7 +97,8 @@ def plan(
                     jobs.append(Outcome(path, "skipped", f"is {first}"))
         except UserError as error:
             fail(Path(name), error)
-    if file is not None and len(jobs) + len(found) > 1:
+            unusable += 1
+    if file is not None and len(found) + unusable > 1:
         remedy = "name a folder" if file == STANDARD else f"end a folder's name in {os.sep}"
         raise UserError(f"{file} is one file for several results; {remedy}")
 
@@ -121,16 +123,15 @@ def plan(
         real = os.path.realpath(path)
         return real not in named or os.path.splitext(real)[0] in results
 
-    taken: dict[str, Path] = {}
+    taken: dict[Path, Path] = {}
     for path, target in targets.items():
-        other = taken.setdefault(str(target).casefold(), path)
         if file is not None:
             jobs.append(Job(path, file, suffix if file == STANDARD else ""))
         elif path == STANDARD and folder is None:
             jobs.append(Job(path, STANDARD, suffix))
         elif is_result(path):
             jobs.append(Outcome(path, "skipped", "by name the result of another input"))
-        elif other != path:
+        elif (other := taken.setdefault(target, path)) != path:
             why = f"its result would have the name of {other}'s: choose another --output for it"
             jobs.append(Outcome(path, "failed", why))
         else:
@@ -164,14 +165,14 @@ def run(
     Raises:
         DiskFullError: there is no room for a result.
     """
-    sources = [job.source for job in jobs if isinstance(job, Job)]
-    kept = {_identity(path): "an input" for path in (*sources, *map(Path, keep))}
+    kept = {_identity(job.source): "an input" for job in jobs if isinstance(job, Job)}
+    named = {_identity(Path(name)) for name in keep}
     for job in jobs:
         if isinstance(job, Outcome):
             yield job
             continue
         try:
-            outcome = _do(job, upscaler, kept, overwrite, quality, max_pixels)
+            outcome = _do(job, upscaler, kept, named, overwrite, quality, max_pixels)
         except DiskFullError:
             raise
         except UserError as error:
@@ -189,11 +190,13 @@ def _do(
     job: Job,
     upscaler: PictureUpscaler,
     kept: Mapping[tuple[int, int] | None, str],
+    named: Collection[tuple[int, int] | None],
     overwrite: bool,
     quality: int,
     max_pixels: int,
 ) -> Outcome:
-    """`kept` says by `_identity` what must not be overwritten in any case."""
+    """`kept` and `named` tell by `_identity` what must not be overwritten in any case; what is only
+    named may, without `overwrite`, be an earlier result that the shell has put there."""
     source = sys.stdin.buffer.read() if job.source == STANDARD else job.source
     picture = Picture(source, max_pixels=max_pixels)
     suffix = formats.default_suffix(picture) if job.suffix is None else job.suffix
@@ -208,6 +211,8 @@ def _do(
                 raise UserError(f"would overwrite {target}, {kept[there]}")
             if not overwrite:
                 return Outcome(job.source, "skipped", f"{target} exists (see --overwrite)")
+            if there in named:
+                raise UserError(f"would overwrite {target}, which is named as an input too")
     formats.check_holds(form, picture)
     label = str(job.source)[-40:]
     frames = (_computed(upscaler.enlarge(frame), label) for frame in picture.frames())

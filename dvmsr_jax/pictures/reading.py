@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -94,23 +94,21 @@ class Picture:
             self.format = "JPEG" if image.format == "MPO" else str(image.format)
             """Pillow's name of it."""
             self._size = image.size
-            self._frames, pixels = [], 0
-            self.most_bytes = 0
-            """That the pixels of all frames together may have."""
-            for i in range(1 if self.format == "JPEG" else getattr(image, "n_frames", 1)):
-                if self.format == "TIFF":
-                    image.seek(i)
-                    if tiff_tag(image, 254, 0) & 0b101:  # a thumbnail or a mask
-                        continue
-                elif i == 0 and image.info.get("default_image"):  # for viewers without APNG
-                    continue
-                self._frames.append(i)
-                pixels += math.prod(image.size)
-                self.most_bytes += math.prod(image.size) * _bytes_of_pixels(image)
+            count = 1 if self.format == "JPEG" else getattr(image, "n_frames", 1)
+            self._frames: Sequence[int]
+            self.most_bytes: int
+            """That the pixels of all pages, or of all frames of an animation, may have."""
+            if self.format == "TIFF":
+                self._frames, self.most_bytes = _find_pages(image, count)
+            else:
+                shown_apart = image.info.get("default_image", False)  # to viewers without APNG
+                self._frames = range(int(shown_apart), count)
+                pixels = math.prod(image.size) * len(self._frames)
+                if pixels > max_pixels:  # an animation is held whole, if it is not written to PNG
+                    raise Image.DecompressionBombError
+                self.most_bytes = 4 * pixels
             if not self._frames:
-                raise ImageError("holds only thumbnails and masks")
-            if self.is_animation and pixels > max_pixels:  # the larger they are, the more are held
-                raise Image.DecompressionBombError
+                raise ImageError("holds nothing but thumbnails and masks")
             self.plays = _plays(image)
             """How often an animation is shown; 0: forever."""
 
@@ -319,14 +317,20 @@ def _rawmode(image: Image.Image) -> str:
     return ""
 
 
-def _bytes_of_pixels(image: Image.Image) -> int:
-    """At most, for each pixel of the current frame."""
-    if image.format != "TIFF":
-        return 4  # animations have 8 bits
-    if tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 3:  # a palette
-        return 3
-    deep = max(tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, (1,)), default=1) > 8
-    return tiff_tag(image, TiffImagePlugin.SAMPLESPERPIXEL, 1) * (2 if deep else 1)
+def _find_pages(image: Image.Image, count: int) -> tuple[list[int], int]:
+    """Which of a TIFF's images are pages, and how many bytes their pixels may have."""
+    pages, most_bytes = [], 0
+    for i in range(count):
+        image.seek(i)
+        if tiff_tag(image, 254, 0) & 0b101:  # a thumbnail or a mask
+            continue
+        pages.append(i)
+        samples = tiff_tag(image, TiffImagePlugin.SAMPLESPERPIXEL, 1)
+        if tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 3:  # a palette
+            samples += 2
+        deep = max(tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, (1,)), default=1) > 8
+        most_bytes += math.prod(image.size) * samples * (2 if deep else 1)
+    return pages, most_bytes
 
 
 def _plays(image: Image.Image) -> int:

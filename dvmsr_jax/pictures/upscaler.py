@@ -145,7 +145,7 @@ class PictureUpscaler:
         h, w, _ = pixels.shape
         height, width = self._enlarged(h, w)
         columns = ((np.arange(width) + 0.5) * (w / width)).astype(int)
-        reach = math.ceil(max(1, 1 / self.scale))  # pixels around, that bear on an enlarged one
+        reach = math.ceil(max(1, 1 / self.scale))  # of the nearest pixels, which bound alpha
         window = (2 * reach + 1, 2 * reach + 1, 1)
         bottom = 0
         for black, white in zip(

@@ -1,16 +1,16 @@
 """The two training phases from beginning to end: feed, step, validate, log, save, stop, go on."""
 
 import contextlib
+import functools
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
 
@@ -38,17 +38,57 @@ class StoppedError(Exception):
     """A signal ended the run before its last step; the message says how to go on."""
 
 
-class Run(NamedTuple):
-    """All that a phase is made of."""
+class Run:
+    """What a phase is made of. What takes long, or much memory, is made when it is asked for."""
 
-    mesh: Mesh
-    teacher: Teacher | None
-    records: data.Records
-    state: TrainState
-    """Before the first step, until it is replaced by a checkpoint's."""
-    step: TrainStep
-    batches: Callable[[int], Iterator[Any]]
-    """batches(start): those from step `start` to the end, on the devices."""
+    def __init__(self, config: TrainConfig):
+        """Raises UserError if the configuration, the data or the teacher cannot be used."""
+        check(config)
+        check_scan(config.compute)
+        self.config = config
+        self.mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
+        self.teacher = load_teacher(config)
+        self.records = data.load_records(config.data, config.model.scale)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, on the devices."""
+        return parallel.replicate(init_state(self.config, self.teacher), self.mesh)
+
+    def make_step(self) -> TrainStep:
+        """The step. Raises UserError if it needs a teacher's outputs that are not there."""
+        targets = self._targets  # at once, whoever reads them
+        cached = self.config.data.cache == "device"
+        cache = data.load_cache(self.records.train, targets) if cached else None
+        return TrainStep(self.config, self.mesh, self.teacher, cache)
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """Those from step `start` to the end, on the devices. Raises as `make_step`."""
+        config = self.config
+        span: dict[str, Any] = {
+            "seed": config.seed,
+            "start": start,
+            "stop": config.steps,
+            "shard": (jax.process_index(), jax.process_count()),
+        }
+        if config.data.cache == "device":
+            source = data.plans(self.records.train, config.data, **span)
+        else:
+            scale, targets = config.model.scale, self._targets
+            source = data.batches(
+                self.records.train, config.data, scale=scale, targets=targets, **span
+            )
+        return parallel.prefetch(source, self.mesh)
+
+    @functools.cached_property
+    def _targets(self) -> data.Targets | None:
+        if self.teacher is None or self.config.distill.targets == "online":
+            return None
+        return data.load_targets(
+            self.records.folder,
+            data.teacher_id(self.teacher.config, self.teacher.parameters),
+            self_ensemble=self.config.distill.self_ensemble,
+            ckpt=teacher_path(self.config),
+        )
 
 
 def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False) -> Path:
@@ -66,7 +106,7 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
         UserError: the configuration, the data or the teacher cannot be used, the loss is not
             finite, a checkpoint cannot be read or written, or another run writes to the directory.
     """
-    run = build(config)
+    run = Run(config)
     directory = phase_directory(config)
     teacher = run.teacher
     sources = {
@@ -80,17 +120,15 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
             Checkpoints(config, sources, allow_changes=allow_changes)
         ) as checkpoints,
     ):
-        best = Best()
-        restored = checkpoints.restore(run.state.ema, run.state._replace(ema={}))
-        if restored is not None:
-            best = restored.best
-            run = run._replace(state=restored.state._replace(ema=restored.ema))
-        start = int(run.state.step)
+        state, best = run.initial_state(), Best()
+        if (restored := checkpoints.restore(state.ema, state._replace(ema={}))) is not None:
+            best, state = restored.best, restored.state._replace(ema=restored.ema)
+        start = int(state.step)
         _print(f"{config.phase}: steps {start} to {config.steps}, in {directory}")
         if start >= config.steps:
             return directory
         with contextlib.closing(_Trace(directory / "profile", start, profile)) as trace:
-            step, best = _take_steps(config, run, best, checkpoints, stop, trace)
+            step, best = _take_steps(run, state, best, checkpoints, stop, trace)
     if step < config.steps:
         raise StoppedError(f"stopped after step {step}; the same command goes on from there")
     if best.step < step:
@@ -100,15 +138,16 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
 
 
 def _take_steps(
-    config: TrainConfig,
     run: Run,
+    state: TrainState,
     best: Best,
     checkpoints: Checkpoints,
     stop: "_StopSignals",
     trace: "_Trace",
 ) -> tuple[int, Best]:
     """Feeds, steps, logs, validates and saves; (the last step that it took, the best validation)"""
-    state, start = run.state, int(run.state.step)
+    config, start = run.config, int(state.step)
+    train_step = run.make_step()
     validate = Validator(config, run.records, run.teacher)
     log = report.Log(phase_directory(config), start) if parallel.is_first() else None
     batches = run.batches(start)
@@ -124,7 +163,7 @@ def _take_steps(
         for step in range(start + 1, config.steps + 1):
             with recent.waiting():
                 batch = next(batches)
-            state, parts = run.step(state, batch)
+            state, parts = train_step(state, batch)
             recent.add(parts)
             trace.step_done(step, state)
             bar.update()
@@ -164,13 +203,13 @@ def dry_run(config: TrainConfig) -> None:
     Raises:
         UserError: as `train`.
     """
-    run = build(config)
-    state, batch = run.state, next(run.batches(0))
-    memory = memory_of(run.step.compile(state, batch))
+    run = Run(config)
+    state, train_step, batch = run.initial_state(), run.make_step(), next(run.batches(0))
+    memory = memory_of(train_step.compile(state, batch))
     seconds = []
     for _ in range(2):  # the first one warms up
         begin = time.perf_counter()
-        state, parts = jax.block_until_ready(run.step(state, batch))
+        state, parts = jax.block_until_ready(train_step(state, batch))
         seconds.append(time.perf_counter() - begin)
     crop, batch_size = config.data.lr_crop, config.data.batch_size
     macs = cost(config.model, crop, crop).macs
@@ -186,47 +225,6 @@ def dry_run(config: TrainConfig) -> None:
     _print(
         f"{1 / seconds[1]:.3g} steps/s, so {days:.0f} days and {hours:.1f} hours, validation apart"
     )
-
-
-def build(config: TrainConfig) -> Run:
-    """Checks the configuration, and builds all that its run is made of.
-
-    Raises:
-        UserError: the configuration, the data or the teacher cannot be used.
-    """
-    check(config)
-    check_scan(config.compute)
-    mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
-    teacher = load_teacher(config)
-    records = data.load_records(config.data, config.model.scale)
-    targets = None
-    if teacher is not None and config.distill.targets == "precomputed":
-        targets = data.load_targets(
-            records.folder,
-            data.teacher_id(teacher.config, teacher.parameters),
-            self_ensemble=config.distill.self_ensemble,
-            ckpt=teacher_path(config),
-        )
-    span: dict[str, Any] = {
-        "seed": config.seed,
-        "stop": config.steps,
-        "shard": (jax.process_index(), jax.process_count()),
-    }
-    cached = config.data.cache == "device"
-
-    def batches(start: int) -> Iterator[Any]:
-        if cached:
-            source = data.plans(records.train, config.data, start=start, **span)
-        else:
-            scale = config.model.scale
-            source = data.batches(
-                records.train, config.data, scale=scale, targets=targets, start=start, **span
-            )
-        return parallel.prefetch(source, mesh)
-
-    state = parallel.replicate(init_state(config, teacher), mesh)
-    cache = data.load_cache(records.train, targets) if cached else None
-    return Run(mesh, teacher, records, state, TrainStep(config, mesh, teacher, cache), batches)
 
 
 def teacher_path(config: TrainConfig) -> Path:
