@@ -61,10 +61,7 @@ def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Pa
 
 
 if __name__ == "__main__":
-    with told_in_a_line(
-        out_of_memory="close other programs",
-        interrupted="interrupted; the same command goes on from there",
-    ):
+    with told_in_a_line(interrupted="interrupted; the same command goes on from there"):
         try:
             main()
         except StoppedError as stopped:

@@ -16,9 +16,9 @@ from typing import Annotated
 import tyro
 
 from configs import PRESETS
+from dvmsr_jax import parallel
 from dvmsr_jax.config import Cluster, TrainConfig
 from dvmsr_jax.errors import INTERRUPTED, told_in_a_line
-from dvmsr_jax.training import parallel
 from dvmsr_jax.training.phases import StoppedError, dry_run, train
 
 

@@ -154,7 +154,7 @@ def main() -> None:
             signal.signal(number, _stop)
     if sys.stderr is None:  # closed: print() would take standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    with told_in_a_line(out_of_memory="close other programs"):
+    with told_in_a_line():
         arguments = parse(sys.argv[1:])
         keep_compiled_programs()
         sys.exit(run(arguments))

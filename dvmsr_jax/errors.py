@@ -18,7 +18,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def told_in_a_line(*, out_of_memory: str, interrupted: str = "interrupted") -> Iterator[None]:
+def told_in_a_line(
+    *, out_of_memory: str = "close other programs", interrupted: str = "interrupted"
+) -> Iterator[None]:
     """For main functions: within it, what is not a defect ends the process with a message.
 
     UserError, OSError and JAX's not finding the wished devices with their own, lack of memory with

@@ -160,7 +160,7 @@ def model_from_parameters(
         ValueError: parameters are missing, left over, or of another shape than the model's.
     """
     check_model(config)
-    if config.rssbs * config.vimms_per_rssb > len(parameters):  # an absurd depth would take ages
+    if config.vimms > len(parameters):  # an absurd depth would take ages
         raise ValueError(
             f"the weights do not fit the model: {len(parameters)} of them for {config.rssbs} RSSBs "
             f"of {config.vimms_per_rssb} ViMMs"

@@ -14,11 +14,10 @@ import safetensors
 import safetensors.numpy
 import tyro
 
-from dvmsr_jax import files, pth
+from dvmsr_jax import checkpoint, files, pth
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError, told_in_a_line
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
-from dvmsr_jax.training import checkpoint
 from dvmsr_jax.vimm import ScanError
 
 # The project's own.
@@ -214,7 +213,7 @@ def convert(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_line(out_of_memory="close other programs"):
+    with told_in_a_line():
         tyro.cli(
             tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(convert),
             prog="python -m dvmsr_jax.pretrained",

@@ -23,7 +23,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from dvmsr_jax.training.checkpoint import read_arrays  # noqa: E402
+from dvmsr_jax.checkpoint import read_arrays  # noqa: E402
 
 OPTIONS = (
     "--phase=teacher --preset=demo --model.channels 8 --model.rssbs 1 --model.states 4 "

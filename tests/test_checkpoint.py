@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dvmsr_jax import checkpoint
+from dvmsr_jax.checkpoint import Best, CheckpointError, Checkpoints, load_weights
 from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
 from dvmsr_jax.pretrained import PretrainedError, load_model
-from dvmsr_jax.training import checkpoint
-from dvmsr_jax.training.checkpoint import Best, CheckpointError, Checkpoints, load_weights
 
 WEIGHTS = {"a.kernel": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float32)}
 STATE = {"step": np.int32(7), "mean": WEIGHTS["b"]}
@@ -82,8 +82,8 @@ def test_weights_from_more_devices_than_there_are_here(tmp_path, config):
     program = f"""
 import jax
 from pathlib import Path
-from dvmsr_jax.training import parallel
-from dvmsr_jax.training.checkpoint import Best, Checkpoints
+from dvmsr_jax import parallel
+from dvmsr_jax.checkpoint import Best, Checkpoints
 from dvmsr_jax.config import TrainConfig
 mesh = parallel.make_mesh(3)
 assert mesh.size == 3

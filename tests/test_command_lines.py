@@ -23,12 +23,11 @@ import upscale
 from benchmarks import inference as inference_benchmark
 from benchmarks import loader
 from configs import PRESETS
-from dvmsr_jax import images
+from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
-from dvmsr_jax.training import parallel
 from kernels.selective_scan import native, triton_scan
 
 ROOT = Path(__file__).resolve().parents[1]

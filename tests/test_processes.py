@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dvmsr_jax import images
+from dvmsr_jax import images, parallel
+from dvmsr_jax.checkpoint import load_weights
 from dvmsr_jax.config import Cluster
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.training import parallel
-from dvmsr_jax.training.checkpoint import load_weights
 from dvmsr_jax.training.report import read_metrics
 from tests import crash_resume
 

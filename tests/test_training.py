@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dvmsr_jax import images
+from dvmsr_jax import images, parallel
 from dvmsr_jax.config import (
     Compute,
     DataConfig,
@@ -31,7 +31,7 @@ from dvmsr_jax.data import load_records, targets
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import convert, load_model, training_facts
-from dvmsr_jax.training import parallel, phases, report, step
+from dvmsr_jax.training import phases, report, step
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ModelConfig(channels=12, rssbs=2, vimms_per_rssb=1, states=4)
@@ -435,10 +435,10 @@ DEVICES = """
 import dataclasses, sys
 import jax, numpy as np
 from flax import nnx
-from dvmsr_jax import data
+from dvmsr_jax import data, parallel
 from dvmsr_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from dvmsr_jax.model import DVMSR, named_parameters
-from dvmsr_jax.training import parallel, step
+from dvmsr_jax.training import step
 
 SMALL = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4, drop_path=0.3)
 TEACHER = dataclasses.replace(SMALL, channels=12)

@@ -19,14 +19,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, UInt8
 from tqdm import tqdm
 
-from dvmsr_jax import images
+from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data.records import DataError, hr_side, open_records, read_preparation
 from dvmsr_jax.files import checksum, replacing, write_json
 from dvmsr_jax.inference import upscale_batch
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.training import parallel
 
 # Targets in a file; how much work an interruption can lose.
 PER_SHARD = 256

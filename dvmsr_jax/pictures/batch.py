@@ -278,12 +278,12 @@ def _find(
 ) -> Iterator[tuple[Path, Path]]:
     """The files that a name stands for, each with the folder that it is in below that name.
 
-    `fail` is told of subfolders that cannot be read. Of os.path's functions, because Path's raise
-    what a name of theirs or a folder's permissions do not allow.
+    `fail` is told of subfolders that cannot be read.
     """
     path = Path(name)
     if not name:
         raise UserError("an empty name")
+    # By os.path, because Path's own methods raise on names too long and folders without permission.
     if os.path.isdir(path):
         root, found = path, images.find_images(path, reading.SUFFIXES, on_error=fail)
     elif _PATTERN.search(name) and not os.path.exists(path):

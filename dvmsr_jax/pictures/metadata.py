@@ -76,7 +76,7 @@ def read_metadata(
     try:
         x, y = (float(value) for value in _dpi(image)[:: -1 if turned else 1])
         dpi = (x, y) if 1 < x < 1e5 and 1 < y < 1e5 else None  # (1, 1) means that none was given
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except Exception:  # none, or no numbers, or damaged: Pillow reads EXIF unchecked
         dpi = None
     duration = image.info.get("duration", 0)
     return Metadata(icc, dpi, exif, float(duration))

@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from dvmsr_jax import data, files
+from dvmsr_jax import data, files, parallel
+from dvmsr_jax.checkpoint import Best, Checkpoints, load_facts, phase_directory
 from dvmsr_jax.config import TrainConfig, check
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import named_parameters
 from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.training import parallel, report
-from dvmsr_jax.training.checkpoint import Best, Checkpoints, load_facts, phase_directory
+from dvmsr_jax.training import report
 from dvmsr_jax.training.step import Teacher, TrainState, TrainStep, init_state, memory_of
 from dvmsr_jax.training.validation import Validator
 from dvmsr_jax.vimm import check_scan
@@ -80,12 +80,17 @@ class Run:
         return parallel.prefetch(source, self.mesh)
 
     @functools.cached_property
+    def teacher_id(self) -> str | None:
+        """See `data.teacher_id`."""
+        return self.teacher and data.teacher_id(self.teacher.config, self.teacher.parameters)
+
+    @functools.cached_property
     def _targets(self) -> data.Targets | None:
-        if self.teacher is None or self.config.distill.targets == "online":
+        if self.teacher_id is None or self.config.distill.targets == "online":
             return None
         return data.load_targets(
             self.records.folder,
-            data.teacher_id(self.teacher.config, self.teacher.parameters),
+            self.teacher_id,
             self_ensemble=self.config.distill.self_ensemble,
             ckpt=teacher_path(self.config),
         )
@@ -108,10 +113,9 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
     """
     run = Run(config)
     directory = phase_directory(config)
-    teacher = run.teacher
     sources = {
         "data": data.identity(run.records.folder),
-        "teacher": teacher and data.teacher_id(teacher.config, teacher.parameters),
+        "teacher": run.teacher_id,
     }
     with (
         _sole_use(directory),
@@ -145,7 +149,7 @@ def _take_steps(
     stop: "_StopSignals",
     trace: "_Trace",
 ) -> tuple[int, Best]:
-    """Feeds, steps, logs, validates and saves; (the last step that it took, the best validation)"""
+    """Feeds, steps, logs, validates, saves: (the last step that it took, the best validation)."""
     config, start = run.config, int(state.step)
     train_step = run.make_step()
     validate = Validator(config, run.records, run.teacher)

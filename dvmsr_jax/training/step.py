@@ -18,12 +18,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from dvmsr_jax import data
+from dvmsr_jax import data, parallel
 from dvmsr_jax.config import ModelConfig, OptimConfig, TrainConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import upscale_batch
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
-from dvmsr_jax.training import losses, parallel
+from dvmsr_jax.training import losses
 
 # For the step, on CPUs. XLA's own order of operations favours concurrency, which takes half as much
 # memory again and is no faster; and it forgets optimization barriers before it decides, among them

@@ -23,9 +23,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dvmsr_jax import parallel
 from dvmsr_jax.config import ModelConfig, TrainConfig
 from dvmsr_jax.errors import UserError, is_out_of_memory
-from dvmsr_jax.training import parallel
 
 # Fields that may change between a run and its continuation, because they change no result.
 FREE_FIELDS = frozenset(
