@@ -433,6 +433,19 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         assert "\n" not in message
 
 
+def test_device(weights, monkeypatch):
+    make("a.png")
+    here = jax.default_backend()
+    assert run_main(monkeypatch, "a.png", "--ckpt", weights, "--device", here) == 0
+    Path("a_x4.png").unlink()
+    for elsewhere in {"gpu", "tpu"} - {here}:
+        message = run_main(monkeypatch, "a.png", "--ckpt", weights, "--device", elsewhere)
+        assert message.startswith(f"error: --device {elsewhere}: JAX finds none here, only {here}")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # as with JAX's CUDA plugin
+    upscale.use_device("gpu")
+    assert not Path("a_x4.png").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals(upscaler, monkeypatch, capsys, number):
     make("a.png", "b.png", "c.png", size=(4, 40))
