@@ -45,6 +45,7 @@ class Conv3x3(nnx.Conv):
             kernel_init=init,
             bias_init=init,
             dtype=compute.precision,
+            precision=compute.products,
             rngs=rngs,
         )
 

@@ -146,7 +146,13 @@ _fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
 def projection(d_in: int, d_out: int, init, compute: Compute, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear map without bias, in the type that `compute` asks for."""
     return nnx.Linear(
-        d_in, d_out, use_bias=False, kernel_init=init, dtype=compute.precision, rngs=rngs
+        d_in,
+        d_out,
+        use_bias=False,
+        kernel_init=init,
+        dtype=compute.precision,
+        precision=compute.products,
+        rngs=rngs,
     )
 
 

@@ -391,6 +391,21 @@ def test_bfloat16_is_for_convolutions_and_projections():
     }
 
 
+def test_float32_is_not_rounded_on_accelerators():
+    """Where JAX's default is to, also in the gradient."""
+    parameters, x = weights(TINY), images(2, 9, 7)
+    loss = lambda p: compiled(TINY, "sequential")(p, x).sum()  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(loss))(parameters)
+    products = [
+        equation
+        for equation in equations(program.jaxpr)
+        if equation.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+    assert len(products) == 3 * (2 * 4 + 5) - 1  # but for the gradient by the picture
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert {equation.params["precision"] for equation in products} == {highest}
+
+
 def equations(jaxpr):
     """All equations of a program, those of the programs inside it too."""
     for equation in jaxpr.eqns:
