@@ -46,6 +46,8 @@ def make_upscale(
     """The built model on whole images of (h, w, 3). Raises UserError, now or then, if it fails."""
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # float32, as ours
+
     def upscale(image: np.ndarray) -> Iterator[np.ndarray]:
         batch = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
         try:

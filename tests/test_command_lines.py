@@ -281,6 +281,7 @@ def test_inference_benchmark_takes_models_in_pytorch(monkeypatch, capsys, tmp_pa
     torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
     torch.from_numpy, torch.no_grad = Tensor, contextlib.nullcontext
     torch.cuda = types.SimpleNamespace(max_memory_allocated=lambda: 0)
+    torch.backends = types.SimpleNamespace(cudnn=types.SimpleNamespace(allow_tf32=True))
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
