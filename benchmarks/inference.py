@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -40,6 +40,7 @@ BASELINE: Implementation = "associative"
 # A case is repeated at least once, and further until that has taken this long.
 CASE_SECONDS = 4.0
 
+Answer = TypeVar("Answer")
 Mode = Literal["whole", "streaming"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -99,12 +100,31 @@ def _make_upscale(how: How) -> RgbUpscale:
     return upscale
 
 
+class Surroundings(NamedTuple):
+    """What the process finds in which the measurements are made."""
+
+    machine: str
+    platform: str  # JAX's name
+    lacks: tuple[str | None, ...]  # of each scan, what it needs to run
+
+
+def find_surroundings(scans: tuple[Implementation, ...]) -> Surroundings:
+    """Those of this process."""
+    lacks = tuple(missing(scan) for scan in scans)
+    return Surroundings(machine.describe(), jax.default_backend(), lacks)
+
+
+def apart(function: Callable[..., Answer], *arguments: object) -> Answer:
+    """What the function answers in a process of its own. A TPU admits one at a time."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def measure_apart(width: int, height: int, how: How | TorchModel) -> Result | None:
     """`measure` in a process of its own; None if that was killed for the memory it took."""
-    context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-            return pool.submit(measure, width, height, how).result()
+        return apart(measure, width, height, how)
     except BrokenProcessPool:
         return None
     except jax.errors.JaxRuntimeError as error:
@@ -146,17 +166,19 @@ def main(
     """
     if smoke:
         sizes, precisions, scans = ("8", "8x16"), ("float32",), ("auto",)
-    for scan in scans:
-        if lack := missing(scan):
+    here = apart(find_surroundings, scans)
+    for scan, lack in zip(scans, here.lacks, strict=True):
+        if lack:
             sys.exit(f"benchmarks.inference: the scan {scan!r} cannot run here: {lack}")
-    platform = jax.default_backend()
-    print(f"{machine.describe()}\n")
+    print(f"{here.machine}\n")
     fields = (*How._fields[:-1], "scan or model")
-    print_head((f"size, {platform}", *fields, "first", "seconds", "MP/s", "memory"), text=fields)
+    print_head(
+        (f"size, {here.platform}", *fields, "first", "seconds", "MP/s", "memory"), text=fields
+    )
     ways: list[How | TorchModel] = [
         *itertools.starmap(How, itertools.product(modes, precisions, scans))
     ]
-    ways += [TorchModel(place, "cuda" if platform == "gpu" else "cpu") for place in torch]
+    ways += [TorchModel(place, "cuda" if here.platform == "gpu" else "cpu") for place in torch]
     times: dict[How | TorchModel, dict[int, float]] = {how: {} for how in ways}
     failed: set[How | TorchModel] = set()
     for size, how in itertools.product(sizes, ways):

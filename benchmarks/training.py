@@ -9,6 +9,7 @@ them. Pictures are random numbers and weights are untrained, which changes no co
 
 import dataclasses
 import itertools
+import math
 import os
 import statistics
 import tempfile
@@ -35,6 +36,10 @@ from dvmsr_jax.training.phases import Run
 from dvmsr_jax.training.step import memory_of
 
 COLUMNS = ("step", "batch", "steps/s", "crops/s", "time", "waits for data", "TFLOP/s", "memory")
+
+
+# Parts of a step, in the rows that accumulate.
+ACCUMULATE = 4
 
 
 class Row(NamedTuple):
@@ -110,14 +115,17 @@ def phases(student: TrainConfig, teacher: TrainConfig, weights: Path) -> Iterato
 def savers(student: TrainConfig) -> Iterator[Row]:
     """The student without a teacher, its step computed in several ways."""
     plain = dataclasses.replace(student, phase="teacher")
-    accumulated = dataclasses.replace(plain.optim, accumulate=4)
+    accumulated = dataclasses.replace(plain.optim, accumulate=ACCUMULATE)
     yield Row("float32", plain)
     yield Row(
         "--precision bfloat16", dataclasses.replace(plain, compute=Compute(precision="bfloat16"))
     )
-    yield Row("--optim.accumulate 4", dataclasses.replace(plain, optim=accumulated))
+    yield Row(f"--optim.accumulate {ACCUMULATE}", dataclasses.replace(plain, optim=accumulated))
     yield Row("--remat", dataclasses.replace(plain, remat=True))
-    yield Row("--remat, accumulate 4", dataclasses.replace(plain, remat=True, optim=accumulated))
+    yield Row(
+        f"--remat, accumulate {ACCUMULATE}",
+        dataclasses.replace(plain, remat=True, optim=accumulated),
+    )
     cached = dataclasses.replace(plain.data, cache="device")
     yield Row("--data.cache device", dataclasses.replace(plain, data=cached))
 
@@ -157,7 +165,8 @@ def main(
     Args:
         presets: models and crops to take.
         tables: phases: student and teacher, ways to distil. savers: precision, memory.
-        batch_size: crops a step; None: the preset's, but 4 on a CPU.
+        batch_size: crops a step, or more for the devices to share them evenly; None: the preset's,
+            but 4 on a CPU.
         steps: steps to time for each row, after one that is not.
         smoke: a quick run of tiny models that only shows that everything works.
     """
@@ -179,7 +188,8 @@ def main(
         for preset in presets:
             configs = []
             for config in PRESETS[preset].values():
-                size = batch_size or config.data.batch_size
+                parts = ACCUMULATE * jax.device_count()
+                size = math.ceil((batch_size or config.data.batch_size) / parts) * parts
                 crops = dataclasses.replace(
                     config.data,
                     batch_size=size,

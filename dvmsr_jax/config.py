@@ -163,13 +163,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The processes of a run on several machines. SLURM's, Open MPI's and a TPU pod's are found
-    without these."""
+    """The processes of a run on several machines. Those of SLURM and Open MPI, one for each GPU,
+    and of a TPU pod are found without these."""
 
     coordinator_address: str | None = None
     """HOST:PORT of the first process, the same for all."""
     num_processes: int | None = None
-    """How many there are."""
+    """How many there are. 1, alone: this one, whatever surrounds it."""
     process_id: int | None = None
     """Which one this is, from 0."""
     timeout: int = 300

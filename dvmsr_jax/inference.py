@@ -27,6 +27,7 @@ BAND_PIXELS, MAX_BAND_ROWS = 8_192, 16
 ACCELERATOR_BAND_PIXELS, ACCELERATOR_MAX_BAND_ROWS = 131_072, 128
 
 Item = TypeVar("Item")
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 
 class RgbView:
@@ -85,16 +86,17 @@ def upscale_batch(
 
 
 def average_over_symmetries(
-    model: Callable[[Array], Array], images: Float[Array, "b h w 3"]
-) -> Float[Array, "b H W 3"]:
+    model: Callable[[AnyArray], AnyArray], images: Float[AnyArray, "b h w 3"]
+) -> Float[AnyArray, "b H W 3"]:
     """The mean of the model's answers to the eight flips and turns of the images, turned back."""
+    rot90 = images.__array_namespace__().rot90  # NumPy's or JAX's
 
-    def answers() -> Iterator[Array]:
+    def answers() -> Iterator[AnyArray]:
         for turns in range(4):
             for flip in (False, True):
-                x = jnp.rot90(images, turns, axes=(1, 2))
+                x = rot90(images, turns, axes=(1, 2))
                 y = model(x[:, :, ::-1] if flip else x)
-                yield jnp.rot90(y[:, :, ::-1] if flip else y, -turns, axes=(1, 2))
+                yield rot90(y[:, :, ::-1] if flip else y, -turns, axes=(1, 2))
 
     return functools.reduce(operator.add, answers()) / 8
 

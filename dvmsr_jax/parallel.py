@@ -26,11 +26,13 @@ def start(cluster: Cluster) -> None:
     """Joins the other processes, if there are any. To be called before JAX is used.
 
     Without addresses, JAX finds those of SLURM, Open MPI and TPU pods; otherwise this process is
-    the only one.
+    the only one, as it is where one is the number of processes.
 
     Raises:
         UserError: only some of the addresses are given, or the others cannot be reached.
     """
+    if cluster.num_processes == 1:
+        return
     given = [cluster.coordinator_address, cluster.num_processes, cluster.process_id]
     if any(value is not None for value in given) and None in given:
         raise UserError(
@@ -47,13 +49,18 @@ def start(cluster: Cluster) -> None:
             cluster.num_processes,
             cluster.process_id,
             initialization_timeout=cluster.timeout,
+            # Under SLURM, looking for what is not given would leave each process a single GPU.
+            cluster_detection_method=None if None in given else "deactivate",
         )
     except ValueError as error:
         if not str(error).startswith("coordinator_address should be defined"):
             raise UserError(f"a cluster is only half described: {error}") from error
         # There is none.
     except RuntimeError as error:
-        raise UserError(f"the processes of the cluster did not find each other: {error}") from error
+        raise UserError(
+            f"the processes of the cluster did not find each other ({error}); "
+            "if there is only one, pass --cluster.num-processes 1"
+        ) from error
 
 
 def is_first() -> bool:
@@ -86,14 +93,22 @@ def make_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
     if accumulate < 1 or batch_size % (devices * accumulate):
         parts = "" if accumulate == 1 else f" in {accumulate} accumulated parts"
         raise UserError(
-            f"the batch size is {batch_size}, which {devices} devices cannot share evenly{parts}"
+            f"the batch size is {batch_size}, which {devices} devices cannot share evenly{parts}: "
+            "choose another, or fewer devices (for GPUs, CUDA_VISIBLE_DEVICES=0,1)"
         )
     return Mesh(np.asarray(jax.devices()), (AXIS,))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of every array, the same in all processes, on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def copied(x):
+        if isinstance(x, np.ndarray):  # device_put would send all processes' copies to all devices
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(copied, tree)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

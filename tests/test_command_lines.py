@@ -239,7 +239,7 @@ def test_inference_benchmark_runs(monkeypatch, capsys):
     config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
     monkeypatch.setattr(inference_benchmark, "CONFIG", config)
     monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
-    monkeypatch.setattr(inference_benchmark, "measure_apart", inference_benchmark.measure)
+    monkeypatch.setattr(inference_benchmark, "apart", lambda function, *given: function(*given))
     inference_benchmark.main(smoke=True)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 2 * 2 + 2 + 2  # two sizes in two modes; the growth of each mode
@@ -285,7 +285,7 @@ def test_inference_benchmark_takes_models_in_pytorch(monkeypatch, capsys, tmp_pa
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
-    monkeypatch.setattr(inference_benchmark, "measure_apart", inference_benchmark.measure)
+    monkeypatch.setattr(inference_benchmark, "apart", lambda function, *given: function(*given))
     file = tmp_path / "published_model.py"
     file.write_text(TORCH_MODEL)
     names = ("Fourfold", "Failing", "Missing")

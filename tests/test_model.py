@@ -492,6 +492,10 @@ def test_losses():
         for s, t, p in zip(student, teacher, projections, strict=True)
     ]
     student, teacher, projections = (list(jnp.asarray(x)) for x in (student, teacher, projections))
+    program = jax.make_jaxpr(losses.mid_level)(student, teacher, projections)
+    products = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) == 2
+    assert {e.params["precision"] for e in products} == {(jax.lax.Precision.HIGHEST,) * 2}
     loss = losses.mid_level(student, teacher, projections)
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)
     with pytest.raises(ValueError, match=r"shorter"):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -144,7 +145,8 @@ def test_two_processes_are_like_one(start, tmp_path):
         first, second = finish(*both, status=130)
         assert re.search(r"stopped after step [1-5]; the same command goes on", first), first
         assert "step/s" not in second  # one of them speaks
-        first, _ = finish(*pair(start, phase, "two", *options))
+        cached = ("--data.cache", "device")  # which does not matter, either
+        first, _ = finish(*pair(start, phase, "two", *options, *cached))
         assert not re.search("steps 0 to 6", first), first
         runs = (tmp_path / name / phase for name in ("one", "two"))
         assert_same_run(*runs, rtol=1e-5, atol=1e-5)
@@ -165,6 +167,26 @@ def test_cluster_that_is_not_there():
     )
     assert alone.returncode == 1
     assert alone.stderr.startswith("error: a cluster is only half described: ")
+
+
+def test_one_process_is_alone(monkeypatch):
+    """Whatever the environment says: some look like a TPU pod's and are not."""
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    parallel.start(Cluster(num_processes=1))
+    assert jax.process_count() == 1
+
+
+def test_what_is_given_is_not_looked_for(monkeypatch):
+    """JAX would find SLURM's local rank, and take the GPU of that number only."""
+    found = []
+
+    def initialize(*_, cluster_detection_method, **__):
+        found.append(cluster_detection_method)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    parallel.start(Cluster())
+    parallel.start(Cluster("localhost:1", num_processes=2, process_id=0))
+    assert found == [None, "deactivate"]
 
 
 def test_killed_runs_end_like_an_undisturbed_one(tmp_path):

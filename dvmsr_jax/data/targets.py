@@ -7,6 +7,7 @@ and where the teacher was found.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def _missing(path: Path, ckpt: Path | str) -> str | None:
 def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -> Path:
     """Computes a teacher's outputs, 8-bit, for the training sub-images in a folder of records.
 
-    Sharded over all devices. What an interrupted run has finished is kept.
+    In batches of `batch_size`, or more for the devices to share them evenly. What an interrupted
+    run has finished is kept.
 
     Raises:
         UserError: teacher or records cannot be used, or do not fit each other.
@@ -152,6 +154,8 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
             f"{ckpt} is a teacher for x{model.config.scale}, {folder} was prepared for x{scale}"
         )
     records = open_records(folder).train
+    devices = jax.device_count()
+    batch_size = math.ceil(batch_size / devices) * devices
     teach = _make_teacher(model, self_ensemble, batch_size)
     teacher = teacher_id(model.config, named_parameters(model))
     path = folder / "targets" / _name(teacher, self_ensemble)

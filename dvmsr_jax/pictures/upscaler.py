@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
@@ -252,10 +251,10 @@ def _joined(bands: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype
 
 
 def _self_ensemble(upscale: RgbUpscale) -> RgbUpscale:
-    def whole(images: Array) -> Array:
-        return jnp.concatenate([*upscale(np.asarray(images[0]))])[None]
+    def whole(images: np.ndarray) -> np.ndarray:
+        return np.concatenate([*upscale(images[0])])[None]
 
     def average(image: np.ndarray | RgbView) -> Iterator[np.ndarray]:
-        yield np.array(average_over_symmetries(whole, jnp.asarray(np.asarray(image)[None]))[0])
+        yield average_over_symmetries(whole, np.asarray(image)[None])[0]
 
     return average

@@ -79,6 +79,11 @@ class Run:
             )
         return parallel.prefetch(source, self.mesh)
 
+    @property
+    def devices(self) -> str:
+        """How many of what kind."""
+        return f"{self.mesh.size} x {self.mesh.devices[0].device_kind}"
+
     @functools.cached_property
     def teacher_id(self) -> str | None:
         """See `data.teacher_id`."""
@@ -128,7 +133,7 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
         if (restored := checkpoints.restore(state.ema, state._replace(ema={}))) is not None:
             best, state = restored.best, restored.state._replace(ema=restored.ema)
         start = int(state.step)
-        _print(f"{config.phase}: steps {start} to {config.steps}, in {directory}")
+        _print(f"{config.phase}: steps {start} to {config.steps}, on {run.devices}, in {directory}")
         if start >= config.steps:
             return directory
         with contextlib.closing(_Trace(directory / "profile", start, profile)) as trace:
@@ -219,12 +224,11 @@ def dry_run(config: TrainConfig) -> None:
     macs = cost(config.model, crop, crop).macs
     days, hours = divmod(config.steps * seconds[1] / 3600, 24)
     parameters = sum(x.size for x in state.ema.values())
-    device = run.mesh.devices[0].device_kind
     _print(
         f"{config.phase}: {parameters:,} parameters, {config.steps:,} steps of {batch_size} crops"
     )
     _print(f"one crop's forward pass: {macs / 1e9:.3g} GMACs in convolutions and projections")
-    _print(f"memory a device: {memory / 2**20:,.1f} MiB, of {run.mesh.size} {device}")
+    _print(f"memory a device: {memory / 2**20:,.1f} MiB, on {run.devices}")
     _print(f"loss {float(parts['loss']):.4f}")
     _print(
         f"{1 / seconds[1]:.3g} steps/s, so {days:.0f} days and {hours:.1f} hours, validation apart"
@@ -326,6 +330,7 @@ class _Trace:
     def step_done(self, step: int, state: Any) -> None:
         """To be called after each step."""
         if step == self._begin < self._end and parallel.is_first():
+            jax.block_until_ready(state)  # earlier steps are not to be in it
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._on, self._wanted = True, False
         if step == self._end:

@@ -69,7 +69,9 @@ def selective_scan(
     parallel: bool,
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """(y, final state); `op.selective_scan` has the contract."""
-    b, l, d = u.shape
+    (b, l, d), dtype = u.shape, u.dtype
+    if not parallel:  # On CPUs, XLA converts a loop's bfloat16 arrays as a whole in each step.
+        u, delta, B, C, z = jax.tree.map(_float32, (u, delta, B, C, z))
     p = math.isqrt(l) if parallel else 1
     lane_length = math.ceil(l / p)
     q = min(PARALLEL_CHUNK if parallel else CARRIED_CHUNK, lane_length)
@@ -90,7 +92,7 @@ def selective_scan(
     )
     weights = Weights(A.T, D, delta_bias)
     y, h = _scan(delta_softplus, parallel, tokens, weights, initial_state.mT)
-    return y.reshape(b, l + padding, d)[:, :l], h.mT
+    return y.reshape(b, l + padding, d)[:, :l].astype(dtype), h.mT
 
 
 def _float32(x):

@@ -29,7 +29,9 @@ SOURCE = Path(__file__).with_suffix(".cc")
 # for n = 16 with AVX2), and sums over channels are made once a thread. Tuned on two cores.
 CHUNK = 64
 CHANNELS = 64
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+# Clang knows -march=native on ARM since version 15 only.
+_NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+FLAGS = ("-O3", _NATIVE, "-std=c++17", "-shared", "-fPIC", "-w")
 
 
 # XLA knows one library only, so that no two threads may compile one each.
@@ -237,7 +239,7 @@ def _checksum(data: bytes) -> str:
 
 
 def _processor() -> str:
-    """What tells apart processors that -march=native compiles for."""
+    """What tells apart processors that _NATIVE compiles for."""
     flags = Path("/proc/cpuinfo")
     if not flags.exists():
         return f"{platform.machine()} {platform.processor()}"

@@ -20,7 +20,7 @@ def selective_scan(
     """(y, final state); `op.selective_scan` has the contract."""
 
     def step(h, token):
-        u_t, delta_t, B_t, C_t, z_t = jax.tree.map(lambda x: x.astype(jnp.float32), token)
+        u_t, delta_t, B_t, C_t, z_t = token
         if delta_bias is not None:
             delta_t = delta_t + delta_bias[None]
         if delta_softplus:
@@ -30,8 +30,9 @@ def selective_scan(
         y_t = jnp.sum(h * C_t[:, None, :], axis=-1) + D[None] * u_t
         if z_t is not None:
             y_t = y_t * jax.nn.silu(z_t)
-        return h, y_t.astype(u.dtype)
+        return h, y_t
 
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, delta, B, C, z))
+    # On CPUs, XLA converts a loop's bfloat16 arrays as a whole in each step.
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 1, 0), (u, delta, B, C, z))
     final_state, y = jax.lax.scan(step, initial_state, tokens)
-    return jnp.moveaxis(y, 0, 1), final_state
+    return jnp.moveaxis(y, 0, 1).astype(u.dtype), final_state
