@@ -134,8 +134,8 @@ def run(arguments: Arguments) -> int:
 
 def use_device(name: str) -> None:
     """Has JAX compute there. Raises UserError if it does not."""
-    if name == "cpu":  # JAX prefers any other device. "gpu" would ask for AMD's and Intel's too
-        jax.config.update("jax_platforms", name)
+    # Without a platform JAX takes the best. "gpu" would ask for AMD's and Intel's besides NVIDIA's.
+    jax.config.update("jax_platforms", "cpu" if name == "cpu" else None)
     if (there := jax.default_backend()) != name:
         raise UserError(f"--device {name}: JAX finds none here, only {there} (see README, Install)")
 

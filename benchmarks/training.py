@@ -165,8 +165,8 @@ def main(
     Args:
         presets: models and crops to take.
         tables: phases: student and teacher, ways to distil. savers: precision, memory.
-        batch_size: crops a step, or more for the devices to share them evenly; None: the preset's,
-            but 4 on a CPU.
+        batch_size: crops a step, or more for the devices to share accumulated parts evenly; None:
+            the preset's, but 4 on a CPU.
         steps: steps to time for each row, after one that is not.
         smoke: a quick run of tiny models that only shows that everything works.
     """
@@ -208,7 +208,7 @@ def main(
                 weights = folder / f"{preset}.safetensors"
                 save_safetensors(DVMSR(teacher.model, rngs=nnx.Rngs(0)), weights)
                 records = data.load_records(student.data, student.model.scale)
-                distill(weights, records.folder, self_ensemble=False, batch_size=jax.device_count())
+                distill(weights, records.folder, self_ensemble=False, batch_size=1)
                 measure(phases(student, teacher, weights), steps)
 
 

@@ -163,8 +163,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The processes of a run on several machines. Those of SLURM and Open MPI, one for each GPU,
-    and of a TPU pod are found without these."""
+    """The processes of a run on several machines. Those of SLURM and Open MPI 4, one for each
+    GPU, and of a TPU pod are found without these."""
 
     coordinator_address: str | None = None
     """HOST:PORT of the first process, the same for all."""

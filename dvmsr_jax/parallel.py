@@ -25,15 +25,15 @@ AXIS = "data"
 def start(cluster: Cluster) -> None:
     """Joins the other processes, if there are any. To be called before JAX is used.
 
-    Without addresses, JAX finds those of SLURM, Open MPI and TPU pods; otherwise this process is
-    the only one, as it is where one is the number of processes.
+    Without addresses, JAX finds those of SLURM, Open MPI 4 and TPU pods; otherwise this process is
+    the only one, as it is if their number, 1, is all that is given.
 
     Raises:
-        UserError: only some of the addresses are given, or the others cannot be reached.
+        UserError: only some of the addresses are otherwise given, or the others cannot be reached.
     """
-    if cluster.num_processes == 1:
-        return
     given = [cluster.coordinator_address, cluster.num_processes, cluster.process_id]
+    if given == [None, 1, None]:
+        return
     if any(value is not None for value in given) and None in given:
         raise UserError(
             "cluster.coordinator-address, cluster.num-processes and cluster.process-id belong "

@@ -7,7 +7,6 @@ import math
 import re
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from dvmsr_jax.model import (
 )
 from dvmsr_jax.training import losses
 from dvmsr_jax.vimm import ViMM
+from tests.jaxprs import equations
 
 TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
 SMALLEST = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
@@ -406,14 +406,6 @@ def test_float32_is_not_rounded_on_accelerators():
     assert {equation.params["precision"] for equation in products} == {highest}
 
 
-def equations(jaxpr):
-    """All equations of a program, those of the programs inside it too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 @pytest.mark.parametrize("config", [TINY, BIDIRECTIONAL])
 def test_rematerialisation_changes_no_gradient(config):
     config = dataclasses.replace(config, drop_path=0.3)
@@ -449,6 +441,17 @@ def test_average_over_symmetries():
         )
     model = compiled(SMALLEST)
     assert np.abs(model(parameters, turn(x)) - turn(model(parameters, x))).max() > 1e-2
+
+
+def test_average_over_symmetries_leaves_numpy_arrays_where_they_are():
+    def doubled(x):
+        assert isinstance(x, np.ndarray)
+        return x.repeat(2, axis=1).repeat(2, axis=2)
+
+    x = np.random.default_rng(0).random((1, 3, 5, 3), np.float32)
+    average = average_over_symmetries(doubled, x)
+    assert isinstance(average, np.ndarray)
+    np.testing.assert_allclose(average, doubled(x), rtol=1e-6)
 
 
 def upscale(parameters, picture):

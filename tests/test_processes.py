@@ -158,6 +158,8 @@ def test_cluster_that_is_not_there():
         parallel.start(Cluster("localhost:1", num_processes=2, process_id=1, timeout=0))
     with pytest.raises(UserError, match="pass all three or none"):
         parallel.start(Cluster("localhost:1"))
+    with pytest.raises(UserError, match="pass all three or none"):
+        parallel.start(Cluster("localhost:1", num_processes=1))
     environment = os.environ | {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_PLATFORMS": "cpu"}
     alone = subprocess.run(
         [sys.executable, ROOT / "train.py", "--phase=teacher"],
@@ -187,6 +189,17 @@ def test_what_is_given_is_not_looked_for(monkeypatch):
     parallel.start(Cluster())
     parallel.start(Cluster("localhost:1", num_processes=2, process_id=0))
     assert found == [None, "deactivate"]
+
+
+def test_numpy_arrays_are_not_sent_to_be_compared(monkeypatch):
+    """As jax.device_put does among several processes: a device cache may be 40 GB."""
+    mesh = parallel.make_mesh(jax.device_count())
+    monkeypatch.setattr(jax, "device_put", None)
+    given = {"x": np.arange(6.0, dtype=np.float32).reshape(2, 3), "nothing": {}}
+    copied = parallel.replicate(given, mesh)
+    np.testing.assert_array_equal(copied["x"], given["x"])
+    assert copied["x"].sharding.is_fully_replicated
+    assert copied["x"].sharding.mesh == mesh
 
 
 def test_killed_runs_end_like_an_undisturbed_one(tmp_path):

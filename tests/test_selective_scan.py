@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 
 from kernels import user_cache
 from kernels.selective_scan import native, selective_scan
+from tests.jaxprs import equations
 
 NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
@@ -181,6 +182,23 @@ def test_equals_specification(implementation, l, options, dtype):
     # Both sides compute in float32; bfloat16 results may round to neighbouring values.
     tolerance = 2e-5 if dtype == jnp.float32 else 8e-3
     assert_close(outputs_and_gradients(arrays, flags, implementation), expected, tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["sequential", "chunked-carried"])
+def test_loops_hold_no_bfloat16(implementation):
+    """Which on CPUs would make their time grow with the square of l."""
+    arrays, flags, _ = case(LENGTHS[-1], ALL_OPTIONS, jnp.bfloat16)
+
+    def loss(arrays):
+        found = outputs(arrays, flags, implementation)
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(found))
+
+    program = jax.make_jaxpr(jax.grad(loss))(arrays)
+    loops = [e for e in equations(program.jaxpr) if e.primitive.name == "scan"]
+    assert len(loops) >= 2  # forward and backward
+    held = {str(v.aval.dtype) for loop in loops for v in (*loop.invars, *loop.outvars)}
+    assert "float32" in held
+    assert "bfloat16" not in held
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])

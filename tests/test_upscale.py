@@ -433,6 +433,15 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         assert "\n" not in message
 
 
+@pytest.fixture
+def platforms():
+    """JAX's setting, restored afterwards."""
+    before = jax.config.values["jax_platforms"]
+    yield
+    jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.usefixtures("platforms")
 def test_device(weights, monkeypatch):
     make("a.png")
     here = jax.default_backend()
@@ -442,7 +451,9 @@ def test_device(weights, monkeypatch):
         message = run_main(monkeypatch, "a.png", "--ckpt", weights, "--device", elsewhere)
         assert message.startswith(f"error: --device {elsewhere}: JAX finds none here, only {here}")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # as with JAX's CUDA plugin
+    jax.config.update("jax_platforms", "cpu")  # as JAX_PLATFORMS does
     upscale.use_device("gpu")
+    assert jax.config.values["jax_platforms"] is None
     assert not Path("a_x4.png").exists()
 
 

@@ -77,7 +77,7 @@ def distill(ckpt: Path, data: Path, self_ensemble: bool = False, batch_size: int
         ckpt: the teacher: a checkpoint directory, a .safetensors file or a published .pth file.
         data: what `prepare` made; the outputs go into its folder `targets`.
         self_ensemble: average over the eight flips and turns; a better teacher, eight times slower.
-        batch_size: sub-images at a time, over all devices.
+        batch_size: sub-images at a time, or more for all devices to share them evenly.
     """
     folder = targets.distill(
         ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size
