@@ -101,7 +101,7 @@ def _make_upscale(how: How) -> RgbUpscale:
 
 
 class Surroundings(NamedTuple):
-    """What the process finds in which the measurements are made."""
+    """Where a process measures."""
 
     machine: str
     platform: str  # JAX's name
@@ -172,9 +172,8 @@ def main(
             sys.exit(f"benchmarks.inference: the scan {scan!r} cannot run here: {lack}")
     print(f"{here.machine}\n")
     fields = (*How._fields[:-1], "scan or model")
-    print_head(
-        (f"size, {here.platform}", *fields, "first", "seconds", "MP/s", "memory"), text=fields
-    )
+    numbers = ("first", "seconds", "MP/s", "memory")
+    print_head((f"size, {here.platform}", *fields, *numbers), text=fields)
     ways: list[How | TorchModel] = [
         *itertools.starmap(How, itertools.product(modes, precisions, scans))
     ]

@@ -36,8 +36,6 @@ from dvmsr_jax.training.phases import Run
 from dvmsr_jax.training.step import memory_of
 
 COLUMNS = ("step", "batch", "steps/s", "crops/s", "time", "waits for data", "TFLOP/s", "memory")
-
-
 # Parts of a step, in the rows that accumulate.
 ACCUMULATE = 4
 
@@ -185,10 +183,10 @@ def main(
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         make_pictures(folder / "photos", 5)
+        parts = ACCUMULATE * jax.device_count()
         for preset in presets:
             configs = []
             for config in PRESETS[preset].values():
-                parts = ACCUMULATE * jax.device_count()
                 size = math.ceil((batch_size or config.data.batch_size) / parts) * parts
                 crops = dataclasses.replace(
                     config.data,

@@ -70,7 +70,7 @@ def selective_scan(
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """(y, final state); `op.selective_scan` has the contract."""
     (b, l, d), dtype = u.shape, u.dtype
-    if not parallel:  # On CPUs, XLA converts a loop's bfloat16 arrays as a whole in each step.
+    if not parallel:  # else XLA, on CPUs, converts a loop's bfloat16 arrays whole in each step
         u, delta, B, C, z = jax.tree.map(_float32, (u, delta, B, C, z))
     p = math.isqrt(l) if parallel else 1
     lane_length = math.ceil(l / p)

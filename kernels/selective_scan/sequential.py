@@ -32,7 +32,7 @@ def selective_scan(
             y_t = y_t * jax.nn.silu(z_t)
         return h, y_t
 
-    # On CPUs, XLA converts a loop's bfloat16 arrays as a whole in each step.
+    # Before the loop: XLA, on CPUs, converts a loop's bfloat16 arrays whole in each step.
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 1, 0), (u, delta, B, C, z))
     final_state, y = jax.lax.scan(step, initial_state, tokens)
     return jnp.moveaxis(y, 0, 1).astype(u.dtype), final_state
