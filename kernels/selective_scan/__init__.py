@@ -6,6 +6,6 @@
 specification; every other file is a faster way to the same numbers. README.md derives them.
 """
 
-from kernels.selective_scan.op import IMPLEMENTATIONS, Implementation, missing, selective_scan
+from kernels.selective_scan.op import Implementation, missing, selective_scan
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "missing", "selective_scan"]
+__all__ = ["Implementation", "missing", "selective_scan"]

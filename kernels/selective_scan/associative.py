@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels.selective_scan.inputs import Inputs
 from kernels.selective_scan.pointwise import readout, step_size
 
 
@@ -18,18 +19,10 @@ def combine(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Ar
 
 
 def selective_scan(
-    u: Float[Array, "b l d"],
-    delta: Float[Array, "b l d"],
-    A: Float[Array, "d n"],
-    B: Float[Array, "b l n"],
-    C: Float[Array, "b l n"],
-    D: Float[Array, " d"],
-    z: Float[Array, "b l d"] | None,
-    delta_bias: Float[Array, " d"] | None,
-    delta_softplus: bool,
-    initial_state: Float[Array, "b d n"],
+    inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """(y, final state); `op.selective_scan` has the contract."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     delta = step_size(delta, delta_bias, delta_softplus)
     B, C = B.astype(jnp.float32), C.astype(jnp.float32)
 

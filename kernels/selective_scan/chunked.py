@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.selective_scan.associative import combine
+from kernels.selective_scan.inputs import Inputs
 from kernels.selective_scan.pointwise import readout, step_size
 
 # Tokens a chunk: a few arrays of q states of every lane exist at a time, and a CPU is fastest
@@ -37,7 +38,7 @@ PARALLEL_CHUNK = 8
 
 
 class Tokens(NamedTuple):
-    """The inputs that each token has its own of."""
+    """What each token has of its own, `delta` in float32 after bias and softplus."""
 
     u: Array
     delta: Array
@@ -46,52 +47,29 @@ class Tokens(NamedTuple):
     z: Array | None
 
 
-class Weights(NamedTuple):
-    """The inputs that all tokens share."""
-
-    A: Array  # (n, d)
-    D: Array
-    delta_bias: Array | None
-
-
 def selective_scan(
-    u: Float[Array, "b l d"],
-    delta: Float[Array, "b l d"],
-    A: Float[Array, "d n"],
-    B: Float[Array, "b l n"],
-    C: Float[Array, "b l n"],
-    D: Float[Array, " d"],
-    z: Float[Array, "b l d"] | None,
-    delta_bias: Float[Array, " d"] | None,
-    delta_softplus: bool,
-    initial_state: Float[Array, "b d n"],
-    *,
-    parallel: bool,
+    inputs: Inputs, delta_softplus: bool, *, parallel: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """(y, final state); `op.selective_scan` has the contract."""
-    (b, l, d), dtype = u.shape, u.dtype
+    (b, l, d), dtype = inputs.u.shape, inputs.u.dtype
+    # Before the padding, whose step size is 0 (decay 1, input 0), which leaves the state alone.
+    delta = step_size(inputs.delta, inputs.delta_bias, delta_softplus)
+    tokens = Tokens(inputs.u, delta, inputs.B, inputs.C, inputs.z)
     if not parallel:  # else XLA, on CPUs, converts a loop's bfloat16 arrays whole in each step
-        u, delta, B, C, z = jax.tree.map(_float32, (u, delta, B, C, z))
+        tokens = jax.tree.map(_float32, tokens)
     p = math.isqrt(l) if parallel else 1
     lane_length = math.ceil(l / p)
     q = min(PARALLEL_CHUNK if parallel else CARRIED_CHUNK, lane_length)
     k = math.ceil(lane_length / q)
     padding = p * k * q - l
 
-    def to_lanes(x, pad_value=0.0):
-        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)), constant_values=pad_value)
+    def to_lanes(x):
+        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
         return x.reshape(b * p, k, q, x.shape[-1])
 
-    # Padding tokens get a step size of 0 (decay 1, input 0), which leaves the state alone.
-    tokens = Tokens(
-        u=to_lanes(u),
-        delta=to_lanes(delta, pad_value=-1e30 if delta_softplus else 0.0),
-        B=to_lanes(B),
-        C=to_lanes(C),
-        z=None if z is None else to_lanes(z),
-    )
-    weights = Weights(A.T, D, delta_bias)
-    y, h = _scan(delta_softplus, parallel, tokens, weights, initial_state.mT)
+    weights = inputs.A.T, inputs.D
+    h0 = inputs.initial_state.mT
+    y, h = _scan(parallel, jax.tree.map(to_lanes, tokens), weights, h0)
     return y.reshape(b, l + padding, d)[:, :l].astype(dtype), h.mT
 
 
@@ -110,30 +88,30 @@ def _decay(delta, A):
     return jnp.exp(delta * jnp.broadcast_to(A, (*delta.shape[:-2], *A.shape)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(delta_softplus: bool, parallel: bool, tokens: Tokens, weights: Weights, h0):
-    """tokens (m, k, q, ...), h0 (b, n, d) -> y like u, final state (b, n, d)."""
-    return _scan_forward(delta_softplus, parallel, tokens, weights, h0)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(parallel: bool, tokens: Tokens, weights: tuple[Array, Array], h0):
+    """tokens (m, k, q, ...), weights A (n, d) and D, h0 (b, n, d) -> y like u, state like h0."""
+    return _scan_forward(parallel, tokens, weights, h0)[0]
 
 
-def _scan_forward(delta_softplus, parallel, tokens, weights, h0):
+def _scan_forward(parallel, tokens, weights, h0):
     starts = h0
     if parallel:
-        lane = functools.partial(_lane_end_from_zero, delta_softplus, weights)
+        lane = functools.partial(_lane_end_from_zero, weights)
         starts = _lane_borders(*_each_lane(lane, parallel, tokens), h0, reverse=False)
-    lane = functools.partial(_lane_forward, delta_softplus, weights)
+    lane = functools.partial(_lane_forward, weights)
     y, ends, borders = _each_lane(lane, parallel, tokens, starts)
     return (y, _by_sequence(ends, h0)[:, -1]), (tokens, weights, borders)
 
 
-def _scan_backward(delta_softplus, parallel, residuals, gradients):
+def _scan_backward(parallel, residuals, gradients):
     tokens, weights, borders = residuals
     dout, dh_last = gradients
     ends = dh_last
     if parallel:
-        lane = functools.partial(_lane_start_gradient_from_zero, delta_softplus, weights)
+        lane = functools.partial(_lane_start_gradient_from_zero, weights)
         ends = _lane_borders(*_each_lane(lane, parallel, tokens, dout), dh_last, reverse=True)
-    lane = functools.partial(_lane_backward, delta_softplus, weights)
+    lane = functools.partial(_lane_backward, weights)
     dtokens, dweights, starts = _each_lane(lane, parallel, tokens, borders, dout, ends)
     dweights = jax.tree.map(lambda x: jnp.sum(x, axis=0), dweights)
     return dtokens, dweights, _by_sequence(starts, dh_last)[:, 0]
@@ -157,8 +135,9 @@ def _by_sequence(x, like):
 # One lane: a scan over its chunks, and inside each a scan over the chunk's tokens.
 
 
-def _lane_forward(delta_softplus, weights, tokens, start):
+def _lane_forward(weights, tokens, start):
     """y (k, q, d), the end state, and the states before each chunk, (k, n, d)."""
+    A, D = weights
 
     def step(h, token):
         decay_t, x_t, B_t, C_t = token
@@ -166,19 +145,18 @@ def _lane_forward(delta_softplus, weights, tokens, start):
         return h, jnp.sum(h * C_t[:, None], axis=0)
 
     def chunk(h, tokens):
-        delta = step_size(tokens.delta, weights.delta_bias, delta_softplus)
-        x = delta * _float32(tokens.u)
-        inputs = _decay(delta, weights.A), x, _float32(tokens.B), _float32(tokens.C)
+        x = tokens.delta * _float32(tokens.u)
+        inputs = _decay(tokens.delta, A), x, _float32(tokens.B), _float32(tokens.C)
         end, y = jax.lax.scan(step, h, inputs)
-        return end, (readout(y, tokens.u, weights.D, tokens.z), h)
+        return end, (readout(y, tokens.u, D, tokens.z), h)
 
     end, (y, borders) = jax.lax.scan(chunk, start, tokens)
     return y, end, borders
 
 
-def _lane_backward(delta_softplus, weights, tokens, borders, dout, end):
+def _lane_backward(weights, tokens, borders, dout, end):
     """Gradients by tokens, by weights, and by the start state, from those by y and end state."""
-    A = weights.A
+    A, D = weights
 
     def forward_step(h, token):
         decay_t, x_t, B_t = token
@@ -194,17 +172,13 @@ def _lane_backward(delta_softplus, weights, tokens, borders, dout, end):
         g, dweights = carry
         tokens, border, dout = inputs
         u, B, C = _float32(tokens.u), _float32(tokens.B), _float32(tokens.C)
-        delta, step_size_vjp = jax.vjp(
-            lambda delta, bias: step_size(delta, bias, delta_softplus),
-            tokens.delta,
-            weights.delta_bias,
-        )
+        delta = tokens.delta
         x = delta * u
         decay = _decay(delta, A)
         _, h = jax.lax.scan(forward_step, border, (decay, x, B))
 
         y = jnp.sum(h * C[..., None], axis=1)
-        _, readout_vjp = jax.vjp(readout, y, tokens.u, weights.D, tokens.z)
+        _, readout_vjp = jax.vjp(readout, y, tokens.u, D, tokens.z)
         dy, du, dD, dz = readout_vjp(dout)
         before, g = jax.lax.scan(backward_step, g, (decay, C, dy), reverse=True)
 
@@ -214,7 +188,6 @@ def _lane_backward(delta_softplus, weights, tokens, borders, dout, end):
         dexponent = g * (h - _outer(B, x))  # by delta A; h - B x is decay times the h before
         ddelta = dx * u + jnp.sum(dexponent * A[None], axis=1)
         dA = jnp.sum(dexponent * delta[:, None], axis=0)
-        ddelta, ddelta_bias = step_size_vjp(ddelta)
 
         dtokens = Tokens(
             u=(_float32(du) + dx * delta).astype(tokens.u.dtype),
@@ -223,7 +196,7 @@ def _lane_backward(delta_softplus, weights, tokens, borders, dout, end):
             C=dC.astype(tokens.C.dtype),
             z=dz,
         )
-        dweights = jax.tree.map(jnp.add, dweights, Weights(dA, dD, ddelta_bias))
+        dweights = jax.tree.map(jnp.add, dweights, (dA, dD))
         return (before, dweights), dtokens
 
     carry = end, jax.tree.map(jnp.zeros_like, weights)
@@ -236,40 +209,39 @@ def _lane_backward(delta_softplus, weights, tokens, borders, dout, end):
 # and the gradient after it to the one before it by the same factor.
 
 
-def _lane_end_from_zero(delta_softplus, weights, tokens):
+def _lane_end_from_zero(weights, tokens):
     """(the lane's whole decay, its end state when started from zero), both (n, d)."""
+    A, _ = weights
 
     def step(h, token):
         u_t, delta_t, B_t = token
-        delta_t = step_size(delta_t, weights.delta_bias, delta_softplus)
-        h = _decay(delta_t, weights.A) * h + _outer(_float32(B_t), delta_t * _float32(u_t))
+        h = _decay(delta_t, A) * h + _outer(_float32(B_t), delta_t * _float32(u_t))
         return h, None
 
     inputs = tokens.u, tokens.delta, tokens.B
-    return _lane_reduce(delta_softplus, weights, tokens, step, inputs, reverse=False)
+    return _lane_reduce(A, tokens.delta, step, inputs, reverse=False)
 
 
-def _lane_start_gradient_from_zero(delta_softplus, weights, tokens, dout):
+def _lane_start_gradient_from_zero(weights, tokens, dout):
     """(the lane's whole decay, the gradient by its start state if its end state's is zero)."""
+    A, D = weights
 
     def step(g, token):
         u_t, delta_t, C_t, z_t, dout_t = token
-        delta_t = step_size(delta_t, weights.delta_bias, delta_softplus)
-        _, readout_vjp = jax.vjp(lambda y: readout(y, u_t, weights.D, z_t), jnp.zeros_like(delta_t))
+        _, readout_vjp = jax.vjp(lambda y: readout(y, u_t, D, z_t), jnp.zeros_like(delta_t))
         (dy_t,) = readout_vjp(dout_t)
-        return _decay(delta_t, weights.A) * (g + _outer(_float32(C_t), dy_t)), None
+        return _decay(delta_t, A) * (g + _outer(_float32(C_t), dy_t)), None
 
     inputs = tokens.u, tokens.delta, tokens.C, tokens.z, dout
-    return _lane_reduce(delta_softplus, weights, tokens, step, inputs, reverse=True)
+    return _lane_reduce(A, tokens.delta, step, inputs, reverse=True)
 
 
-def _lane_reduce(delta_softplus, weights, tokens, step, inputs, *, reverse):
+def _lane_reduce(A, delta, step, inputs, *, reverse):
     def chunk(carry, inputs):
         return jax.lax.scan(step, carry, inputs, reverse=reverse)
 
-    result, _ = jax.lax.scan(chunk, jnp.zeros_like(weights.A), inputs, reverse=reverse)
-    delta = step_size(tokens.delta, weights.delta_bias, delta_softplus)
-    return _decay(jnp.sum(delta, axis=(0, 1)), weights.A), result
+    result, _ = jax.lax.scan(chunk, jnp.zeros_like(A), inputs, reverse=reverse)
+    return _decay(jnp.sum(delta, axis=(0, 1)), A), result
 
 
 def _lane_borders(decay, from_zero, first, *, reverse):

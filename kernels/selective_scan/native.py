@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import user_cache
+from kernels.selective_scan.inputs import Inputs
 
 SOURCE = Path(__file__).with_suffix(".cc")
 # Tokens a chunk and channels a thread takes in the backward pass: the four arrays that hold the
@@ -42,55 +43,30 @@ class NativeUnavailableError(RuntimeError):
     """The C++ scan cannot be had here; the message says why."""
 
 
-class Inputs(NamedTuple):
-    """What a scan takes but the initial state, or something of each of them."""
-
-    u: Any
-    delta: Any
-    A: Any
-    B: Any
-    C: Any
-    D: Any
-    z: Any
-    delta_bias: Any
-
-
 def selective_scan(
-    u: Float[Array, "b l d"],
-    delta: Float[Array, "b l d"],
-    A: Float[Array, "d n"],
-    B: Float[Array, "b l n"],
-    C: Float[Array, "b l n"],
-    D: Float[Array, " d"],
-    z: Float[Array, "b l d"] | None,
-    delta_bias: Float[Array, " d"] | None,
-    delta_softplus: bool,
-    initial_state: Float[Array, "b d n"],
+    inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """(y, final state); `op.selective_scan` has the contract."""
-    return _scan(delta_softplus, u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return _scan(delta_softplus, inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(delta_softplus: bool, u, delta, A, B, C, D, z, delta_bias, initial_state):
-    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias)
-    return _call_scan(delta_softplus, inputs, initial_state, keep_borders=False)[:2]
+def _scan(delta_softplus: bool, inputs: Inputs):
+    return _call_scan(delta_softplus, inputs, keep_borders=False)[:2]
 
 
-def _scan_forward(delta_softplus, *arrays):
-    inputs, initial_state = Inputs(*arrays[:-1]), arrays[-1]
-    y, end, borders = _call_scan(delta_softplus, inputs, initial_state, keep_borders=True)
+def _scan_forward(delta_softplus, inputs):
+    y, end, borders = _call_scan(delta_softplus, inputs, keep_borders=True)
     return (y, end), (inputs, borders)
 
 
-def _call_scan(delta_softplus, inputs, initial_state, *, keep_borders):
+def _call_scan(delta_softplus, inputs, *, keep_borders):
     """y, the end state, and the states before each chunk, (b, k, n, d), or nothing."""
     (b, l, d), n = inputs.u.shape, inputs.A.shape[1]
     k = math.ceil(l / CHUNK) if keep_borders else 0
     scan = _foreign(register().scan, (b, l, d), (b, n, d), (b, k, n, d))
     y, end, borders = scan(
         *_prepared(inputs),
-        initial_state.mT,
         delta_softplus=delta_softplus,
         gated=inputs.z is not None,
         chunk=CHUNK,
@@ -114,10 +90,11 @@ def _scan_backward(delta_softplus, residuals, gradients):
         D=(b, d),
         z=prepared.z.shape,
         delta_bias=(b, d),
+        initial_state=(b, n, d),
     )
-    gradient = _foreign(register().gradient, *shapes, (b, n, d))
-    *parts, dstart = gradient(
-        *prepared,
+    gradient = _foreign(register().gradient, *shapes)
+    found = gradient(
+        *prepared[:-1],  # the borders begin with the initial state
         borders,
         dout.astype(jnp.float32),
         dend.mT,
@@ -126,11 +103,17 @@ def _scan_backward(delta_softplus, residuals, gradients):
         chunk=CHUNK,
         channels=CHANNELS,
     )
-    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias = parts
-    dA, dB, dC, dD, ddelta_bias = (jnp.sum(x, axis=0) for x in (dA, dB, dC, dD, ddelta_bias))
-    found = Inputs(du, ddelta, dA.T, dB, dC, dD, dz, ddelta_bias)
+    found = Inputs(*found)
+    found = found._replace(
+        A=jnp.sum(found.A, axis=0).T,
+        B=jnp.sum(found.B, axis=0),
+        C=jnp.sum(found.C, axis=0),
+        D=jnp.sum(found.D, axis=0),
+        delta_bias=jnp.sum(found.delta_bias, axis=0),
+        initial_state=found.initial_state.mT,
+    )
     typed = (None if x is None else dx.astype(x.dtype) for x, dx in zip(inputs, found, strict=True))
-    return *typed, dstart.mT
+    return (Inputs(*typed),)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
@@ -143,6 +126,7 @@ def _prepared(inputs):
         A=inputs.A.T,
         z=jnp.zeros(0) if z is None else z,
         delta_bias=jnp.zeros_like(inputs.D) if bias is None else bias,
+        initial_state=inputs.initial_state.mT,
     )
     return Inputs(*(x.astype(jnp.float32) for x in inputs))
 

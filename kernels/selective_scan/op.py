@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kernels.selective_scan import associative, chunked, native, sequential, triton_scan
+from kernels.selective_scan.inputs import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,6 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "native": native.selective_scan,
     "triton": triton_scan.selective_scan,
 }
-IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 # The others run everywhere.
 _PARTICULAR = {"native": native, "triton": triton_scan}
 
@@ -98,7 +98,8 @@ def selective_scan(
     if initial_state is None:
         initial_state = jnp.zeros((u.shape[0], *A.shape), jnp.float32)
     function = _FUNCTIONS[_resolve(implementation)]
-    y, final_state = function(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    y, final_state = function(inputs, delta_softplus)
     return (y, final_state) if return_final_state else y
 
 
@@ -110,10 +111,10 @@ def missing(implementation: str) -> str | None:
 
 def _resolve(implementation: str) -> str:
     """The key of _FUNCTIONS that `implementation` stands for on the platform in use."""
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in get_args(Implementation):
         raise ValueError(
             f"selective_scan: implementation is {implementation!r}, expected one of "
-            + ", ".join(repr(name) for name in IMPLEMENTATIONS)
+            + ", ".join(repr(name) for name in get_args(Implementation))
         )
     if lack := missing(implementation):
         raise RuntimeError(f"selective_scan: implementation {implementation!r} cannot run: {lack}")

@@ -4,20 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels.selective_scan.inputs import Inputs
+
 
 def selective_scan(
-    u: Float[Array, "b l d"],
-    delta: Float[Array, "b l d"],
-    A: Float[Array, "d n"],
-    B: Float[Array, "b l n"],
-    C: Float[Array, "b l n"],
-    D: Float[Array, " d"],
-    z: Float[Array, "b l d"] | None,
-    delta_bias: Float[Array, " d"] | None,
-    delta_softplus: bool,
-    initial_state: Float[Array, "b d n"],
+    inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """(y, final state); `op.selective_scan` has the contract."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
 
     def step(h, token):
         u_t, delta_t, B_t, C_t, z_t = token

@@ -1,8 +1,8 @@
 """The fused form for NVIDIA GPUs: shapes, phases and gradients around `triton_kernels.py`.
 
 Besides y, only the states at the borders of chunks leave the chip, and for the backward pass those
-before every `BLOCK` tokens. In this file states are laid out (n, d), and every array has a leading
-axis that divides by the weights' one, w:
+before every `BLOCK` tokens. In this file states are laid out (n, d), and every array of `Inputs`
+has a leading axis: A (w, n, d), D and delta_bias (w, d), the others b first, where w divides b:
 
     b  sequences        w  sets of weights, each shared by b / w sequences in a row (1 but for vmap)
 """
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from kernels.selective_scan.inputs import Inputs
 
 
 class Pass(NamedTuple):
@@ -41,37 +43,20 @@ MIN_COMPUTE_CAPABILITY = 8.0
 MULTIPROCESSORS = 132  # of an H100 or H200, to lower for where there is no GPU
 
 
-class Inputs(NamedTuple):
-    """All that the scan is a function of, or the gradients by that."""
-
-    u: Float[Array, "b l d"]
-    delta: Float[Array, "b l d"]
-    A: Float[Array, "w n d"]
-    B: Float[Array, "b l n"]
-    C: Float[Array, "b l n"]
-    D: Float[Array, "w d"]
-    z: Float[Array, "b l d"] | None
-    delta_bias: Float[Array, "w d"]
-    h0: Float[Array, "b n d"]
-
-
 def selective_scan(
-    u: Float[Array, "b l d"],
-    delta: Float[Array, "b l d"],
-    A: Float[Array, "d n"],
-    B: Float[Array, "b l n"],
-    C: Float[Array, "b l n"],
-    D: Float[Array, " d"],
-    z: Float[Array, "b l d"] | None,
-    delta_bias: Float[Array, " d"] | None,
-    delta_softplus: bool,
-    initial_state: Float[Array, "b d n"],
+    inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """(y, final state); `op.selective_scan` has the contract."""
-    bias = jnp.zeros_like(D) if delta_bias is None else delta_bias
-    # All channels read B and C: converted once here, and not by every program.
-    B, C = B.astype(jnp.float32), C.astype(jnp.float32)
-    inputs = Inputs(u, delta, A.T[None], B, C, D[None], z, bias[None], initial_state.mT)
+    bias = jnp.zeros_like(inputs.D) if inputs.delta_bias is None else inputs.delta_bias
+    inputs = inputs._replace(
+        A=inputs.A.T[None],
+        # All channels read B and C: converted once here, and not by every program.
+        B=inputs.B.astype(jnp.float32),
+        C=inputs.C.astype(jnp.float32),
+        D=inputs.D[None],
+        delta_bias=bias[None],
+        initial_state=inputs.initial_state.mT,
+    )
     y, final_state = _scan(delta_softplus, inputs)
     return y, final_state.mT
 
@@ -350,7 +335,7 @@ def _backward(delta_softplus, inputs: Inputs, saved, dout, dfinal_state) -> Inpu
         D=over_chunks(dD, D),
         z=None if z is None else dz,
         delta_bias=over_chunks(ddelta_bias, delta_bias),
-        h0=dh0,
+        initial_state=dh0,
     )
 
 
