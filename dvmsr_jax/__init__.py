@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import kernels  # noqa: F401  sets flags of XLA that must be there before JAX starts
+
 if TYPE_CHECKING:
     from dvmsr_jax.pictures.upscaler import Upscaler
 

@@ -17,6 +17,8 @@ else:
 import jax
 import pytest
 
+import kernels  # noqa: F401  sets flags of XLA
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
