@@ -1,25 +1,40 @@
-"""Where compiled programs are kept for the next time."""
+"""Folders that keep compiled programs between runs."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
 def folder() -> Path:
-    """This project's folder in the user's cache, which is made.
+    """Creates and returns this project's folder in the user's cache.
 
-    Raises OSError if there is no home, it cannot be written to, or others can write to it: what is
-    kept there is executed.
+    Raises OSError if there is no home, or the folder cannot be written to or can be written to by
+    others: its contents are executed.
     """
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError as error:
         raise OSError(f"no cache folder: {error}") from error
-    folder = cache / "dvmsr_jax"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check_is_private(folder)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be written to")
-    return folder
+    return _private(cache / "dvmsr_jax")
+
+
+def library_folder() -> Path:
+    """Like `folder`, for shared libraries, which cannot be loaded from a file system mounted
+    `noexec`: the first of the user's cache, runtime directory and the temporary directory on one
+    that is not.
+    """
+    first = folder()
+    if not _is_noexec(first):
+        return first
+    name = f"dvmsr_jax-{os.geteuid()}"
+    parents = os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir()
+    for parent in parents:
+        if parent and os.path.isdir(parent) and not _is_noexec(Path(parent)):
+            elsewhere = Path(parent, name)
+            if elsewhere.is_symlink():  # where others may have put it
+                raise PermissionError(f"{elsewhere} is a symbolic link")
+            return _private(elsewhere)
+    raise PermissionError(f"{first} and the temporary directory are mounted noexec; set TMPDIR")
 
 
 def check_is_private(path: Path) -> None:
@@ -29,3 +44,16 @@ def check_is_private(path: Path) -> None:
     status = path.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise PermissionError(f"{path} belongs to another user or can be written by others")
+
+
+def _private(folder: Path) -> Path:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_is_private(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to")
+    return folder
+
+
+def _is_noexec(folder: Path) -> bool:
+    noexec = getattr(os, "ST_NOEXEC", 0)  # Linux
+    return bool(noexec and os.statvfs(folder).f_flag & noexec)

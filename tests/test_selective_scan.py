@@ -423,21 +423,6 @@ def test_a_compiler_may_give_nonsense(compilations, tmp_path):
         native.load_library()
 
 
-def test_the_cache_is_the_users_own(empty_cache, monkeypatch):
-    assert user_cache.folder() == empty_cache
-    assert empty_cache.stat().st_mode & 0o777 == 0o700
-    empty_cache.chmod(0o777)
-    with pytest.raises(PermissionError, match="others"):
-        user_cache.folder()
-    empty_cache.chmod(0o700)
-    monkeypatch.setattr("os.geteuid", lambda: empty_cache.stat().st_uid + 1)
-    with pytest.raises(PermissionError, match="another user"):
-        user_cache.folder()
-    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-that-name")
-    with pytest.raises(OSError, match="no cache folder"):
-        user_cache.folder()
-
-
 @pytest.mark.parametrize("implementation", [NATIVE])
 def test_native_among_64_bit_types(implementation):
     arrays, flags, _ = case(5, frozenset())

@@ -27,8 +27,8 @@ def selective_scan(
     B, C = B.astype(jnp.float32), C.astype(jnp.float32)
 
     decay = jnp.exp(delta[..., None] * A[None, None])
-    inputs = (delta * u.astype(jnp.float32))[..., None] * B[:, :, None, :]
-    total_decay, h = jax.lax.associative_scan(combine, (decay, inputs), axis=1)
+    added = (delta * u.astype(jnp.float32))[..., None] * B[:, :, None, :]
+    total_decay, h = jax.lax.associative_scan(combine, (decay, added), axis=1)
     h = h + total_decay * initial_state[:, None]
 
     y = jnp.sum(h * C[:, :, None, :], axis=-1)
