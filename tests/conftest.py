@@ -1,4 +1,4 @@
-"""Settings that every test runs under, and the files that some need."""
+"""Settings for all tests, and shared fixtures."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ if list(Path("/dev").glob("nvidia*")):
     # Tests run side by side, and some in processes of their own.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 else:
-    # Most of the time of tests on CPUs is XLA compiling what runs once.
+    # On CPUs, tests spend most of their time compiling programs that run once.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = flags + " --xla_backend_optimization_level=0"
 
@@ -46,7 +46,7 @@ def _compile_each_program_once():
 
 @pytest.fixture
 def doubling():
-    """Stands for a model: makes four pixels of each, a few rows at a time."""
+    """A stand-in for a model: doubles each side, a few rows at a time."""
 
     def upscale(image):
         for first in range(0, len(image), 4):

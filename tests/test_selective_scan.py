@@ -1,4 +1,4 @@
-"""Every scan against the specification, and the specification against NumPy in float64."""
+"""Compares every scan with the specification, and the specification with NumPy in float64."""
 
 import functools
 import itertools
@@ -86,7 +86,7 @@ def outputs_and_gradients(arrays, flags, implementation):
 
 @functools.cache
 def case(l, options, dtype=jnp.float32):
-    """(arrays, flags, what the specification makes of them)."""
+    """(arrays, flags, the specification's outputs and gradients)."""
     arrays, flags = make_inputs(l, options=options, dtype=dtype)
     return arrays, flags, outputs_and_gradients(arrays, flags, "sequential")
 
@@ -103,7 +103,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def assert_sharded_like_the_specification(arrays, flags, implementation):
-    """On two devices, which the sequences are shared out between: y, and every gradient."""
+    """Compares y and every gradient with the sequences split between two devices."""
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
     b = arrays["u"].shape[0]
     per_sequence = {"u", "delta", "B", "C", "z", "initial_state"}
@@ -186,7 +186,7 @@ def test_equals_specification(implementation, l, options, dtype):
 
 @pytest.mark.parametrize("implementation", ["sequential", "chunked-carried"])
 def test_loops_hold_no_bfloat16(implementation):
-    """Which on CPUs would make their time grow with the square of l."""
+    """On CPUs, bfloat16 arrays would make the loops' time grow with the square of l."""
     arrays, flags, _ = case(LENGTHS[-1], ALL_OPTIONS, jnp.bfloat16)
 
     def loss(arrays):
@@ -365,7 +365,7 @@ def test_native_is_never_required(compiler, empty_cache, monkeypatch, tmp_path):
 
 @pytest.fixture
 def compilations(request, monkeypatch, tmp_path):
-    """Tells how often a compiler ran, which only copies a library that is there already."""
+    """Counts the runs of a compiler that only copies an existing library."""
     name, _ = native.load_library()
     library = user_cache.folder() / f"{name}.so"
     request.getfixturevalue("empty_cache")

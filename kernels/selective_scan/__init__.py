@@ -2,8 +2,8 @@
 
     from kernels.selective_scan import selective_scan
 
-`op.py` states and checks the contract and picks an implementation; `sequential.py` is the
-specification; every other file is a faster way to the same numbers. README.md derives them.
+`op.py` defines and checks the arguments and picks an implementation; `sequential.py` is the
+specification; the other implementations are faster. README.md derives their formulas.
 """
 
 from kernels.selective_scan.op import Implementation, missing, selective_scan

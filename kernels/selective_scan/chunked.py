@@ -1,21 +1,21 @@
 """The default: chunks of tokens, sequential inside, with a hand-written VJP.
 
 Only the states at the chunks' borders are kept for the backward pass, which recomputes the others
-chunk by chunk, so nothing of size (b, l, d, n) ever exists. README.md derives the formulas.
+chunk by chunk, so no array of size (b, l, d, n) ever exists. README.md derives the formulas.
 
-The sequences are cut into *lanes* that are scanned independently of each other, and the two forms
-differ in how many:
+Sequences are cut into *lanes* that are scanned independently. The two forms differ in the number
+of lanes:
 
 * carried: a lane is a whole sequence; each chunk takes its state from the one before. The lanes run
-  one after the other. The least work, in the smallest memory; for CPUs.
-* parallel: about sqrt(l) lanes a sequence, all at once. A first pass finds each lane's end state
+  one after the other. Least work and memory; for CPUs.
+* parallel: about sqrt(l) lanes per sequence, all at once. A first pass finds each lane's end state
   when started from zero, an associative scan over the lanes turns those into true start states, and
   a second pass does the rest. Twice the work in sqrt(l) as many steps; for accelerators, where a
   step costs a launch.
 
 Channels are last in every array, so that XLA vectorises over them:
 
-    q  tokens a chunk      k  chunks a lane      p  lanes a sequence      m = b p  lanes in all
+    q  tokens per chunk    k  chunks per lane    p  lanes per sequence    m = b p  lanes in all
     a lane's tokens (k, q, d or n), a chunk's (q, d or n); its state h and h's gradient g (n, d)
 """
 
@@ -31,14 +31,14 @@ from kernels.selective_scan.associative import combine
 from kernels.selective_scan.inputs import Inputs
 from kernels.selective_scan.pointwise import readout, step_size
 
-# Tokens a chunk: a few arrays of q states of every lane exist at a time, and a CPU is fastest
-# where they fit its cache.
+# Tokens per chunk. A few arrays of q states per lane exist at a time; a CPU is fastest when they
+# fit its cache.
 CARRIED_CHUNK = 128
 PARALLEL_CHUNK = 8
 
 
 class Tokens(NamedTuple):
-    """What each token has of its own, `delta` in float32 after bias and softplus."""
+    """The inputs that differ from token to token, `delta` in float32 after bias and softplus."""
 
     u: Array
     delta: Array
@@ -121,7 +121,7 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _each_lane(function, parallel, *inputs):
-    """`function` of each lane's inputs, stacked."""
+    """Applies `function` to each lane's inputs and stacks the results."""
     if parallel:
         return jax.vmap(function)(*inputs)
     return jax.lax.map(lambda lane: function(*lane), inputs)
@@ -155,7 +155,7 @@ def _lane_forward(weights, tokens, start):
 
 
 def _lane_backward(weights, tokens, borders, dout, end):
-    """Gradients by tokens, by weights, and by the start state, from those by y and end state."""
+    """The gradients of tokens, weights and start state, given those of y and the end state."""
     A, D = weights
 
     def forward_step(h, token):
@@ -245,7 +245,7 @@ def _lane_reduce(A, delta, step, inputs, *, reverse):
 
 
 def _lane_borders(decay, from_zero, first, *, reverse):
-    """What enters each lane, (m, n, d), given what enters a sequence's first (last in reverse)."""
+    """The states (gradients if reverse) that enter each lane, (m, n, d), given the first one's."""
     lanes = _by_sequence(decay, first), _by_sequence(from_zero, first)
     decay, out = jax.lax.associative_scan(combine, lanes, axis=1, reverse=reverse)
     first = first[:, None]

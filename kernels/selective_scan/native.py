@@ -1,4 +1,4 @@
-"""C++ on the CPU (native.cc), compiled by the system's compiler when it is first wanted.
+"""C++ on the CPU (native.cc), compiled by the system's compiler on first use.
 
 The carried form of `chunked` in hand-written loops. It can be differentiated once.
 """
@@ -25,22 +25,22 @@ from kernels import user_cache
 from kernels.selective_scan.inputs import Inputs
 
 SOURCE = Path(__file__).with_suffix(".cc")
-# Tokens a chunk and channels a thread takes in the backward pass: the four arrays that hold the
-# states of a chunk, of as many channels as fill a vector, are to fit a core's second cache (128 KiB
-# for n = 16 with AVX2), and sums over channels are made once a thread. Tuned on two cores.
+# Tokens per chunk, and channels per thread in the backward pass. The four arrays that hold a
+# chunk's states for one vector of channels should fit a core's second-level cache (128 KiB for
+# n = 16 with AVX2); sums over channels are made once per thread. Tuned on two cores.
 CHUNK = 64
 CHANNELS = 64
-# Clang knows -march=native on ARM since version 15 only.
+# Clang accepts -march=native on ARM only since version 15.
 _NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 FLAGS = ("-O3", _NATIVE, "-std=c++17", "-shared", "-fPIC", "-w")
 
 
-# XLA knows one library only, so that no two threads may compile one each.
+# Only one library is registered with XLA, so only one thread may compile it.
 _LOCK = threading.Lock()
 
 
 class NativeUnavailableError(RuntimeError):
-    """The C++ scan cannot be had here; the message says why."""
+    """The C++ scan cannot run here; the message says why."""
 
 
 def selective_scan(
@@ -79,7 +79,7 @@ def _scan_backward(delta_softplus, residuals, gradients):
     dout, dend = gradients
     prepared = _prepared(inputs)
     (b, l, d), n = inputs.u.shape, inputs.A.shape[1]
-    # Each sequence has gradients of its own by what all share, each group of channels by B and C.
+    # Summed below: the weights' gradients of each sequence, and those by B and C of each group.
     groups = math.ceil(d / CHANNELS)
     shapes = Inputs(
         u=(b, l, d),
@@ -120,7 +120,7 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _prepared(inputs):
-    """What native.cc takes in their place."""
+    """The arrays in the dtype and layout of native.cc."""
     z, bias = inputs.z, inputs.delta_bias
     inputs = inputs._replace(
         A=inputs.A.T,
@@ -132,14 +132,14 @@ def _prepared(inputs):
 
 
 def _foreign(name, *shapes):
-    """The function of native.cc that XLA knows by the name, and the shapes of what it gives."""
+    """The function of native.cc registered under `name`, with results of these shapes."""
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.ffi.ffi_call(name, results, vmap_method="sequential")
 
 
 @functools.cache
 def missing() -> str | None:
-    """What `selective_scan` lacks here, None if it can run. Compiles it if need be, in seconds."""
+    """What `selective_scan` lacks here; None if it can run. Compiles it if needed, in seconds."""
     try:
         register()
     except NativeUnavailableError as error:
@@ -148,7 +148,7 @@ def missing() -> str | None:
 
 
 class Names(NamedTuple):
-    """What XLA knows the functions of native.cc by."""
+    """The names under which the functions of native.cc are registered with XLA."""
 
     scan: str
     gradient: str
@@ -156,7 +156,7 @@ class Names(NamedTuple):
 
 @functools.cache
 def register() -> Names:
-    """Makes the compiled functions known to XLA. Raises NativeUnavailableError."""
+    """Registers the compiled functions with XLA. Raises NativeUnavailableError."""
     if jax.default_backend() != "cpu":
         raise NativeUnavailableError("it is for CPUs only")
     with _LOCK:
@@ -168,9 +168,9 @@ def register() -> Names:
 
 
 def load_library() -> tuple[str, tuple[Any, Any]]:
-    """(a name, scan and gradient) of the library in the user's cache, compiled unless it is whole.
+    """(name, (scan, gradient)) of the library in the user's cache, compiled if missing or damaged.
 
-    Its name holds its checksum: to load half a library can end the process.
+    The name contains the checksum, since loading a truncated library can crash the process.
     """
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -212,7 +212,7 @@ def _compile(compiler: str, folder: Path, stem: str) -> Path:
 
 
 def _made_of(compiler: str) -> tuple[object, ...]:
-    """What a library is made from and for: a home may be shared by machines of several kinds."""
+    """All that the library depends on: different machines may share a home."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
     system = platform.libc_ver(), _processor()
     return SOURCE.read_text(), FLAGS, jax.lib.__version__, compiler, version, *system
@@ -223,7 +223,7 @@ def _checksum(data: bytes) -> str:
 
 
 def _processor() -> str:
-    """What tells apart processors that _NATIVE compiles for."""
+    """Identifies the kind of processor that _NATIVE compiles for."""
     flags = Path("/proc/cpuinfo")
     if not flags.exists():
         return f"{platform.machine()} {platform.processor()}"

@@ -1,8 +1,8 @@
 """The public op: contract, argument checks and choice of implementation.
 
-Legend of the shapes, used by every signature of this package:
+Shapes throughout this package:
 
-    b  batch            l  tokens, in scan order       d  channels            n  states a channel
+    b  batch            l  tokens, in scan order       d  channels            n  states per channel
 """
 
 import functools
@@ -39,11 +39,11 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "native": native.selective_scan,
     "triton": triton_scan.selective_scan,
 }
-# The others run everywhere.
+# Cannot run everywhere.
 _PARTICULAR = {"native": native, "triton": triton_scan}
 
 
-@no_type_check  # checked by `_check_arguments`, whose messages say more than an annotation's
+@no_type_check  # `_check_arguments` gives better messages
 def selective_scan(
     u: Float[Array, "b l d"],
     delta: Float[Array, "b l d"],
@@ -61,18 +61,18 @@ def selective_scan(
 ) -> Float[Array, "b l d"] | tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
     """Runs the selective state-space recurrence over `l` tokens.
 
-        delta_t = softplus(delta_t + delta_bias)            (bias and softplus where asked for)
+        delta_t = softplus(delta_t + delta_bias)            (bias and softplus optional)
         h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t      h_0 = initial_state or 0
         y_t = (C_t . h_t + D u_t) silu(z_t)                 (gate where z is given)
 
-    Every input but the flags is differentiable, and so are both outputs; once, in "native" and
-    "triton", and any number of times in the other forms. A sequence may be cut anywhere: the final
-    state of one part is the initial state of the next.
+    Both outputs are differentiable with respect to every array: once in "native" and "triton", any
+    number of times in the others. A sequence may be cut anywhere: the final state of one part is
+    the initial state of the next.
 
     Args:
-        u: input, float32 or bfloat16, as are `delta`, `B`, `C` and `z` (mixing is allowed).
+        u: input; like `delta`, `B`, `C` and `z`, float32 or bfloat16 (may be mixed).
         delta: step sizes before bias and softplus; non-negative if `delta_softplus` is False.
-        A: decay rates, negative, float32, as are `D`, `delta_bias` and `initial_state`.
+        A: decay rates, negative; like `D`, `delta_bias` and `initial_state`, float32.
         B: input projection of each token.
         C: output projection of each token.
         D: skip weight of each channel.
@@ -110,7 +110,7 @@ def missing(implementation: str) -> str | None:
 
 
 def _resolve(implementation: str) -> str:
-    """The key of _FUNCTIONS that `implementation` stands for on the platform in use."""
+    """The key in _FUNCTIONS that `implementation` means on the current platform."""
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"selective_scan: implementation is {implementation!r}, expected one of "

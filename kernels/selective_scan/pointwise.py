@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 def step_size(
     delta: Float[Array, "*axes d"], delta_bias: Float[Array, " d"] | None, delta_softplus: bool
 ) -> Float[Array, "*axes d"]:
-    """The step size that the recurrence uses: softplus(delta + delta_bias), or what is asked."""
+    """The step size that the recurrence uses: softplus(delta + delta_bias), both optional."""
     delta = delta.astype(jnp.float32)
     if delta_bias is not None:
         delta = delta + jnp.broadcast_to(delta_bias, delta.shape)

@@ -1,4 +1,4 @@
-"""The specification: the recurrence as it is written, one token a step, in float32."""
+"""The specification: the recurrence as written, one token per step, in float32."""
 
 import jax
 import jax.numpy as jnp

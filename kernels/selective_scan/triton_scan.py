@@ -21,13 +21,13 @@ from kernels.selective_scan.inputs import Inputs
 
 
 class Pass(NamedTuple):
-    """How a pass fills the GPU."""
+    """How much of the GPU a pass can use."""
 
     programs: int
-    """Programs (warps) that a multiprocessor runs at the same time, given the registers that the
-    kernels take (from compute capability 9.0 on; below it, 12 for 16)."""
+    """Programs (warps) that a multiprocessor runs at once, limited by the registers of the kernels
+    (from compute capability 9.0 on; 12 instead of 16 below it)."""
     split_cost: float
-    """What a split pass computes, as a multiple of a whole one (README.md, What it costs)."""
+    """Work of a split pass relative to a whole one (README.md, What it costs)."""
 
 
 FORWARD = Pass(programs=16, split_cost=(136 + 152) / 152)
@@ -62,7 +62,7 @@ def selective_scan(
 
 
 def missing() -> str | None:
-    """What this form lacks here and how to get it; None if it can run."""
+    """What this implementation lacks here and how to get it; None if it can run."""
     if lack := missing_package():
         return lack
     if not cuda_plugin():
@@ -82,7 +82,7 @@ def missing() -> str | None:
 
 
 def missing_package() -> str | None:
-    """What the kernels lack to be compiled, GPU or not."""
+    """The package that the kernels need to compile and is missing; None if there is none."""
     for package in ("triton", "jax_triton"):
         if importlib.util.find_spec(package) is None:
             return (
@@ -107,7 +107,7 @@ def launch(
     warps: int = 1,
     **constants: Any,
 ) -> tuple[Array, ...]:
-    """Runs a kernel of `triton_kernels.py`. All that depends on jax-triton is here."""
+    """Runs a kernel of `triton_kernels.py`. The only place that depends on jax-triton."""
     import jax_triton  # raises without JAX's CUDA plugin
 
     from kernels.selective_scan import triton_kernels
@@ -126,7 +126,7 @@ def launch(
 
 
 def _gpu() -> Any:
-    """The first NVIDIA GPU, to which others are taken to be alike; None if there is none."""
+    """The first NVIDIA GPU, taken to be like all others; None if there is none."""
     try:
         return jax.devices("cuda")[0]
     except RuntimeError:
@@ -134,7 +134,7 @@ def _gpu() -> Any:
 
 
 def _compute_capability() -> int:
-    """That of the GPU, such as 90; lowering where there is none is for the oldest supported."""
+    """The GPU's, such as 90; without a GPU, the oldest supported."""
     gpu = _gpu()
     return round(10 * (float(gpu.compute_capability) if gpu else MIN_COMPUTE_CAPABILITY))
 
