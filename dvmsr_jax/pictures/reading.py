@@ -9,29 +9,72 @@ import io
 import math
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
-from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import (
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    ImageOps,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
-from dvmsr_jax import images
-from dvmsr_jax.images import ImageError
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.pictures import integrity
 from dvmsr_jax.pictures.metadata import Metadata, is_turned, read_exif, read_metadata, tiff_tag
 
-SUFFIXES = images.SUFFIXES | {".gif", ".apng"}
-"""What is taken for a picture in a folder, in lower case."""
+STILL_SUFFIXES = frozenset(
+    {
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff"),
+        *(".avif", ".heic", ".heif", ".hif"),
+    }
+)
+"""Suffixes of files that usually hold one picture, in lower case."""
+
+SUFFIXES = STILL_SUFFIXES | {".gif", ".apng"}
+"""Suffixes of all files that are read, in lower case."""
+
+UNREAD = {
+    **dict.fromkeys((".jp2", ".j2k", ".jpf", ".jpx"), "JPEG 2000"),
+    ".jxl": "JPEG XL",
+    **dict.fromkeys(
+        (
+            *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2"),
+            *(".raf", ".pef", ".srw"),
+        ),
+        "camera raw",
+    ),
+}
+"""Suffixes of photographs that are reported and not read, in lower case, with their format."""
 
 MAX_PIXELS = 500_000_000
-"""Default limit of a picture's size, against decompression bombs."""
+"""Default limit of a picture's size, in pixels of 8-bit RGB, against decompression bombs."""
+
+_LIMITED_BYTES = 3  # of such a pixel
 
 Pixels = UInt8[np.ndarray, "_ _ _"] | UInt16[np.ndarray, "_ _ _"]
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 Image.init()  # open() with a list of formats does not load their plugins
+
+
+class ImageError(UserError):
+    """A picture, or a folder of them, that cannot be used; the message names it."""
+
+
+def check_is_read(path: str | os.PathLike[str]) -> None:
+    """Raises ImageError, naming the file, if its suffix is one of UNREAD."""
+    kind = UNREAD.get(os.path.splitext(path)[1].lower())
+    if kind is not None:
+        raise ImageError(f"{path}: {kind} is not read; convert it to PNG or TIFF first")
 
 
 @dataclass(frozen=True)
@@ -72,10 +115,10 @@ class Picture:
     """A file. Its frames are decoded one at a time, when they are asked for.
 
     Args:
-        source: path of a PNG, JPEG, WebP, TIFF, BMP or GIF file, or the contents of one. What it
-            is shows in what it holds and not in its name.
+        source: path of a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file, or the contents of one; also
+            HEIC if pillow-heif is installed. The contents decide which it is, not the name.
         max_pixels: limit of the size, a page's or that of an animation's frames together, checked
-            before anything is decoded.
+            before anything is decoded: in pixels, and in bytes as many as these have in 8-bit RGB.
 
     Raises:
         ImageError: the file is missing, empty, no picture, damaged or too large; names it.
@@ -83,30 +126,39 @@ class Picture:
 
     def __init__(self, source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS):
         self._source, self._max_pixels = source, max_pixels
+        if not isinstance(source, bytes):
+            check_is_read(source)
         with self._reading():
             if not isinstance(source, bytes) and not os.path.isfile(source):
                 there = os.path.exists(source)
                 raise ImageError("is no regular file; - reads pipes" if there else "no such file")
-            if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
+            if not self._length():
                 raise ImageError("is empty")
         with self._reading(), self._open() as image:
             # MPO is JPEG with more pictures behind it: previews, depth maps and the like.
             self.format = "JPEG" if image.format == "MPO" else str(image.format)
             """Pillow's name of it."""
             self._size = image.size
-            count = 1 if self.format == "JPEG" else getattr(image, "n_frames", 1)
+            # HEIC may hold several pictures too, and is opened at the one to show.
+            single = self.format in ("JPEG", "HEIF")
             self._frames: Sequence[int]
             self.most_bytes: int
-            """That the pixels of all pages, or of all frames of an animation, may have."""
+            """The most that the pixels of all pages, or of all frames of an animation, can have."""
             if self.format == "TIFF":
-                self._frames, self.most_bytes = _find_pages(image, count)
+                self._frames, page_bytes = _find_pages(image, image.n_frames)  # type: ignore[attr-defined]
+                self.most_bytes = sum(page_bytes)
+                largest = max(page_bytes, default=0)
             else:
                 shown_apart = image.info.get("default_image", False)  # to viewers without APNG
-                self._frames = range(int(shown_apart), count)
+                count = getattr(image, "n_frames", 1)
+                self._frames = [image.tell()] if single else range(int(shown_apart), count)
                 pixels = math.prod(image.size) * len(self._frames)
                 if pixels > max_pixels:  # an animation is held whole, if it is not written to PNG
                     raise Image.DecompressionBombError
-                self.most_bytes = 4 * pixels
+                self.most_bytes = pixels * (4 if self.is_animation else _bytes_per_pixel(image))
+                largest = self.most_bytes
+            if largest > _LIMITED_BYTES * max_pixels:
+                raise Image.DecompressionBombError
             if not self._frames:
                 raise ImageError("holds nothing but thumbnails and masks")
             self.plays = _plays(image)
@@ -121,14 +173,19 @@ class Picture:
         """Whether there are several frames, and not pages."""
         return len(self) > 1 and self.format != "TIFF"
 
-    def frames(self) -> Iterator[Frame]:
+    def frames(self) -> Generator[Frame, None, None]:
         """Every frame or page. Raises ImageError, naming the file, if one cannot be decoded."""
         with self._reading():
+            if self.format == "PNG":
+                with self._file() as file:
+                    integrity.check_png(file)
             image = self._open()
         with contextlib.closing(image):
             for i in self._frames:
                 with self._reading():
                     image.seek(i)
+                    if self.format == "TIFF":
+                        integrity.check_tiff(image, self._length())
                     frame = self._read(image, i)
                 if i == self._frames[-1]:
                     image.close()  # frees what it has decoded, while the frame is used
@@ -145,12 +202,14 @@ class Picture:
             pixels = self._read_16_bit(image, i, rawmode)
         elif self.format == "GIF" and self.is_animation:  # its mode and size change on the way
             width, height = self._size
-            pixels = np.array(image.convert("RGBA"))[:height, :width]
+            rgba = image.convert("RGBA")
+            pixels = np.array(rgba)[:height, :width]
+            _clear_disposed(cast(GifImagePlugin.GifImageFile, image), rgba)
         elif self.is_animation:  # whose decoder goes on from what it has
             pixels = _pixels(ImageOps.exif_transpose(image), rawmode)
         else:
             ImageOps.exif_transpose(image, in_place=True)
-            pixels = _pixels(image, rawmode)
+            pixels = _pixels(image, rawmode, white_is_zero=_is_white_zero(image))
         return Frame(pixels, read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
     def _read_16_bit(self, image: Image.Image, i: int, rawmode: str) -> Pixels:
@@ -166,38 +225,57 @@ class Picture:
                     for tile in image.tile  # type: ignore[attr-defined]
                 ]
                 ImageOps.exif_transpose(image, in_place=True)
-                return np.array(image, np.uint16)
+                return _converted(image, image.mode)
 
         samples, _, order = rawmode.partition(";16")
         if samples == "LA":  # as four samples of 8 bits
-            pixels = decode("RGBA")
-            pixels = pixels[:, :, ::2] << 8 | pixels[:, :, 1::2]
+            both = decode("RGBA")
+            pixels, lower = both[:, :, ::2].astype(np.uint16), both[:, :, 1::2]
         else:
             order = {"N": "L" if sys.byteorder == "little" else "B"}.get(order, order)
             straight = samples.replace("a", "A")
             high, low = f"{straight};16{order}", f"{straight};16{'B' if order == 'L' else 'L'}"
-            pixels = decode(high) << 8 | decode(low)
+            pixels, lower = decode(high).astype(np.uint16), decode(low)
+        pixels <<= 8
+        pixels |= lower
         if samples == "RGBa":  # premultiplied
             alpha = np.maximum(pixels[:, :, 3:], 1).astype(np.float32)
             colour = np.minimum(np.rint(pixels[:, :, :3] * (65535 / alpha)), 65535)
             pixels[:, :, :3] = colour.astype(np.uint16)
         return _transparent_colour(pixels, image.info.get("transparency"))
 
-    def _open(self) -> Image.Image:
+    def _file(self) -> io.BufferedIOBase:
         source = self._source
-        return Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, "r", _FORMATS
-        )
+        return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+    def _length(self) -> int:
+        source = self._source
+        return len(source) if isinstance(source, bytes) else os.path.getsize(source)
+
+    def _open(self) -> Image.Image:
+        source = io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source
+        try:
+            return Image.open(source, "r", _FORMATS)
+        except UnidentifiedImageError:
+            with self._file() as file:
+                start = file.read(12)
+            if start[4:8] != b"ftyp" or start[8:] not in _HEIC_BRANDS:
+                raise
+            try:
+                import pillow_heif
+            except ImportError as error:
+                raise ImageError(
+                    "is HEIC, which takes another library to read: pip install pillow-heif"
+                ) from error
+            pillow_heif.register_heif_opener()
+            return Image.open(source, "r", ("HEIF",))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Whatever Pillow trips over becomes an ImageError that names the file."""
+        """Turns any exception of Pillow into an ImageError that names the file."""
         name = "standard input" if isinstance(self._source, bytes) else self._source
-        limit = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = self._max_pixels // 2  # from there on it warns
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _lenient_pillow(self._max_pixels):
                 yield
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from error
@@ -206,30 +284,58 @@ class Picture:
         except Image.DecompressionBombError as error:
             megapixels = self._max_pixels / 1e6
             raise ImageError(
-                f"{name}: has more than {megapixels:g} megapixels; if you trust it, raise the limit"
-                " (--max-megapixels)"
+                f"{name}: takes more memory than {megapixels:g} megapixels of 8-bit RGB; if you"
+                " trust it, raise the limit (upscale.py --max-megapixels)"
             ) from error
         except UnidentifiedImageError as error:
-            kinds = "PNG, JPEG, WebP, TIFF, BMP or GIF"
+            kinds = "PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
             raise ImageError(
                 f"{name}: is no {kinds} picture, or is damaged, or of a rare kind"
             ) from error
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"{name}: cannot be read ({reason})") from error
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+
+
+_lenient_lock, _lenient_undo = threading.Lock(), contextlib.ExitStack()
+_lenient_count = 0
+
+
+@contextlib.contextmanager
+def _lenient_pillow(max_pixels: int) -> Iterator[None]:
+    """Sets Pillow's limit of the size, and silences warnings.
+
+    Both are global to the process. Where several threads read, the first sets them, and the last
+    restores them.
+    """
+    global _lenient_count
+    with _lenient_lock:
+        if not _lenient_count:
+            _lenient_undo.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            _lenient_undo.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            Image.MAX_IMAGE_PIXELS = max_pixels // 2  # above it Pillow warns, above twice it raises
+        _lenient_count += 1
+    try:
+        yield
+    finally:
+        with _lenient_lock:
+            _lenient_count -= 1
+            if not _lenient_count:
+                _lenient_undo.close()
 
 
 def from_pillow(image: Image.Image) -> Frame:
     """The current frame of a Pillow image, which stays as it is.
 
-    Raises ImageError for 32-bit pixels, whose range nothing tells.
+    Raises ImageError for an image without pixels, and for 32-bit pixels, whose range is unknown.
     """
+    if 0 in image.size:
+        raise ImageError(f"the image has no pixels: its size is {image.width}x{image.height}")
     rawmode = _rawmode(image)  # before the image is loaded
     exif, turned = read_exif(image), is_turned(image)
-    upright = ImageOps.exif_transpose(image)
-    pixels = _pixels(upright, rawmode)
+    upright = ImageOps.exif_transpose(image)  # a copy, without a TIFF's tags
+    pixels = _pixels(upright, rawmode, white_is_zero=_is_white_zero(image))
     return Frame(pixels, read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
 
@@ -242,8 +348,8 @@ def to_pillow(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _pixels(image: Image.Image, rawmode: str) -> Pixels:
-    """The pixels of a loaded image."""
+def _pixels(image: Image.Image, rawmode: str, white_is_zero: bool = False) -> Pixels:
+    """The pixels of a loaded image. Pillow leaves it to others if 0 is white in 16-bit ones."""
     mode = image.mode
     if mode in ("I", "F"):
         raise ImageError("32-bit or signed pixels, of unknown range; save it with 8 or 16 bits")
@@ -252,7 +358,7 @@ def _pixels(image: Image.Image, rawmode: str) -> Pixels:
         pixels = _converted(image, mode).astype(np.uint16, copy=False)[:, :, None]
         if rawmode == "I;12":
             pixels = np.rint(pixels * (65535 / 4095)).astype(np.uint16)
-        if tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0:  # 0 is white
+        if white_is_zero:
             pixels = 65535 - pixels
         return _transparent_colour(pixels, key)
     if mode in ("1", "L"):
@@ -310,16 +416,42 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
 
 
+def _is_white_zero(image: Image.Image) -> bool:
+    return tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0
+
+
+def _clear_disposed(image: GifImagePlugin.GifImageFile, rgba: Image.Image) -> None:
+    """Makes Pillow clear the current frame, if that is to be, to transparent, as viewers do.
+
+    Without a declared transparent colour, it would fill it with the background colour. It replaces
+    `image.dispose_extent` of `image.im` by `image.dispose` when it goes to the next frame.
+    """
+    if image.disposal_method == 2 and image.dispose is not None and image.dispose_extent:
+        left, top, right, bottom = image.dispose_extent
+        image.im, image._mode = rgba.im, "RGBA"
+        image.info.pop("transparency", None)
+        image.dispose = Image.new("RGBA", (right - left, bottom - top)).im
+
+
+def _bytes_per_pixel(image: Image.Image) -> int:
+    """Bytes that a decoded pixel has; not for TIFF."""
+    samples = 3 if image.mode == "P" else len(image.getbands())
+    samples += "transparency" in image.info
+    return samples * (2 if "16" in _rawmode(image) + image.mode else 1)
+
+
 def _rawmode(image: Image.Image) -> str:
-    """How the decoder is told that a file's pixels lie."""
+    """The layout of a file's pixels, in Pillow's terms; "" if the image is loaded already."""
+    if tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, ()) == (12,):
+        return "I;12"  # of a loaded image too
     for tile in getattr(image, "tile", ()):
         return tile.args if isinstance(tile.args, str) else str(tile.args and tile.args[0])
     return ""
 
 
-def _find_pages(image: Image.Image, count: int) -> tuple[list[int], int]:
-    """Which of a TIFF's images are pages, and how many bytes their pixels may have."""
-    pages, most_bytes = [], 0
+def _find_pages(image: Image.Image, count: int) -> tuple[list[int], list[int]]:
+    """Which of a TIFF's images are pages, and how many bytes the pixels of each can have."""
+    pages, page_bytes = [], []
     for i in range(count):
         image.seek(i)
         if tiff_tag(image, 254, 0) & 0b101:  # a thumbnail or a mask
@@ -329,8 +461,8 @@ def _find_pages(image: Image.Image, count: int) -> tuple[list[int], int]:
         if tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 3:  # a palette
             samples += 2
         deep = max(tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, (1,)), default=1) > 8
-        most_bytes += math.prod(image.size) * samples * (2 if deep else 1)
-    return pages, most_bytes
+        page_bytes.append(math.prod(image.size) * samples * (2 if deep else 1))
+    return pages, page_bytes
 
 
 def _plays(image: Image.Image) -> int:
