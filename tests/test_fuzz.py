@@ -58,6 +58,8 @@ def originals():
         (".jpg", saved(image, "JPEG", **rich)) for image in (rgb, grey, rgb.convert("CMYK"))
     )
     yield ".jpg", saved(rgb, "JPEG", progressive=True)
+    yield ".avif", saved(rgb, "AVIF", exif=exif.tobytes(), icc_profile=profile)
+    yield ".avif", saved(rgb, "AVIF", **several)
     yield from ((".webp", saved(image, "WEBP", lossless=True)) for image in (rgb, rgba))
     yield ".webp", saved(rgba, "WEBP", exif=rich["exif"], icc_profile=profile)
     yield ".webp", saved(rgb, "WEBP", **several)

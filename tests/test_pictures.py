@@ -15,6 +15,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms
 
 from dvmsr_jax.images import ImageError
+from dvmsr_jax.pictures import batch
 from dvmsr_jax.pictures.metadata import MAIN, Metadata
 from dvmsr_jax.pictures.reading import Picture, from_pillow, to_pillow
 
@@ -535,6 +536,25 @@ def test_kinds_that_are_not_read(tmp_path, suffix, kind):
     path.write_bytes(saved(RGB, "TIFF"))  # as raw files are, whose first page is a preview
     with pytest.raises(ImageError, match=f"a{suffix}: {kind} is not read; convert it to PNG"):
         Picture(path)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*"])
+def test_no_picture_of_a_folder_is_left_out_in_silence(tmp_path, monkeypatch, pattern):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for name in ("a.png", "b.avif", "c.heic", "d.jp2", "e.nef", "notes.txt", "link/f.gif"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "in" / "link").rename(tmp_path / "elsewhere")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    jobs = batch.plan([f"{tmp_path}/in{pattern}"], None, scale=4.0, suffix=None)
+    failed = {job.source.name: job.what for job in jobs if isinstance(job, batch.Outcome)}
+    assert {name: what.split()[0] for name, what in failed.items()} == {
+        "d.jp2": "JPEG",
+        "e.nef": "camera",
+    }
+    files = ["a.png", "b.avif", "c.heic"]
+    planned = [job.source.name for job in jobs if isinstance(job, batch.Job)]
+    assert planned == (files if pattern else [*files, "f.gif"])
 
 
 def test_frames_that_are_only_claimed():

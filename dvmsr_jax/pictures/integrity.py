@@ -100,9 +100,9 @@ def _raw_bytes(header: bytes, width: int, height: int) -> int:
 
 
 def check_tiff(image: Image.Image, length: int) -> None:
-    """Checks that the current page's strips or tiles are all in the file of this many bytes.
+    """Checks that the current page's strips or tiles all start inside the file, of `length` bytes.
 
-    Raises ValueError, naming the damage.
+    Decoders raise if one is cut short. Raises ValueError, naming the damage.
     """
     width, height = (tiff_tag(image, tag, 0) for tag in (256, 257))
     tiled = tiff_tag(image, TiffImagePlugin.TILEOFFSETS, None) is not None
@@ -120,7 +120,7 @@ def check_tiff(image: Image.Image, length: int) -> None:
     # Old files may lack the sizes.
     sizes = [1] * needed if sizes is None else sizes
     there = sum(
-        offset > 0 and size > 0 and offset + size <= length
+        0 < offset < length and size > 0
         for offset, size in zip(offsets[:needed], sizes[:needed], strict=False)
     )
     if there < needed:
