@@ -17,7 +17,7 @@ SAMPLES = tuple(
     Path(skimage.data.__file__).parent / name
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 )
-"""The colour photographs inside scikit-image's wheel, so there without a download."""
+"""Colour photographs from scikit-image's wheel, available without a download."""
 
 
 def read_rgb(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
@@ -37,7 +37,7 @@ def read_rgb(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes an RGB picture, making its folder; whatever happens, PATH is whole or untouched."""
+    """Writes an RGB picture atomically, and creates its folder if needed."""
     with files.replacing(Path(path)) as temporary:
         Image.fromarray(image).save(temporary, format="PNG")
 
@@ -49,11 +49,12 @@ def find_images(
 ) -> list[Path]:
     """The pictures in a folder and its subfolders, by suffix and sorted.
 
-    Hidden files and folders are skipped. Links to folders are followed, to each folder once.
+    Hidden files and folders are skipped. Links to folders are followed, but no folder is visited
+    twice, and none that contains `folder`.
 
-    Raises ImageError if the folder is missing or holds none, if a subfolder cannot be read, and for
-    pictures of kinds that are not read (`reading.UNREAD`). With `on_error`, that is called with the
-    path and the error for the latter two, and they are left out.
+    Raises ImageError if the folder is missing or contains no pictures, if a subfolder cannot be
+    read, and for pictures in formats that are not supported (`reading.UNREAD`). In the last two
+    cases, `on_error` is called instead if given, with the path and the error.
     """
 
     def report(path: Path, problem: ImageError) -> None:
@@ -69,8 +70,8 @@ def find_images(
         raise ImageError(f"{folder}: no such folder")
     found = []
     top = Path(os.path.realpath(folder))
-    visited = {*top.parents}  # a link upwards would lead out of the folder
-    waiting = [Path(folder)]  # links come after the folders themselves
+    visited = {*top.parents}  # a link to one of them would lead out of the folder
+    waiting = [Path(folder)]  # links come last, so that files are listed by their real folder
     while waiting:
         for parent, folders, names in os.walk(waiting.pop(0), onerror=unreadable):
             real = Path(os.path.realpath(parent))
@@ -89,19 +90,19 @@ def find_images(
                 except ImageError as error:
                     report(path, error)
     if not found:
-        raise ImageError(f"{folder}: no pictures ({' '.join(sorted(suffixes))}) in it")
+        raise ImageError(f"{folder}: no pictures ({' '.join(sorted(suffixes))})")
     return sorted(found)
 
 
 def to_uint8(image: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Values in [0, 1] to the nearest of 0 .. 255; what leaves that range is clamped."""
+    """Rounds values in [0, 1] to the nearest of 0 .. 255; values outside are clamped."""
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def side_by_side(
     panels: Mapping[str, UInt8[np.ndarray, "h w 3"]],
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Pictures of one size in a row, each under its label."""
+    """Places pictures of equal size in a row, each under its label."""
     height, width, _ = next(iter(panels.values())).shape
     gap, header = 8, 20
     canvas = Image.new("RGB", (len(panels) * (width + gap) - gap, height + header), color="white")

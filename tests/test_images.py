@@ -1,4 +1,4 @@
-"""What is read is RGB, uint8 and upright, or an error that names the file."""
+"""Pictures are read as upright uint8 RGB, or an error names the file."""
 
 import errno
 import os
@@ -88,14 +88,14 @@ def test_unreadable_files_are_named(tmp_path, rgb):
 
 
 def test_training_pictures_are_read_as_others_are(tmp_path):
-    """No format of Pillow's beyond those of upscale.py: an EPS would run Ghostscript."""
+    """Only upscale.py's formats are open: with Pillow's others, an EPS would run Ghostscript."""
     deep = np.random.default_rng(1).integers(0, 2**16, (5, 7, 4), np.uint16)
     path = tmp_path / "a.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(ImageError, match=r"a\.png: is no PNG, JPEG"):
+    with pytest.raises(ImageError, match=r"a\.png: is not a PNG, JPEG"):
         read_rgb(path)
     Image.fromarray(deep[:, :, 0].astype(np.uint8)).save(path, "PPM")
-    with pytest.raises(ImageError, match=r"a\.png: is no PNG, JPEG"):
+    with pytest.raises(ImageError, match=r"a\.png: is not a PNG, JPEG"):
         read_rgb(path)
 
     path = tmp_path / "a.tif"
@@ -154,7 +154,7 @@ def test_pictures_of_kinds_that_are_not_read_are_reported(tmp_path):
 
 
 def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
-    """Root can read them all, so the system's call is replaced."""
+    """os.scandir is replaced, since root can read every folder."""
     for name in ("a.png", "locked/b.png", "open/c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

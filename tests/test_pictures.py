@@ -1,4 +1,4 @@
-"""What is read of picture files: pixels as they are, upright, and what belongs to them."""
+"""Picture files are read with exact pixels, upright, and with their metadata."""
 
 import io
 import os
@@ -292,7 +292,7 @@ def test_pages():
 
 
 def test_memory_of_reading(tmp_path, monkeypatch):
-    """Pixels are held once, and what Pillow has decoded is freed with the last frame."""
+    """Pixels are held once, and Pillow's copy is freed with the last frame."""
     opened = []
 
     def keep(*arguments):
@@ -329,8 +329,8 @@ def test_what_is_no_picture_is_named(tmp_path):
 
     files = {
         "empty.png": (b"", "is empty"),
-        "text.png": (b"no picture", "is no PNG, JPEG"),
-        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no PNG, JPEG"),
+        "text.png": (b"no picture", "is not a PNG, JPEG"),
+        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a PNG, JPEG"),
         "half.png": (half("PNG"), "cannot be read"),
         "half.jpg": (half("JPEG"), "truncated"),
         "half.gif": (half("GIF"), "truncated"),
@@ -347,7 +347,7 @@ def test_what_is_no_picture_is_named(tmp_path):
     with pytest.raises(ImageError, match=r"missing\.png: no such file"):
         Picture(tmp_path / "missing.png")
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ImageError, match=r"pipe\.png: is no regular file"):
+    with pytest.raises(ImageError, match=r"pipe\.png: not a regular file"):
         Picture(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="standard input: is empty"):
         Picture(b"")
@@ -388,7 +388,7 @@ def test_bytes_are_limited_and_not_pixels_alone(monkeypatch):
 
 
 def test_threads_share_pillows_limit(tmp_path):
-    """And leave it, and the filters of warnings, as they were."""
+    """The limit and the filters of warnings are restored afterwards."""
     path = tmp_path / "a.png"
     path.write_bytes(saved(np.tile(RGB, (30, 30, 1)), "PNG"))
     before = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
@@ -400,7 +400,7 @@ def test_threads_share_pillows_limit(tmp_path):
 
 @pytest.mark.parametrize("kind", ["still", "interlaced", "animation"])
 def test_every_flipped_bit_in_a_png_is_found(kind):
-    """Of the signature and all chunks, and a file that ends anywhere."""
+    """Flips bits in the signature and all chunks, and truncates the file everywhere."""
     image = Image.fromarray(RGB)
     if kind == "animation":
         others = {"append_images": [image.rotate(180)], "duration": [50, 60]}
@@ -473,7 +473,7 @@ def test_missing_strips_and_tiles(compression, layout):
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
 def test_gif_frames_are_cleared_to_transparent(mode):
-    """Without a declared transparent colour too, as in every viewer."""
+    """This is what viewers do, without a declared transparent colour too."""
     frames = []
     for colour, place in (("red", (0, 0, 4, 6)), ("lime", (4, 0, 8, 6)), ("blue", (2, 2, 6, 4))):
         frame = Image.new("RGB", (8, 6), "black")
@@ -558,7 +558,7 @@ def test_no_picture_of_a_folder_is_left_out_in_silence(tmp_path, monkeypatch, pa
 
 
 def test_frames_that_are_only_claimed():
-    """Counting them takes neither time nor memory."""
+    """Counting claimed frames takes neither time nor memory."""
     still = png(1, 1, 8, 2, [[1, 2, 3]])
     claim = b"acTL" + struct.pack(">2I", 2**30, 0)
     chunk = struct.pack(">I", 8) + claim + zlib.crc32(claim).to_bytes(4)

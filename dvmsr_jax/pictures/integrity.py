@@ -23,7 +23,7 @@ def check_png(file: BufferedIOBase) -> None:
 
     Raises ValueError, naming the damage.
     """
-    file.seek(8)  # behind the signature
+    file.seek(8)  # past the signature
     header, pixels, size = b"", None, (0, 0)
     while True:
         start = file.read(8)
@@ -58,7 +58,7 @@ def check_png(file: BufferedIOBase) -> None:
 
 
 class _PixelStream:
-    """One zlib stream, which spans chunks. What it inflates to is counted and not kept."""
+    """One zlib stream, which may span chunks. Its output is counted and not kept."""
 
     def __init__(self, expected: int):
         self._missing = expected
@@ -74,12 +74,8 @@ class _PixelStream:
             data = self._inflating.unconsumed_tail
 
     def finish(self) -> None:
-        # The window may hold output back even after all input was consumed.
-        while self._missing > 0 and not self._inflating.eof:
-            more = self._inflating.decompress(b"", 16 * _PIECE)
-            if not more:
-                break
-            self._missing -= len(more)
+        if self._missing >= 0:
+            self._missing -= len(self._inflating.flush())  # output that it has held back
         if self._missing > 0:
             raise ValueError("truncated: rows of pixels are missing")
         if self._missing == 0 and not self._inflating.eof:

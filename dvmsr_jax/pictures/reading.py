@@ -1,7 +1,7 @@
-"""Pictures as people have them: what is in a file, frame by frame, and what has to stay with it.
+"""Reads picture files frame by frame, with the metadata to keep.
 
 Pixels are (h, w, channels), uint8 or uint16: 1 channel is grey, 2 grey and alpha, 3 RGB, 4 RGB and
-alpha. Palettes become RGB, bilevel pictures grey, and CMYK and Lab sRGB.
+alpha. Palettes are converted to RGB, bilevel pictures to grey, and CMYK and Lab to sRGB.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def check_is_read(path: str | os.PathLike[str]) -> None:
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame of an animation, a page, or the whole picture, upright."""
+    """A frame of an animation, a page of a document, or a whole picture, upright."""
 
     pixels: Pixels
     metadata: Metadata
@@ -87,17 +87,17 @@ class Frame:
 
 @dataclass(frozen=True)
 class BandedFrame:
-    """A frame whose pixels come in bands of rows, from top to bottom."""
+    """A frame whose pixels arrive in bands of rows, from top to bottom."""
 
     shape: tuple[int, int, int]
-    """Of the whole: height, width, channels."""
+    """Height, width and channels of the whole frame."""
     dtype: np.dtype
     """uint8 or uint16."""
     bands: Iterable[Pixels]
     metadata: Metadata
 
     def regrouped(self, rows: int) -> Iterator[Pixels]:
-        """The pixels in bands of this many rows; the last may have fewer."""
+        """Yields the pixels in bands of `rows` rows; the last band may have fewer."""
         held: list[np.ndarray] = []
         for band in self.bands:
             held.append(band)
@@ -112,16 +112,17 @@ class BandedFrame:
 
 
 class Picture:
-    """A file. Its frames are decoded one at a time, when they are asked for.
+    """A picture file, whose frames are decoded lazily, one at a time.
 
     Args:
         source: path of a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file, or the contents of one; also
             HEIC if pillow-heif is installed. The contents decide which it is, not the name.
-        max_pixels: limit of the size, a page's or that of an animation's frames together, checked
-            before anything is decoded: in pixels, and in bytes as many as these have in 8-bit RGB.
+        max_pixels: limit on the size of a page, or of all frames of an animation together. It also
+            limits the decoded bytes, to those of as many pixels of 8-bit RGB. Both are checked
+            before anything is decoded.
 
     Raises:
-        ImageError: the file is missing, empty, no picture, damaged or too large; names it.
+        ImageError: the file is missing, empty, damaged, too large or not a picture.
     """
 
     def __init__(self, source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS):
@@ -131,15 +132,15 @@ class Picture:
         with self._reading():
             if not isinstance(source, bytes) and not os.path.isfile(source):
                 there = os.path.exists(source)
-                raise ImageError("is no regular file; - reads pipes" if there else "no such file")
+                raise ImageError("not a regular file; - reads pipes" if there else "no such file")
             if not self._length():
                 raise ImageError("is empty")
         with self._reading(), self._open() as image:
-            # MPO is JPEG with more pictures behind it: previews, depth maps and the like.
+            # MPO is JPEG followed by more pictures: previews, depth maps and the like.
             self.format = "JPEG" if image.format == "MPO" else str(image.format)
-            """Pillow's name of it."""
+            """The format's name in Pillow."""
             self._size = image.size
-            # HEIC may hold several pictures too, and is opened at the one to show.
+            # HEIC may hold several pictures too, and opens at the primary one.
             single = self.format in ("JPEG", "HEIF")
             self._frames: Sequence[int]
             self.most_bytes: int
@@ -160,21 +161,21 @@ class Picture:
             if largest > _LIMITED_BYTES * max_pixels:
                 raise Image.DecompressionBombError
             if not self._frames:
-                raise ImageError("holds nothing but thumbnails and masks")
+                raise ImageError("contains only thumbnails and masks")
             self.plays = _plays(image)
-            """How often an animation is shown; 0: forever."""
+            """How many times an animation plays; 0 means forever."""
 
     def __len__(self) -> int:
-        """Number of frames or pages."""
+        """The number of frames or pages."""
         return len(self._frames)
 
     @property
     def is_animation(self) -> bool:
-        """Whether there are several frames, and not pages."""
+        """Whether there are several frames, as opposed to pages."""
         return len(self) > 1 and self.format != "TIFF"
 
     def frames(self) -> Generator[Frame, None, None]:
-        """Every frame or page. Raises ImageError, naming the file, if one cannot be decoded."""
+        """Yields every frame or page. Raises ImageError if one is damaged."""
         with self._reading():
             if self.format == "PNG":
                 with self._file() as file:
@@ -188,7 +189,7 @@ class Picture:
                         integrity.check_tiff(image, self._length())
                     frame = self._read(image, i)
                 if i == self._frames[-1]:
-                    image.close()  # frees what it has decoded, while the frame is used
+                    image.close()  # frees its decoded pixels while the frame is used
                 yield frame
 
     def _read(self, image: Image.Image, i: int) -> Frame:
@@ -196,16 +197,16 @@ class Picture:
         exif, turned = read_exif(image), is_turned(image)
         planes = tiff_tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
         bits = tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, ())
-        if planes and 16 in bits:  # Pillow misreads them
+        if planes and 16 in bits:  # which Pillow misreads
             raise ImageError("16-bit samples in separate planes; save it with interleaved ones")
         if ";16" in rawmode and image.mode in ("RGB", "RGBA") and not self.is_animation:
             pixels = self._read_16_bit(image, i, rawmode)
-        elif self.format == "GIF" and self.is_animation:  # its mode and size change on the way
+        elif self.format == "GIF" and self.is_animation:  # mode and size may change between frames
             width, height = self._size
             rgba = image.convert("RGBA")
             pixels = np.array(rgba)[:height, :width]
             _clear_disposed(cast(GifImagePlugin.GifImageFile, image), rgba)
-        elif self.is_animation:  # whose decoder goes on from what it has
+        elif self.is_animation:  # whose decoder needs the image as it is for the next frame
             pixels = _pixels(ImageOps.exif_transpose(image), rawmode)
         else:
             ImageOps.exif_transpose(image, in_place=True)
@@ -213,7 +214,7 @@ class Picture:
         return Frame(pixels, read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
     def _read_16_bit(self, image: Image.Image, i: int, rawmode: str) -> Pixels:
-        """Pillow keeps one byte of such samples, so it is asked once for each."""
+        """Decodes twice, as Pillow keeps one byte of each sample: once the high, once the low."""
 
         def decode(rawmode: str) -> np.ndarray:
             with self._open() as image:
@@ -265,7 +266,7 @@ class Picture:
                 import pillow_heif
             except ImportError as error:
                 raise ImageError(
-                    "is HEIC, which takes another library to read: pip install pillow-heif"
+                    "is HEIC, which needs an optional library: pip install pillow-heif"
                 ) from error
             pillow_heif.register_heif_opener()
             return Image.open(source, "r", ("HEIF",))
@@ -290,7 +291,7 @@ class Picture:
         except UnidentifiedImageError as error:
             kinds = "PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
             raise ImageError(
-                f"{name}: is no {kinds} picture, or is damaged, or of a rare kind"
+                f"{name}: is not a {kinds} picture, or is damaged or of a rare kind"
             ) from error
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -303,10 +304,10 @@ _lenient_count = 0
 
 @contextlib.contextmanager
 def _lenient_pillow(max_pixels: int) -> Iterator[None]:
-    """Sets Pillow's limit of the size, and silences warnings.
+    """Sets Pillow's size limit and silences warnings.
 
-    Both are global to the process. Where several threads read, the first sets them, and the last
-    restores them.
+    Both are global to the process: of several threads that read at once, the first sets them and
+    the last restores them.
     """
     global _lenient_count
     with _lenient_lock:
@@ -326,9 +327,9 @@ def _lenient_pillow(max_pixels: int) -> Iterator[None]:
 
 
 def from_pillow(image: Image.Image) -> Frame:
-    """The current frame of a Pillow image, which stays as it is.
+    """Copies the current frame of a Pillow image.
 
-    Raises ImageError for an image without pixels, and for 32-bit pixels, whose range is unknown.
+    Raises ImageError if the image has no pixels, or 32-bit ones, whose range is unknown.
     """
     if 0 in image.size:
         raise ImageError(f"the image has no pixels: its size is {image.width}x{image.height}")
@@ -340,7 +341,7 @@ def from_pillow(image: Image.Image) -> Frame:
 
 
 def to_pillow(pixels: Pixels) -> Image.Image:
-    """A Pillow image. It holds 16 bits of grey only: raises ImageError if there is more."""
+    """Converts pixels to a Pillow image. Raises ImageError for 16-bit pixels that are not grey."""
     if pixels.shape[2] == 1:
         return Image.fromarray(pixels[:, :, 0])
     if pixels.dtype != np.uint8:
@@ -349,7 +350,7 @@ def to_pillow(pixels: Pixels) -> Image.Image:
 
 
 def _pixels(image: Image.Image, rawmode: str, white_is_zero: bool = False) -> Pixels:
-    """The pixels of a loaded image. Pillow leaves it to others if 0 is white in 16-bit ones."""
+    """The pixels of a loaded image. Pillow ignores that zero is white in 16-bit ones."""
     mode = image.mode
     if mode in ("I", "F"):
         raise ImageError("32-bit or signed pixels, of unknown range; save it with 8 or 16 bits")
@@ -376,7 +377,7 @@ def _pixels(image: Image.Image, rawmode: str, white_is_zero: bool = False) -> Pi
 
 
 def _converted(image: Image.Image, mode: str) -> np.ndarray:
-    """np.array(image.convert(mode)), but by rows: Pillow copies thrice on the way there."""
+    """np.array(image.convert(mode)) by rows, since Pillow would make three copies."""
 
     def rows(top: int, bottom: int) -> np.ndarray:
         return np.asarray(image.crop((0, top, image.width, bottom)).convert(mode))
@@ -394,7 +395,7 @@ _CONVERTED = 2**18  # pixels at a time
 
 
 def _transparent_colour(pixels: Pixels, colour: Any) -> Pixels:
-    """With alpha 0 where pixels have the one colour that PNG and GIF can declare transparent."""
+    """Adds an alpha channel that is 0 for the one colour that PNG and GIF can make transparent."""
     if colour is None:
         return pixels
     maximum = np.iinfo(pixels.dtype).max
@@ -403,7 +404,7 @@ def _transparent_colour(pixels: Pixels, colour: Any) -> Pixels:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """By the image's profile if it has one that is intact, and otherwise by Pillow's formula."""
+    """Converts by the image's profile, or by Pillow's formula if it has none that is intact."""
     srgb = ImageCms.createProfile("sRGB")
     try:
         if image.mode == "LAB":
@@ -421,10 +422,10 @@ def _is_white_zero(image: Image.Image) -> bool:
 
 
 def _clear_disposed(image: GifImagePlugin.GifImageFile, rgba: Image.Image) -> None:
-    """Makes Pillow clear the current frame, if that is to be, to transparent, as viewers do.
+    """Makes Pillow clear a frame that is disposed of to transparent, as viewers do.
 
-    Without a declared transparent colour, it would fill it with the background colour. It replaces
-    `image.dispose_extent` of `image.im` by `image.dispose` when it goes to the next frame.
+    Without a declared transparent colour, Pillow would fill it with the background colour. On its
+    way to the next frame it pastes `image.dispose` into `image.im` at `image.dispose_extent`.
     """
     if image.disposal_method == 2 and image.dispose is not None and image.dispose_extent:
         left, top, right, bottom = image.dispose_extent
@@ -434,7 +435,7 @@ def _clear_disposed(image: GifImagePlugin.GifImageFile, rgba: Image.Image) -> No
 
 
 def _bytes_per_pixel(image: Image.Image) -> int:
-    """Bytes that a decoded pixel has; not for TIFF."""
+    """The bytes of a decoded pixel, in formats other than TIFF."""
     samples = 3 if image.mode == "P" else len(image.getbands())
     samples += "transparency" in image.info
     return samples * (2 if "16" in _rawmode(image) + image.mode else 1)
@@ -450,7 +451,7 @@ def _rawmode(image: Image.Image) -> str:
 
 
 def _find_pages(image: Image.Image, count: int) -> tuple[list[int], list[int]]:
-    """Which of a TIFF's images are pages, and how many bytes the pixels of each can have."""
+    """The indices of a TIFF's pages, and the most bytes that the pixels of each can have."""
     pages, page_bytes = [], []
     for i in range(count):
         image.seek(i)
@@ -467,6 +468,6 @@ def _find_pages(image: Image.Image, count: int) -> tuple[list[int], list[int]]:
 
 def _plays(image: Image.Image) -> int:
     loop = image.info.get("loop", 1 if image.format == "PNG" else None)
-    if image.format == "GIF":  # counts repetitions, and says nothing if there are none
+    if image.format == "GIF":  # which counts repetitions, and has no field if there are none
         loop = 1 if loop is None else loop + (loop > 0)
     return int(loop or 0)
