@@ -557,6 +557,15 @@ def test_no_picture_of_a_folder_is_left_out_in_silence(tmp_path, monkeypatch, pa
     assert planned == (files if pattern else [*files, "f.gif"])
 
 
+def test_a_link_to_the_output_folder_is_left_out(tmp_path):
+    for name in ("in/a.png", "out/link/a_x4.png", "out/b_x4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    jobs = batch.plan([f"{tmp_path}/in"], f"{tmp_path}/out", scale=4.0, suffix=None)
+    assert [job.source for job in jobs] == [tmp_path / "in" / "a.png"]
+
+
 def test_frames_that_are_only_claimed():
     """Counting claimed frames takes neither time nor memory."""
     still = png(1, 1, 8, 2, [[1, 2, 3]])
