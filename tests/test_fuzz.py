@@ -1,4 +1,4 @@
-"""Damaged files of every format: each is upscaled or reported, and nothing else happens."""
+"""Every damaged file, of any format, is either upscaled or reported."""
 
 import faulthandler
 import io
@@ -15,11 +15,11 @@ from dvmsr_jax.pictures.reading import BandedFrame
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 
 FILES = 2_000
-SECONDS = 60  # at most for a file, which takes milliseconds, or the run is stopped
+SECONDS = 60  # limit for one file, which takes milliseconds
 
 
 def originals():
-    """Small intact files, by suffix."""
+    """Yields small intact files with their suffixes."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (9, 13, 3), np.uint8))
     grey, palette = rgb.convert("L"), rgb.quantize(7)
@@ -58,6 +58,8 @@ def originals():
         (".jpg", saved(image, "JPEG", **rich)) for image in (rgb, grey, rgb.convert("CMYK"))
     )
     yield ".jpg", saved(rgb, "JPEG", progressive=True)
+    yield ".avif", saved(rgb, "AVIF", exif=exif.tobytes(), icc_profile=profile)
+    yield ".avif", saved(rgb, "AVIF", **several)
     yield from ((".webp", saved(image, "WEBP", lossless=True)) for image in (rgb, rgba))
     yield ".webp", saved(rgba, "WEBP", exif=rich["exif"], icc_profile=profile)
     yield ".webp", saved(rgb, "WEBP", **several)
@@ -75,7 +77,7 @@ def originals():
 
 
 def damaged(rng, intact, other):
-    """The file after one or two accidents."""
+    """Damages a file in one or two places."""
     data = bytearray(intact)
     for _ in range(rng.integers(1, 3)):
         place = int(rng.integers(len(data)))
@@ -100,7 +102,7 @@ def damaged(rng, intact, other):
 
 
 def renew_checksums(data):
-    """Of PNG's chunks, without which damage to their contents is never looked at."""
+    """Recomputes the CRCs of PNG chunks, so that damage to their contents reaches the decoder."""
     start = 8
     while start + 12 <= len(data):
         end = start + 8 + int.from_bytes(data[start : start + 4])
@@ -140,12 +142,12 @@ def test_damaged_files(tmp_path, capfd, doubling):
     assert min(statuses["done"], statuses["failed"]) > FILES // 5
     printed = capfd.readouterr()
     assert not printed.out
-    assert "Traceback" not in printed.err  # libtiff tells there what it finds wrong
+    assert "Traceback" not in printed.err  # where libtiff reports errors
 
 
 def assert_whole(path):
     """Every frame can be read."""
-    if path.suffix == ".tif":  # of some 16-bit TIFFs Pillow knows nothing
+    if path.suffix == ".tif":  # Pillow does not support some 16-bit TIFFs
         with tifffile.TiffFile(path) as file:
             assert all(page.asarray().size for page in file.pages)
         return

@@ -1,4 +1,4 @@
-"""What is read is RGB, uint8 and upright, or an error that names the file."""
+"""Pictures are read as upright uint8 RGB, or an error names the file."""
 
 import errno
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from dvmsr_jax.images import (
@@ -17,6 +18,7 @@ from dvmsr_jax.images import (
     to_uint8,
     write_png,
 )
+from tests.test_pictures import TWELVE_BITS, TWELVE_SCALED
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_exif_orientation_is_applied(tmp_path, rgb):
     np.testing.assert_array_equal(read_rgb(tmp_path / "turned.png"), np.rot90(rgb, -1))
 
 
-def test_unreadable_files_are_named(tmp_path, rgb, monkeypatch):
+def test_unreadable_files_are_named(tmp_path, rgb):
     whole = tmp_path / "whole.png"
     write_png(whole, rgb)
     truncated = tmp_path / "truncated.png"
@@ -84,9 +86,28 @@ def test_unreadable_files_are_named(tmp_path, rgb, monkeypatch):
         with pytest.raises(ImageError, match=f"^{re.escape(str(tmp_path / name))}: "):
             read_rgb(tmp_path / name)
 
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ImageError, match=r"whole\.png: .*decompression bomb"):
-        read_rgb(whole)
+
+def test_training_pictures_are_read_as_others_are(tmp_path):
+    """Only upscale.py's formats are open: with Pillow's others, an EPS would run Ghostscript."""
+    deep = np.random.default_rng(1).integers(0, 2**16, (5, 7, 4), np.uint16)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(ImageError, match=r"a\.png: is not a PNG, JPEG"):
+        read_rgb(path)
+    Image.fromarray(deep[:, :, 0].astype(np.uint8)).save(path, "PPM")
+    with pytest.raises(ImageError, match=r"a\.png: is not a PNG, JPEG"):
+        read_rgb(path)
+
+    path = tmp_path / "a.tif"
+    scaled = np.rint(deep / 257).astype(np.uint8)
+    tifffile.imwrite(path, deep, photometric="rgb", extrasamples=["unassalpha"])
+    np.testing.assert_array_equal(read_rgb(path), scaled[:, :, :3])
+    tifffile.imwrite(path, deep[:, :, 0], photometric="miniswhite")
+    inverted = np.rint((65535 - deep[:, :, :1]) / 257).astype(np.uint8)
+    np.testing.assert_array_equal(read_rgb(path), np.repeat(inverted, 3, axis=2))
+    path.write_bytes(TWELVE_BITS)
+    grey = np.rint(TWELVE_SCALED / 257).astype(np.uint8)
+    np.testing.assert_array_equal(read_rgb(path), np.repeat(grey, 3, axis=2))
 
 
 def test_find_images(tmp_path):
@@ -104,8 +125,36 @@ def test_find_images(tmp_path):
             find_images(folder)
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("in/a.png", "in/sub/b.png", "elsewhere/c.png", "outside.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    folder = tmp_path / "in"
+    for name, target in (
+        *(("in/1_again", "in/sub"), ("in/2_loop", "in"), ("in/3_up", ""), ("in/gone", "nowhere")),
+        *(("in/link", "elsewhere"), ("in/link2", "elsewhere"), ("elsewhere/back", "in")),
+    ):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    found = [path.relative_to(folder).as_posix() for path in find_images(folder)]
+    assert found == ["a.png", "link/c.png", "sub/b.png"]
+    (tmp_path / "entry").symlink_to(folder)
+    assert len(find_images(tmp_path / "entry")) == 3
+
+
+def test_pictures_of_kinds_that_are_not_read_are_reported(tmp_path):
+    for name in ("a.png", "b.avif", "c.HEIC", "d.jp2", "e.dng", "f.jxl", "notes.txt"):
+        (tmp_path / name).touch()
+    reported = {}
+    found = find_images(tmp_path, on_error=lambda path, error: reported.update({path.name: error}))
+    assert [path.name for path in found] == ["a.png", "b.avif", "c.HEIC"]
+    assert sorted(reported) == ["d.jp2", "e.dng", "f.jxl"]
+    assert re.search(r"d\.jp2: JPEG 2000 is not read; convert it", str(reported["d.jp2"]))
+    with pytest.raises(ImageError, match="is not read"):
+        find_images(tmp_path)
+
+
 def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
-    """Root can read them all, so the system's call is replaced."""
+    """os.scandir is replaced, since root can read every folder."""
     for name in ("a.png", "locked/b.png", "open/c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

@@ -1,10 +1,13 @@
-"""What is read of picture files: pixels as they are, upright, and what belongs to them."""
+"""Picture files are read with exact pixels, upright, and with their metadata."""
 
 import io
 import os
 import struct
+import sys
 import tracemalloc
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms
 
 from dvmsr_jax.images import ImageError
+from dvmsr_jax.pictures import batch
 from dvmsr_jax.pictures.metadata import MAIN, Metadata
 from dvmsr_jax.pictures.reading import Picture, from_pillow, to_pillow
 
@@ -35,18 +39,43 @@ def tiff(pixels, **options):
     return file.getvalue()
 
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+
 def png(width, height, depth, colour_type, lines, *, transparent=b""):
-    """Of unfiltered lines of bytes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + zlib.crc32(kind + data).to_bytes(4)
-
+    """A PNG of unfiltered lines of bytes."""
     header = struct.pack(">2I5B", width, height, depth, colour_type, 0, 0, 0)
     chunks = [chunk(b"IHDR", header)]
     if transparent:
         chunks.append(chunk(b"tRNS", transparent))
     data = zlib.compress(b"".join(b"\0" + bytes(line) for line in lines))
     return b"\x89PNG\r\n\x1a\n" + b"".join([*chunks, chunk(b"IDAT", data), chunk(b"IEND", b"")])
+
+
+# One row of four pixels in Adam7's first, fourth and sixth passes.
+INTERLACED = png(4, 1, 8, 0, [[10], [30], [20, 40]])
+INTERLACED = INTERLACED.replace(
+    chunk(b"IHDR", struct.pack(">2I5B", 4, 1, 8, 0, 0, 0, 0)),
+    chunk(b"IHDR", struct.pack(">2I5B", 4, 1, 8, 0, 0, 0, 1)),
+)
+
+
+def twelve_bits(values):
+    """A TIFF of one row of an even number of 12-bit samples."""
+    packed = b"".join(
+        (a << 12 | b).to_bytes(3) for a, b in zip(values[::2], values[1::2], strict=True)
+    )
+    tags = [(256, len(values)), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1)]
+    tags += [(278, 1), (279, len(packed))]
+    directory = b"".join(struct.pack("<2HI2H", tag, 3, 1, value, 0) for tag, value in tags)
+    start = b"II*\0" + (8 + len(packed)).to_bytes(4, "little") + packed
+    return start + len(tags).to_bytes(2, "little") + directory + bytes(4)
+
+
+TWELVE_BITS = twelve_bits([0, 1000, 2000, 4095])
+TWELVE_SCALED = np.rint(np.array([0, 1000, 2000, 4095]) * (65535 / 4095)).astype(np.uint16)
+TWELVE_SCALED = TWELVE_SCALED.reshape(1, 4, 1)
 
 
 def only_frame(data):
@@ -263,7 +292,7 @@ def test_pages():
 
 
 def test_memory_of_reading(tmp_path, monkeypatch):
-    """Pixels are held once, and what Pillow has decoded is freed with the last frame."""
+    """Pixels are held once, and Pillow's copy is freed with the last frame."""
     opened = []
 
     def keep(*arguments):
@@ -300,8 +329,8 @@ def test_what_is_no_picture_is_named(tmp_path):
 
     files = {
         "empty.png": (b"", "is empty"),
-        "text.png": (b"no picture", "is no PNG, JPEG"),
-        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no PNG, JPEG"),
+        "text.png": (b"no picture", "is not a PNG, JPEG"),
+        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a PNG, JPEG"),
         "half.png": (half("PNG"), "cannot be read"),
         "half.jpg": (half("JPEG"), "truncated"),
         "half.gif": (half("GIF"), "truncated"),
@@ -318,7 +347,7 @@ def test_what_is_no_picture_is_named(tmp_path):
     with pytest.raises(ImageError, match=r"missing\.png: no such file"):
         Picture(tmp_path / "missing.png")
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ImageError, match=r"pipe\.png: is no regular file"):
+    with pytest.raises(ImageError, match=r"pipe\.png: not a regular file"):
         Picture(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="standard input: is empty"):
         Picture(b"")
@@ -339,15 +368,206 @@ def test_size_is_checked_before_decoding(form, monkeypatch):
 def test_frames_count_together(form):
     first, *others = (Image.new("RGB", (200, 100), colour) for colour in ("red", "lime", "blue"))
     data = saved(first, form, save_all=True, append_images=others)
-    assert len(Picture(data, max_pixels=60_000)) == 3
+    assert len(Picture(data, max_pixels=80_000)) == 3  # of 4 bytes a pixel, which count as RGB
     with pytest.raises(ImageError, match=r"megapixels.*--max-megapixels"):
-        Picture(data, max_pixels=59_998)
+        Picture(data, max_pixels=79_998)
     pages = saved(first, "TIFF", save_all=True, append_images=others)
     assert len(Picture(pages, max_pixels=20_000)) == 3
 
 
+def test_bytes_are_limited_and_not_pixels_alone(monkeypatch):
+    """A 49 kB file may claim 201 megapixels of 16-bit RGBA, which take 1.6 GB."""
+    deep = {"photometric": "rgb", "compression": "zlib", "extrasamples": ["unassalpha"]}
+    claims = tiff(np.zeros((100, 200, 4), np.uint16), **deep)
+    claims_png = png(200, 100, 16, 6, [bytes(200 * 8)] * 100)
+    monkeypatch.setattr(Image.Image, "load", None)
+    for data in (claims, claims_png):
+        assert len(Picture(data, max_pixels=54_000)) == 1  # 20,000 * 8 bytes / 3
+        with pytest.raises(ImageError, match=r"megapixels of 8-bit RGB.*--max-megapixels"):
+            Picture(data, max_pixels=53_000)
+
+
+def test_threads_share_pillows_limit(tmp_path):
+    """The limit and the filters of warnings are restored afterwards."""
+    path = tmp_path / "a.png"
+    path.write_bytes(saved(np.tile(RGB, (30, 30, 1)), "PNG"))
+    before = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        for frames in pool.map(lambda _: list(Picture(path).frames()), range(100)):
+            assert len(frames) == 1
+    assert before == (Image.MAX_IMAGE_PIXELS, warnings.filters)
+
+
+@pytest.mark.parametrize("kind", ["still", "interlaced", "animation"])
+def test_every_flipped_bit_in_a_png_is_found(kind):
+    """Flips bits in the signature and all chunks, and truncates the file everywhere."""
+    image = Image.fromarray(RGB)
+    if kind == "animation":
+        others = {"append_images": [image.rotate(180)], "duration": [50, 60]}
+        data = saved(image, "PNG", save_all=True, **others)
+    elif kind == "still":
+        data = saved(image, "PNG", dpi=(72, 72), icc_profile=SRGB[:200])
+    else:
+        data = INTERLACED
+    assert len(list(Picture(data).frames())) == (2 if kind == "animation" else 1)
+    flipped = (
+        data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :]
+        for i in range(len(data))
+        for bit in range(0, 8, 3)
+    )
+    for other in (*flipped, *(data[:end] for end in range(len(data)))):
+        with pytest.raises(ImageError, match="standard input: "):
+            list(Picture(other).frames())
+
+
+def test_pngs_whose_chunks_are_whole_and_pixels_are_not():
+    lines = [b"\0" + bytes(line) for line in RGB.reshape(5, -1)]
+    whole = zlib.compress(b"".join(lines))
+    for pixels, damage in (
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "damaged.*incorrect data check"),
+        (whole[:-4], "the checksum of its pixels is missing"),
+        (zlib.compress(b"".join(lines[:3])), "rows of pixels are missing"),
+    ):
+        data = png(7, 5, 8, 2, RGB.reshape(5, -1))
+        data = data.replace(chunk(b"IDAT", whole), chunk(b"IDAT", pixels))
+        with pytest.raises(ImageError, match=damage):
+            list(Picture(data).frames())
+    data = png(7, 5, 8, 2, RGB.reshape(5, -1))
+    wrong = data.replace(zlib.crc32(b"IDAT" + whole).to_bytes(4), b"oops")
+    with pytest.raises(ImageError, match="the checksum of its chunk IDAT is wrong"):
+        list(Picture(wrong).frames())
+    # Surplus pixels are not damage.
+    surplus = data.replace(
+        chunk(b"IDAT", whole), chunk(b"IDAT", zlib.compress(b"".join(lines) + bytes(99)))
+    )
+    assert_read(surplus, RGB)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("layout", ["strips", "tiles"])
+def test_missing_strips_and_tiles(compression, layout):
+    pixels = np.tile(RGB, (8, 8, 1))
+    where = {"tile": (16, 16)} if layout == "tiles" else {"rowsperstrip": 8}
+    data = tiff(pixels, photometric="rgb", compression=compression, **where)
+    assert_read(data, pixels)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages[0]
+        offsets = page.tags["TileOffsets" if layout == "tiles" else "StripOffsets"]
+        sizes = page.tags["TileByteCounts" if layout == "tiles" else "StripByteCounts"]
+    number = offsets.count
+    for tag in (offsets, sizes):
+        half = bytearray(data)
+        width = {3: 2, 4: 4}[tag.dtype]
+        for i in range(number // 2, number):
+            half[tag.valueoffset + width * i : tag.valueoffset + width * (i + 1)] = bytes(width)
+        with pytest.raises(
+            ImageError, match=rf"{number - number // 2} of its {number} {layout} are missing"
+        ):
+            list(Picture(bytes(half)).frames())
+    fewer = bytearray(data)  # the directory lists the first half only
+    for tag in (offsets, sizes):
+        fewer[tag.offset + 4 : tag.offset + 8] = (number // 2).to_bytes(4, "little")
+    with pytest.raises(ImageError, match=rf"of its {number} {layout} are missing"):
+        list(Picture(bytes(fewer)).frames())
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_gif_frames_are_cleared_to_transparent(mode):
+    """This is what viewers do, without a declared transparent colour too."""
+    frames = []
+    for colour, place in (("red", (0, 0, 4, 6)), ("lime", (4, 0, 8, 6)), ("blue", (2, 2, 6, 4))):
+        frame = Image.new("RGB", (8, 6), "black")
+        frame.paste(colour, place)
+        frames.append(frame.convert(mode))
+    data = bytearray(saved(frames[0], "GIF", save_all=True, append_images=frames[1:], disposal=2))
+    places, start = [], 0
+    while (start := data.find(b"\x21\xf9\x04", start) + 1) > 0:
+        data[start + 2] &= ~1  # no transparent colour
+        places.append(start)
+    start, placed = 0, 0
+    while (start := data.find(b",\0\0\0\0\x08\0\x06\0", start) + 1) > 0:
+        if placed:  # later frames are the four columns on the right
+            data[start : start + 8] = struct.pack("<4H", 4, 0, 4, 6)
+        placed += 1
+    assert len(places) == 3
+    assert placed == 3
+    first, second, third = (frame.pixels for frame in Picture(bytes(data)).frames())
+    assert (first[:, :, 3] == 255).all()
+    for later in (second, third):
+        assert later.shape == (6, 8, 4)
+        assert (later[:, :4, 3] == 0).all()
+        assert (later[:, 4:, 3] == 255).all()
+
+
+def test_avif():
+    smooth = np.asarray(Image.linear_gradient("L").resize((40, 30)).convert("RGB"))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    pixels = only_frame(saved(smooth, "AVIF", quality=100, exif=exif)).pixels
+    assert np.abs(pixels.astype(int) - np.rot90(smooth, -1)).max() <= 3
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime")]
+    picture = Picture(saved(frames[0], "AVIF", save_all=True, append_images=frames[1:]))
+    assert picture.is_animation
+    assert [frame.pixels[8, 8].argmax() for frame in picture.frames()] == [0, 1]
+
+
+def test_heic_takes_another_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "a.heic"
+    path.write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(99))
+    with pytest.raises(ImageError, match=r"a\.heic: is HEIC.*pip install pillow-heif"):
+        Picture(path)
+
+
+def test_heic():
+    heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif, which is optional")
+    smooth = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    contents = io.BytesIO()
+    heif.from_pillow(smooth).save(contents, quality=-1)
+    pixels = only_frame(contents.getvalue()).pixels
+    assert np.abs(pixels.astype(int) - np.asarray(smooth)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(".jp2", "JPEG 2000"), (".JXL", "JPEG XL"), (".nef", "camera raw")]
+)
+def test_kinds_that_are_not_read(tmp_path, suffix, kind):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(saved(RGB, "TIFF"))  # as raw files are, whose first page is a preview
+    with pytest.raises(ImageError, match=f"a{suffix}: {kind} is not read; convert it to PNG"):
+        Picture(path)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*"])
+def test_no_picture_of_a_folder_is_left_out_in_silence(tmp_path, monkeypatch, pattern):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for name in ("a.png", "b.avif", "c.heic", "d.jp2", "e.nef", "notes.txt", "link/f.gif"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "in" / "link").rename(tmp_path / "elsewhere")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    jobs = batch.plan([f"{tmp_path}/in{pattern}"], None, scale=4.0, suffix=None)
+    failed = {job.source.name: job.what for job in jobs if isinstance(job, batch.Outcome)}
+    assert {name: what.split()[0] for name, what in failed.items()} == {
+        "d.jp2": "JPEG",
+        "e.nef": "camera",
+    }
+    files = ["a.png", "b.avif", "c.heic"]
+    planned = [job.source.name for job in jobs if isinstance(job, batch.Job)]
+    assert planned == (files if pattern else [*files, "f.gif"])
+
+
+def test_a_link_to_the_output_folder_is_left_out(tmp_path):
+    for name in ("in/a.png", "out/link/a_x4.png", "out/b_x4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    jobs = batch.plan([f"{tmp_path}/in"], f"{tmp_path}/out", scale=4.0, suffix=None)
+    assert [job.source for job in jobs] == [tmp_path / "in" / "a.png"]
+
+
 def test_frames_that_are_only_claimed():
-    """Counting them takes neither time nor memory."""
+    """Counting claimed frames takes neither time nor memory."""
     still = png(1, 1, 8, 2, [[1, 2, 3]])
     claim = b"acTL" + struct.pack(">2I", 2**30, 0)
     chunk = struct.pack(">I", 8) + claim + zlib.crc32(claim).to_bytes(4)
@@ -368,3 +588,16 @@ def test_pillow_images():
         to_pillow(DEEP)
     with pytest.raises(ImageError, match="32-bit"):
         from_pillow(Image.new("F", (3, 3)))
+    with pytest.raises(ImageError, match="no pixels: its size is 0x0"):
+        from_pillow(Image.new("RGB", (0, 0)))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_pillow_images_of_white_is_zero_and_12_bit_tiffs(loaded):
+    inverted = tiff(DEEP[:, :, 0], photometric="miniswhite")
+    for data, expected in ((inverted, 65535 - DEEP[:, :, :1]), (TWELVE_BITS, TWELVE_SCALED)):
+        assert_read(data, expected)
+        with Image.open(io.BytesIO(data)) as image:
+            if loaded:
+                image.load()
+            np.testing.assert_array_equal(from_pillow(image).pixels, expected)

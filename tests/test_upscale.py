@@ -526,7 +526,7 @@ def test_pipes(weights, monkeypatch):
     result = subprocess.run(command, input=b"no picture", capture_output=True)
     assert result.returncode == 1
     assert not result.stdout
-    assert b"failed: -: is no PNG" in result.stderr
+    assert b"failed: -: is not a PNG" in result.stderr
 
 
 def exif_with(*entries):

@@ -289,11 +289,14 @@ def _find(
     elif _PATTERN.search(name) and not os.path.exists(path):
         root = Path(*itertools.takewhile(lambda part: not _PATTERN.search(part), path.parts))
         matches = map(Path, glob.glob(name, recursive=True))
-        found = sorted(
-            file
-            for file in matches
-            if file.suffix.lower() in reading.SUFFIXES and not os.path.isdir(file)
-        )
+        found = []
+        for file in sorted(file for file in matches if not os.path.isdir(file)):
+            try:
+                reading.check_is_read(file)
+            except UserError as error:
+                fail(file, error)
+            if file.suffix.lower() in reading.SUFFIXES:
+                found.append(file)
         if not found:
             raise UserError(f"{name}: matches no picture")
     else:
@@ -301,7 +304,8 @@ def _find(
         return
     # In the output there are earlier results, unless it is what they are to be taken from.
     out = leave_out and Path(os.path.realpath(leave_out))
-    inside = out is not None and Path(os.path.realpath(root)) in out.parents
+    real_root = Path(os.path.realpath(root))
+    inside = out is not None and out not in (real_root, *real_root.parents)
     for file in found:
         folder = Path(os.path.realpath(file.parent))
         if not (inside and out in (folder, *folder.parents)):

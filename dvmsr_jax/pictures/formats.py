@@ -65,10 +65,11 @@ BY_SUFFIX = {
 
 
 def default_suffix(picture: Picture) -> str:
-    """PNG for one frame; several stay what they are."""
+    """PNG for one frame; several stay what they are, or become PNG if that is only read."""
     if len(picture) == 1:
         return ".png"
-    return next(suffix for suffix, form in BY_SUFFIX.items() if form.name == picture.format)
+    same = (suffix for suffix, form in BY_SUFFIX.items() if form.name == picture.format)
+    return next(same, ".png")
 
 
 def check_holds(form: Format, picture: Picture) -> None:

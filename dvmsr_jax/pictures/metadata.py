@@ -1,4 +1,4 @@
-"""What stays with a picture's pixels: ICC profile, DPI, EXIF, an animation's timing."""
+"""Metadata kept with a picture's pixels: ICC profile, DPI, EXIF and an animation's timing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, TiffImagePlugin
 
-# What EXIF says of the scene and of who took it; the rest of its first directory is about layout.
+# Tags that describe the scene and the photographer; others in EXIF's first directory are layout.
 _DESCRIPTIVE_TAGS = [
     ExifTags.Base[name]
     for name in (
@@ -16,27 +16,26 @@ _DESCRIPTIVE_TAGS = [
     )
 ]
 
-
 MAIN = 0
 DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What accompanies a frame's pixels."""
+    """The metadata of a frame."""
 
     icc: bytes | None = None
     """ICC profile."""
     dpi: tuple[float, float] | None = None
     """Pixels per inch, horizontally and vertically."""
     exif: Mapping[int, Mapping[int, Any]] = field(default_factory=dict)
-    """What describes the scene: values by tag, by directory (MAIN and those in DIRECTORIES). There
-    is no orientation, no thumbnail, and no empty directory."""
+    """Descriptive values by tag, by directory (MAIN and those in DIRECTORIES), without orientation,
+    thumbnail and empty directories."""
     duration: float = 0.0
-    """Milliseconds for which an animation shows the frame."""
+    """How long an animation shows the frame, in milliseconds."""
 
     def scaled(self, scale: float, height: int, width: int) -> "Metadata":
-        """For the frame enlarged to this size: printed, it is as large as before."""
+        """The metadata of the frame enlarged to this size, with its printed size unchanged."""
         dpi = self.dpi and (self.dpi[0] * scale, self.dpi[1] * scale)
         sizes: dict[int, int] = {
             ExifTags.Base.ExifImageWidth: width,
@@ -49,7 +48,7 @@ class Metadata:
         return Metadata(self.icc, dpi, exif, self.duration)
 
     def exif_bytes(self) -> bytes:
-        """EXIF as it lies in files, starting with "Exif" and two zeros; b"" if there is none."""
+        """EXIF as stored in files, starting with "Exif" and two zeros; b"" if there is none."""
         if not self.exif:
             return b""
         exif = Image.Exif()
@@ -63,9 +62,9 @@ class Metadata:
 def read_metadata(
     image: Image.Image, exif: Mapping[int, Mapping[int, Any]], turned: bool, channels: int
 ) -> Metadata:
-    """Of the current frame, loaded, whose sides change places if it is turned upright.
+    """Reads the metadata of a loaded image's current frame, without damaged or implausible values.
 
-    What is damaged or makes no sense is left out.
+    `turned` swaps the two resolutions. `channels` are those of the decoded pixels.
     """
     icc = image.info.get("icc_profile")
     if image.format == "TIFF":  # `info` may still hold an earlier page's
@@ -75,15 +74,15 @@ def read_metadata(
         icc = None
     try:
         x, y = (float(value) for value in _dpi(image)[:: -1 if turned else 1])
-        dpi = (x, y) if 1 < x < 1e5 and 1 < y < 1e5 else None  # (1, 1) means that none was given
-    except Exception:  # none, or no numbers, or damaged: Pillow reads EXIF unchecked
+        dpi = (x, y) if 1 < x < 1e5 and 1 < y < 1e5 else None  # (1, 1) stands for none
+    except Exception:  # missing, not numbers, or damaged: Pillow does not check EXIF
         dpi = None
     duration = image.info.get("duration", 0)
     return Metadata(icc, dpi, exif, float(duration))
 
 
 def _dpi(image: Image.Image) -> tuple[Any, Any]:
-    """As declared by the format itself or, what is all that WebP has, by EXIF."""
+    """The resolution in the format's own field or, as always in WebP, in EXIF."""
     if "dpi" in image.info:
         return image.info["dpi"]
     exif = image.getexif()
@@ -93,7 +92,7 @@ def _dpi(image: Image.Image) -> tuple[Any, Any]:
 
 
 def read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
-    """What is worth keeping, or nothing if any of it is damaged."""
+    """Reads the descriptive EXIF (see `Metadata.exif`); empty if any of it is damaged."""
     try:
         exif = image.getexif()
         kept: dict[int, dict[int, Any]] = {
@@ -105,20 +104,20 @@ def read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
             kept[ExifTags.IFD.Exif][ExifTags.IFD.Interop] = _keep_bytes(interop)
         kept = {key: _keep_bytes(entries) for key, entries in kept.items() if entries}
         Metadata(exif=kept).exif_bytes()
-    except Exception:  # Pillow reads EXIF unchecked
+    except Exception:  # Pillow does not check EXIF
         return {}
     return kept
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether upright it lies on another side."""
+    """Whether turning the image upright swaps its height and width."""
     return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 class _Text(str):
-    """EXIF's text, of which Pillow makes a character of each byte, and would write ASCII only.
+    """Text in EXIF, written back with its original bytes, whatever their encoding.
 
-    It is written as the bytes that it was, whatever encoding they are in.
+    Pillow decodes each byte to one character, and would write ASCII only.
     """
 
     def encode(self, encoding: str = "latin-1", errors: str = "replace") -> bytes:
@@ -132,5 +131,5 @@ def _keep_bytes(entries: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def tiff_tag(image: Image.Image, tag: int, default: Any) -> Any:
-    """Of a TIFF's current page; the default for other formats."""
+    """The tag's value in a TIFF's current page; the default in other formats."""
     return getattr(image, "tag_v2", {}).get(tag, default)

@@ -1,7 +1,7 @@
-"""Pictures as people have them: what is in a file, frame by frame, and what has to stay with it.
+"""Reads picture files frame by frame, with the metadata to keep.
 
 Pixels are (h, w, channels), uint8 or uint16: 1 channel is grey, 2 grey and alpha, 3 RGB, 4 RGB and
-alpha. Palettes become RGB, bilevel pictures grey, and CMYK and Lab sRGB.
+alpha. Palettes are converted to RGB, bilevel pictures to grey, and CMYK and Lab to sRGB.
 """
 
 import contextlib
@@ -9,34 +9,77 @@ import io
 import math
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
-from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import (
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    ImageOps,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
-from dvmsr_jax import images
-from dvmsr_jax.images import ImageError
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.pictures import integrity
 from dvmsr_jax.pictures.metadata import Metadata, is_turned, read_exif, read_metadata, tiff_tag
 
-SUFFIXES = images.SUFFIXES | {".gif", ".apng"}
-"""What is taken for a picture in a folder, in lower case."""
+STILL_SUFFIXES = frozenset(
+    {
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff"),
+        *(".avif", ".heic", ".heif", ".hif"),
+    }
+)
+"""Suffixes of files that usually hold one picture, in lower case."""
+
+SUFFIXES = STILL_SUFFIXES | {".gif", ".apng"}
+"""Suffixes of all files that are read, in lower case."""
+
+UNREAD = {
+    **dict.fromkeys((".jp2", ".j2k", ".jpf", ".jpx"), "JPEG 2000"),
+    ".jxl": "JPEG XL",
+    **dict.fromkeys(
+        (
+            *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2"),
+            *(".raf", ".pef", ".srw"),
+        ),
+        "camera raw",
+    ),
+}
+"""Suffixes of photographs that are reported and not read, in lower case, with their format."""
 
 MAX_PIXELS = 500_000_000
-"""Default limit of a picture's size, against decompression bombs."""
+"""Default limit of a picture's size, in pixels of 8-bit RGB, against decompression bombs."""
+
+_LIMITED_BYTES = 3  # of such a pixel
 
 Pixels = UInt8[np.ndarray, "_ _ _"] | UInt16[np.ndarray, "_ _ _"]
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 Image.init()  # open() with a list of formats does not load their plugins
+
+
+class ImageError(UserError):
+    """A picture, or a folder of them, that cannot be used; the message names it."""
+
+
+def check_is_read(path: str | os.PathLike[str]) -> None:
+    """Raises ImageError, naming the file, if its suffix is one of UNREAD."""
+    kind = UNREAD.get(os.path.splitext(path)[1].lower())
+    if kind is not None:
+        raise ImageError(f"{path}: {kind} is not read; convert it to PNG or TIFF first")
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame of an animation, a page, or the whole picture, upright."""
+    """A frame of an animation, a page of a document, or a whole picture, upright."""
 
     pixels: Pixels
     metadata: Metadata
@@ -44,17 +87,17 @@ class Frame:
 
 @dataclass(frozen=True)
 class BandedFrame:
-    """A frame whose pixels come in bands of rows, from top to bottom."""
+    """A frame whose pixels arrive in bands of rows, from top to bottom."""
 
     shape: tuple[int, int, int]
-    """Of the whole: height, width, channels."""
+    """Height, width and channels of the whole frame."""
     dtype: np.dtype
     """uint8 or uint16."""
     bands: Iterable[Pixels]
     metadata: Metadata
 
     def regrouped(self, rows: int) -> Iterator[Pixels]:
-        """The pixels in bands of this many rows; the last may have fewer."""
+        """Yields the pixels in bands of `rows` rows; the last band may have fewer."""
         held: list[np.ndarray] = []
         for band in self.bands:
             held.append(band)
@@ -69,69 +112,84 @@ class BandedFrame:
 
 
 class Picture:
-    """A file. Its frames are decoded one at a time, when they are asked for.
+    """A picture file, whose frames are decoded lazily, one at a time.
 
     Args:
-        source: path of a PNG, JPEG, WebP, TIFF, BMP or GIF file, or the contents of one. What it
-            is shows in what it holds and not in its name.
-        max_pixels: limit of the size, a page's or that of an animation's frames together, checked
+        source: path of a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file, or the contents of one; also
+            HEIC if pillow-heif is installed. The contents decide which it is, not the name.
+        max_pixels: limit on the size of a page, or of all frames of an animation together. It also
+            limits the decoded bytes, to those of as many pixels of 8-bit RGB. Both are checked
             before anything is decoded.
 
     Raises:
-        ImageError: the file is missing, empty, no picture, damaged or too large; names it.
+        ImageError: the file is missing, empty, damaged, too large or not a picture.
     """
 
     def __init__(self, source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS):
         self._source, self._max_pixels = source, max_pixels
+        if not isinstance(source, bytes):
+            check_is_read(source)
         with self._reading():
             if not isinstance(source, bytes) and not os.path.isfile(source):
                 there = os.path.exists(source)
-                raise ImageError("is no regular file; - reads pipes" if there else "no such file")
-            if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
+                raise ImageError("not a regular file; - reads pipes" if there else "no such file")
+            if not self._length():
                 raise ImageError("is empty")
         with self._reading(), self._open() as image:
-            # MPO is JPEG with more pictures behind it: previews, depth maps and the like.
+            # MPO is JPEG followed by more pictures: previews, depth maps and the like.
             self.format = "JPEG" if image.format == "MPO" else str(image.format)
-            """Pillow's name of it."""
+            """The format's name in Pillow."""
             self._size = image.size
-            count = 1 if self.format == "JPEG" else getattr(image, "n_frames", 1)
+            # HEIC may hold several pictures too, and opens at the primary one.
+            single = self.format in ("JPEG", "HEIF")
             self._frames: Sequence[int]
             self.most_bytes: int
-            """That the pixels of all pages, or of all frames of an animation, may have."""
+            """The most that the pixels of all pages, or of all frames of an animation, can have."""
             if self.format == "TIFF":
-                self._frames, self.most_bytes = _find_pages(image, count)
+                self._frames, page_bytes = _find_pages(image, image.n_frames)  # type: ignore[attr-defined]
+                self.most_bytes = sum(page_bytes)
+                largest = max(page_bytes, default=0)
             else:
                 shown_apart = image.info.get("default_image", False)  # to viewers without APNG
-                self._frames = range(int(shown_apart), count)
+                count = getattr(image, "n_frames", 1)
+                self._frames = [image.tell()] if single else range(int(shown_apart), count)
                 pixels = math.prod(image.size) * len(self._frames)
                 if pixels > max_pixels:  # an animation is held whole, if it is not written to PNG
                     raise Image.DecompressionBombError
-                self.most_bytes = 4 * pixels
+                self.most_bytes = pixels * (4 if self.is_animation else _bytes_per_pixel(image))
+                largest = self.most_bytes
+            if largest > _LIMITED_BYTES * max_pixels:
+                raise Image.DecompressionBombError
             if not self._frames:
-                raise ImageError("holds nothing but thumbnails and masks")
+                raise ImageError("contains only thumbnails and masks")
             self.plays = _plays(image)
-            """How often an animation is shown; 0: forever."""
+            """How many times an animation plays; 0 means forever."""
 
     def __len__(self) -> int:
-        """Number of frames or pages."""
+        """The number of frames or pages."""
         return len(self._frames)
 
     @property
     def is_animation(self) -> bool:
-        """Whether there are several frames, and not pages."""
+        """Whether there are several frames, as opposed to pages."""
         return len(self) > 1 and self.format != "TIFF"
 
-    def frames(self) -> Iterator[Frame]:
-        """Every frame or page. Raises ImageError, naming the file, if one cannot be decoded."""
+    def frames(self) -> Generator[Frame, None, None]:
+        """Yields every frame or page. Raises ImageError if one is damaged."""
         with self._reading():
+            if self.format == "PNG":
+                with self._file() as file:
+                    integrity.check_png(file)
             image = self._open()
         with contextlib.closing(image):
             for i in self._frames:
                 with self._reading():
                     image.seek(i)
+                    if self.format == "TIFF":
+                        integrity.check_tiff(image, self._length())
                     frame = self._read(image, i)
                 if i == self._frames[-1]:
-                    image.close()  # frees what it has decoded, while the frame is used
+                    image.close()  # frees its decoded pixels while the frame is used
                 yield frame
 
     def _read(self, image: Image.Image, i: int) -> Frame:
@@ -139,22 +197,24 @@ class Picture:
         exif, turned = read_exif(image), is_turned(image)
         planes = tiff_tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
         bits = tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, ())
-        if planes and 16 in bits:  # Pillow misreads them
+        if planes and 16 in bits:  # which Pillow misreads
             raise ImageError("16-bit samples in separate planes; save it with interleaved ones")
         if ";16" in rawmode and image.mode in ("RGB", "RGBA") and not self.is_animation:
             pixels = self._read_16_bit(image, i, rawmode)
-        elif self.format == "GIF" and self.is_animation:  # its mode and size change on the way
+        elif self.format == "GIF" and self.is_animation:  # mode and size may change between frames
             width, height = self._size
-            pixels = np.array(image.convert("RGBA"))[:height, :width]
-        elif self.is_animation:  # whose decoder goes on from what it has
+            rgba = image.convert("RGBA")
+            pixels = np.array(rgba)[:height, :width]
+            _clear_disposed(cast(GifImagePlugin.GifImageFile, image), rgba)
+        elif self.is_animation:  # whose decoder needs the image as it is for the next frame
             pixels = _pixels(ImageOps.exif_transpose(image), rawmode)
         else:
             ImageOps.exif_transpose(image, in_place=True)
-            pixels = _pixels(image, rawmode)
+            pixels = _pixels(image, rawmode, white_is_zero=_is_white_zero(image))
         return Frame(pixels, read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
     def _read_16_bit(self, image: Image.Image, i: int, rawmode: str) -> Pixels:
-        """Pillow keeps one byte of such samples, so it is asked once for each."""
+        """Decodes twice, as Pillow keeps one byte of each sample: once the high, once the low."""
 
         def decode(rawmode: str) -> np.ndarray:
             with self._open() as image:
@@ -166,38 +226,57 @@ class Picture:
                     for tile in image.tile  # type: ignore[attr-defined]
                 ]
                 ImageOps.exif_transpose(image, in_place=True)
-                return np.array(image, np.uint16)
+                return _converted(image, image.mode)
 
         samples, _, order = rawmode.partition(";16")
         if samples == "LA":  # as four samples of 8 bits
-            pixels = decode("RGBA")
-            pixels = pixels[:, :, ::2] << 8 | pixels[:, :, 1::2]
+            both = decode("RGBA")
+            pixels, lower = both[:, :, ::2].astype(np.uint16), both[:, :, 1::2]
         else:
             order = {"N": "L" if sys.byteorder == "little" else "B"}.get(order, order)
             straight = samples.replace("a", "A")
             high, low = f"{straight};16{order}", f"{straight};16{'B' if order == 'L' else 'L'}"
-            pixels = decode(high) << 8 | decode(low)
+            pixels, lower = decode(high).astype(np.uint16), decode(low)
+        pixels <<= 8
+        pixels |= lower
         if samples == "RGBa":  # premultiplied
             alpha = np.maximum(pixels[:, :, 3:], 1).astype(np.float32)
             colour = np.minimum(np.rint(pixels[:, :, :3] * (65535 / alpha)), 65535)
             pixels[:, :, :3] = colour.astype(np.uint16)
         return _transparent_colour(pixels, image.info.get("transparency"))
 
-    def _open(self) -> Image.Image:
+    def _file(self) -> io.BufferedIOBase:
         source = self._source
-        return Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, "r", _FORMATS
-        )
+        return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+    def _length(self) -> int:
+        source = self._source
+        return len(source) if isinstance(source, bytes) else os.path.getsize(source)
+
+    def _open(self) -> Image.Image:
+        source = io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source
+        try:
+            return Image.open(source, "r", _FORMATS)
+        except UnidentifiedImageError:
+            with self._file() as file:
+                start = file.read(12)
+            if start[4:8] != b"ftyp" or start[8:] not in _HEIC_BRANDS:
+                raise
+            try:
+                import pillow_heif
+            except ImportError as error:
+                raise ImageError(
+                    "is HEIC, which needs an optional library: pip install pillow-heif"
+                ) from error
+            pillow_heif.register_heif_opener()
+            return Image.open(source, "r", ("HEIF",))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Whatever Pillow trips over becomes an ImageError that names the file."""
+        """Turns any exception of Pillow into an ImageError that names the file."""
         name = "standard input" if isinstance(self._source, bytes) else self._source
-        limit = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = self._max_pixels // 2  # from there on it warns
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _lenient_pillow(self._max_pixels):
                 yield
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from error
@@ -206,35 +285,63 @@ class Picture:
         except Image.DecompressionBombError as error:
             megapixels = self._max_pixels / 1e6
             raise ImageError(
-                f"{name}: has more than {megapixels:g} megapixels; if you trust it, raise the limit"
-                " (--max-megapixels)"
+                f"{name}: takes more memory than {megapixels:g} megapixels of 8-bit RGB; if you"
+                " trust it, raise the limit (upscale.py --max-megapixels)"
             ) from error
         except UnidentifiedImageError as error:
-            kinds = "PNG, JPEG, WebP, TIFF, BMP or GIF"
+            kinds = "PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
             raise ImageError(
-                f"{name}: is no {kinds} picture, or is damaged, or of a rare kind"
+                f"{name}: is not a {kinds} picture, or is damaged or of a rare kind"
             ) from error
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"{name}: cannot be read ({reason})") from error
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+
+
+_lenient_lock, _lenient_undo = threading.Lock(), contextlib.ExitStack()
+_lenient_count = 0
+
+
+@contextlib.contextmanager
+def _lenient_pillow(max_pixels: int) -> Iterator[None]:
+    """Sets Pillow's size limit and silences warnings.
+
+    Both are global to the process: of several threads that read at once, the first sets them and
+    the last restores them.
+    """
+    global _lenient_count
+    with _lenient_lock:
+        if not _lenient_count:
+            _lenient_undo.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            _lenient_undo.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            Image.MAX_IMAGE_PIXELS = max_pixels // 2  # above it Pillow warns, above twice it raises
+        _lenient_count += 1
+    try:
+        yield
+    finally:
+        with _lenient_lock:
+            _lenient_count -= 1
+            if not _lenient_count:
+                _lenient_undo.close()
 
 
 def from_pillow(image: Image.Image) -> Frame:
-    """The current frame of a Pillow image, which stays as it is.
+    """Copies the current frame of a Pillow image.
 
-    Raises ImageError for 32-bit pixels, whose range nothing tells.
+    Raises ImageError if the image has no pixels, or 32-bit ones, whose range is unknown.
     """
+    if 0 in image.size:
+        raise ImageError(f"the image has no pixels: its size is {image.width}x{image.height}")
     rawmode = _rawmode(image)  # before the image is loaded
     exif, turned = read_exif(image), is_turned(image)
-    upright = ImageOps.exif_transpose(image)
-    pixels = _pixels(upright, rawmode)
+    upright = ImageOps.exif_transpose(image)  # a copy, without a TIFF's tags
+    pixels = _pixels(upright, rawmode, white_is_zero=_is_white_zero(image))
     return Frame(pixels, read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
 
 def to_pillow(pixels: Pixels) -> Image.Image:
-    """A Pillow image. It holds 16 bits of grey only: raises ImageError if there is more."""
+    """Converts pixels to a Pillow image. Raises ImageError for 16-bit pixels that are not grey."""
     if pixels.shape[2] == 1:
         return Image.fromarray(pixels[:, :, 0])
     if pixels.dtype != np.uint8:
@@ -242,8 +349,8 @@ def to_pillow(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _pixels(image: Image.Image, rawmode: str) -> Pixels:
-    """The pixels of a loaded image."""
+def _pixels(image: Image.Image, rawmode: str, white_is_zero: bool = False) -> Pixels:
+    """The pixels of a loaded image. Pillow ignores that zero is white in 16-bit ones."""
     mode = image.mode
     if mode in ("I", "F"):
         raise ImageError("32-bit or signed pixels, of unknown range; save it with 8 or 16 bits")
@@ -252,7 +359,7 @@ def _pixels(image: Image.Image, rawmode: str) -> Pixels:
         pixels = _converted(image, mode).astype(np.uint16, copy=False)[:, :, None]
         if rawmode == "I;12":
             pixels = np.rint(pixels * (65535 / 4095)).astype(np.uint16)
-        if tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0:  # 0 is white
+        if white_is_zero:
             pixels = 65535 - pixels
         return _transparent_colour(pixels, key)
     if mode in ("1", "L"):
@@ -270,7 +377,7 @@ def _pixels(image: Image.Image, rawmode: str) -> Pixels:
 
 
 def _converted(image: Image.Image, mode: str) -> np.ndarray:
-    """np.array(image.convert(mode)), but by rows: Pillow copies thrice on the way there."""
+    """np.array(image.convert(mode)) by rows, since Pillow would make three copies."""
 
     def rows(top: int, bottom: int) -> np.ndarray:
         return np.asarray(image.crop((0, top, image.width, bottom)).convert(mode))
@@ -288,7 +395,7 @@ _CONVERTED = 2**18  # pixels at a time
 
 
 def _transparent_colour(pixels: Pixels, colour: Any) -> Pixels:
-    """With alpha 0 where pixels have the one colour that PNG and GIF can declare transparent."""
+    """Adds an alpha channel that is 0 for the one colour that PNG and GIF can make transparent."""
     if colour is None:
         return pixels
     maximum = np.iinfo(pixels.dtype).max
@@ -297,7 +404,7 @@ def _transparent_colour(pixels: Pixels, colour: Any) -> Pixels:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """By the image's profile if it has one that is intact, and otherwise by Pillow's formula."""
+    """Converts by the image's profile, or by Pillow's formula if it has none that is intact."""
     srgb = ImageCms.createProfile("sRGB")
     try:
         if image.mode == "LAB":
@@ -310,16 +417,42 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
 
 
+def _is_white_zero(image: Image.Image) -> bool:
+    return tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0
+
+
+def _clear_disposed(image: GifImagePlugin.GifImageFile, rgba: Image.Image) -> None:
+    """Makes Pillow clear a frame that is disposed of to transparent, as viewers do.
+
+    Without a declared transparent colour, Pillow would fill it with the background colour. On its
+    way to the next frame it pastes `image.dispose` into `image.im` at `image.dispose_extent`.
+    """
+    if image.disposal_method == 2 and image.dispose is not None and image.dispose_extent:
+        left, top, right, bottom = image.dispose_extent
+        image.im, image._mode = rgba.im, "RGBA"
+        image.info.pop("transparency", None)
+        image.dispose = Image.new("RGBA", (right - left, bottom - top)).im
+
+
+def _bytes_per_pixel(image: Image.Image) -> int:
+    """The bytes of a decoded pixel, in formats other than TIFF."""
+    samples = 3 if image.mode == "P" else len(image.getbands())
+    samples += "transparency" in image.info
+    return samples * (2 if "16" in _rawmode(image) + image.mode else 1)
+
+
 def _rawmode(image: Image.Image) -> str:
-    """How the decoder is told that a file's pixels lie."""
+    """The layout of a file's pixels, in Pillow's terms; "" if the image is loaded already."""
+    if tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, ()) == (12,):
+        return "I;12"  # of a loaded image too
     for tile in getattr(image, "tile", ()):
         return tile.args if isinstance(tile.args, str) else str(tile.args and tile.args[0])
     return ""
 
 
-def _find_pages(image: Image.Image, count: int) -> tuple[list[int], int]:
-    """Which of a TIFF's images are pages, and how many bytes their pixels may have."""
-    pages, most_bytes = [], 0
+def _find_pages(image: Image.Image, count: int) -> tuple[list[int], list[int]]:
+    """The indices of a TIFF's pages, and the most bytes that the pixels of each can have."""
+    pages, page_bytes = [], []
     for i in range(count):
         image.seek(i)
         if tiff_tag(image, 254, 0) & 0b101:  # a thumbnail or a mask
@@ -329,12 +462,12 @@ def _find_pages(image: Image.Image, count: int) -> tuple[list[int], int]:
         if tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 3:  # a palette
             samples += 2
         deep = max(tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, (1,)), default=1) > 8
-        most_bytes += math.prod(image.size) * samples * (2 if deep else 1)
-    return pages, most_bytes
+        page_bytes.append(math.prod(image.size) * samples * (2 if deep else 1))
+    return pages, page_bytes
 
 
 def _plays(image: Image.Image) -> int:
     loop = image.info.get("loop", 1 if image.format == "PNG" else None)
-    if image.format == "GIF":  # counts repetitions, and says nothing if there are none
+    if image.format == "GIF":  # which counts repetitions, and has no field if there are none
         loop = 1 if loop is None else loop + (loop > 0)
     return int(loop or 0)
