@@ -1,4 +1,4 @@
-"""Measurements: inference, loader, scan and training print tables and the machine that they ran on.
+"""Benchmarks: `inference`, `loader`, `scan` and `training` print tables and a line on the machine.
 
-`crops` makes a picture of the shipped weights' results; the other modules serve these.
+`crops` makes a picture of results with the included weights; the other modules are helpers.
 """

@@ -1,6 +1,6 @@
-"""Parts of photographs, bicubic | ours | HR: `python -m benchmarks.crops docs/crops.png`.
+"""Crops of photographs, bicubic | ours | HR: `python -m benchmarks.crops docs/crops.png`.
 
-The photographs come with scikit-image; none of them was trained on.
+The photographs come with scikit-image. None of them was used in training.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from dvmsr_jax.evaluation import comparison, sample_benchmark
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 
-# Rows and columns, in HR, where the crops begin.
+# First row and column of each crop, in HR pixels.
 CROPS = {"astronaut": (40, 120), "chelsea": (60, 110), "coffee": (60, 200)}
 SIZE = 160
 

@@ -1,9 +1,9 @@
-"""The GPU part of `python -m benchmarks.scan --gpu`: the Triton form against what the GPU allows.
+"""`python -m benchmarks.scan --gpu`: the Triton kernels compared with the limits of the GPU.
 
 The floor of a pass is the larger of two times: its bytes over the GPU's memory bandwidth, and its
 exponentials over the rate of its special-function units. Bytes are those of every input, read once,
-and of every output, written once (a backward pass reads the inputs again); exponentials are
-b l d n a pass, the decays. What the chunks' border states, softplus and silu cost is overhead.
+and of every output, written once (a backward pass reads the inputs again). Exponentials are the
+decays, b l d n per pass. The chunks' border states, softplus and silu are overhead.
 """
 
 import functools
@@ -26,15 +26,15 @@ TYPES = (jnp.float32, jnp.bfloat16)
 BASELINES: tuple[Implementation, ...] = ("chunked", "associative")
 COLUMNS = ("b", "l", "d", "type", "pass", "time", "TB/s", "Texp/s", "floor")
 
-# Calls are queued in batches of about this many seconds; the median batch counts.
+# Calls are queued in batches of about this many seconds; the median over the batches is reported.
 BATCH_SECONDS = 0.05
 BATCHES = 7
-# Of this many calls the host's time is taken, too few for any queue to fill and hold the host up;
-# if it is this part of the GPU's, the host may be what was timed.
+# The host's time is measured over this many calls, too few to fill a queue and block the host. If
+# it is more than this share of the GPU's time, the measurement may be of the host.
 UNHINDERED = 8
 HOST_BOUND = 0.8
-SPECIAL_FUNCTIONS_A_CLOCK = 16  # of a multiprocessor, from compute capability 8.0 to 10.0
-DEFAULT_CLOCK = 1.98e9  # Hz, the highest of H100 and H200
+SPECIAL_FUNCTIONS_A_CLOCK = 16  # per multiprocessor, for compute capabilities 8.0 to 10.0
+DEFAULT_CLOCK = 1.98e9  # Hz, the maximum of H100 and H200
 
 
 def print_times(
@@ -42,7 +42,7 @@ def print_times(
     channels: Iterable[int],
     implementations: tuple[Implementation, ...],
 ) -> None:
-    """Time of each size (b, l), d, type and pass; its ratios to the floor and to other forms."""
+    """Prints the time of each size (b, l), d, type and pass, and its ratios to floor and others."""
     bandwidth, clock = copy_bandwidth(), highest_clock()
     exponentials = jax.devices()[0].core_count * SPECIAL_FUNCTIONS_A_CLOCK * clock
     print(
@@ -68,14 +68,14 @@ def compare(
     bandwidth: float,
     exponentials: float,
 ) -> Iterator[list[str]]:
-    """The table's rows for inputs of these sizes and this type."""
+    """Yields the table's rows for inputs of these sizes and this type."""
     inputs = make_inputs(l, d, b=b, dtype=dtype)
     arrays, weights = inputs
     n = arrays["A"].shape[1]
     read = sum(x.nbytes for x in arrays.values())
     passes = {
         "forward": (forward, 1, read + weights.nbytes),
-        # Besides, all inputs and y's gradient are read, and all inputs' gradients written.
+        # Also reads all inputs and y's gradient, and writes all inputs' gradients.
         "forward+backward": (forward_backward, 2, 3 * read + 2 * weights.nbytes),
     }
     for name, (function, scans, moved) in passes.items():
@@ -112,7 +112,7 @@ def compare(
 
 
 def noting_lack_of_memory(measure: Callable) -> Callable:
-    """A measurement that returns "out of memory" where JAX or PyTorch raises that."""
+    """Makes a measurement return "out of memory" where JAX or PyTorch raises it."""
 
     @functools.wraps(measure)
     def measure_or_note(*args, **options):
@@ -127,16 +127,18 @@ def noting_lack_of_memory(measure: Callable) -> Callable:
 
 
 class HostBound(float):
-    """Seconds of a call that the GPU may have waited for."""
+    """Seconds of a call during which the GPU may have waited for the host."""
 
 
 @noting_lack_of_memory
 def queued_seconds(call: Callable, wait: Callable) -> float | str:
-    """The time of a call among many in the queue, so that the GPU does not wait for the host, and
-    HostBound if it may have done all the same; or why there is none."""
+    """Seconds per call, with many calls in the queue so that the GPU does not wait for the host.
+
+    HostBound if it may have waited nevertheless; "out of memory" if there is no measurement.
+    """
 
     def seconds_of(calls):
-        """(a call's time on the host, its time until all have run)."""
+        """(seconds per call until all are queued, seconds per call until all have run)."""
         start = time.perf_counter()
         for _ in range(calls):
             out = call()
@@ -147,14 +149,14 @@ def queued_seconds(call: Callable, wait: Callable) -> float | str:
     wait(call())
     calls = max(1, math.ceil(BATCH_SECONDS / seconds_of(1)[1]))
     seconds = statistics.median(seconds_of(calls)[1] for _ in range(BATCHES))
-    if calls == 1:  # so long that no host is in the way
+    if calls == 1:  # so long that the host does not matter
         return seconds
     host = statistics.median(seconds_of(UNHINDERED)[0] for _ in range(BATCHES))
     return HostBound(seconds) if host > HOST_BOUND * seconds else seconds
 
 
 def copy_bandwidth() -> float:
-    """Bytes that the GPU reads and writes a second, in a map over 2 GiB."""
+    """Bytes per second that the GPU reads and writes in a map over 2 GiB."""
     x = jnp.zeros(2**29, jnp.float32)
     seconds = queued_seconds(functools.partial(jax.jit(lambda x: x + 1), x), jax.block_until_ready)
     assert isinstance(seconds, float), seconds
@@ -162,7 +164,7 @@ def copy_bandwidth() -> float:
 
 
 def highest_clock() -> float:
-    """The clock of the GPU's multiprocessors in Hz, as high as it goes."""
+    """The maximum clock of the GPU's multiprocessors, in Hz."""
     if shutil.which("nvidia-smi") is None:
         return DEFAULT_CLOCK
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "-i", "0"]
@@ -172,7 +174,7 @@ def highest_clock() -> float:
 
 @noting_lack_of_memory
 def mamba_ssm_seconds(inputs, *, backward: bool) -> float | str:
-    """The time of the CUDA original on the same arrays, in its layout, channels before tokens."""
+    """Seconds of the original CUDA scan on the same arrays, with channels before tokens."""
     import torch
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 

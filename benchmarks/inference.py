@@ -1,12 +1,12 @@
 """Time and memory of upscaling with the paper's student: `python -m benchmarks.inference`.
 
-Every case runs in a process of its own. `first` is the first call, compiling included; `seconds` is
-the median of those after it and, in parentheses, how many times faster than with the `associative`
-scan that is. Megapixels are those that come out. `memory` is the most that the process held (on a
-GPU, that JAX held there) beyond what it holds after its imports. It includes the picture that goes
-in. The one that comes out is held with `whole`, and dropped row by row with `streaming`.
+Every case runs in its own process. `first` is the first call, including compilation. `seconds` is
+the median of the later calls and, in parentheses, how many times faster this is than with the
+`associative` scan. Megapixels are those of the output. `memory` is the peak memory of the process
+(on a GPU, of JAX on the GPU) beyond its memory after the imports. It includes the input picture.
+The output is held in memory with `whole`, and dropped row by row with `streaming`.
 
-JAX chooses the device; `JAX_PLATFORMS=cpu python -m benchmarks.inference` does otherwise.
+JAX chooses the device; `JAX_PLATFORMS=cpu python -m benchmarks.inference` overrides this.
 """
 
 import functools
@@ -37,7 +37,7 @@ from kernels.selective_scan import Implementation, missing
 
 CONFIG = PRESETS["paper"]["student"].model
 BASELINE: Implementation = "associative"
-# A case is repeated at least once, and further until that has taken this long.
+# A case is repeated at least once, and then until the repetitions have taken this long.
 CASE_SECONDS = 4.0
 
 Answer = TypeVar("Answer")
@@ -54,15 +54,15 @@ class How(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What it took."""
+    """Time and memory of a case."""
 
     first: float  # seconds
     seconds: float
-    memory: int | None  # bytes; None where the system does not say
+    memory: int | None  # bytes; None if unknown
 
 
 def measure(width: int, height: int, how: How | TorchModel) -> Result:
-    """Upscales a picture of this size, in this process. Raises UserError for a bad TorchModel."""
+    """Measures one case in this process. Raises UserError for a bad TorchModel."""
     make_upscale: Callable[[], Callable[[np.ndarray], Iterator[np.ndarray]]]
     peak_memory: Callable[[], int | None]
     if isinstance(how, TorchModel):
@@ -101,28 +101,28 @@ def _make_upscale(how: How) -> RgbUpscale:
 
 
 class Surroundings(NamedTuple):
-    """Where a process measures."""
+    """The machine and what it can run."""
 
     machine: str
     platform: str  # JAX's name
-    lacks: tuple[str | None, ...]  # of each scan, what it needs to run
+    lacks: tuple[str | None, ...]  # for each scan, its missing requirement
 
 
 def find_surroundings(scans: tuple[Implementation, ...]) -> Surroundings:
-    """Those of this process."""
+    """The surroundings of this process."""
     lacks = tuple(missing(scan) for scan in scans)
     return Surroundings(machine.describe(), jax.default_backend(), lacks)
 
 
 def apart(function: Callable[..., Answer], *arguments: object) -> Answer:
-    """What the function answers in a process of its own. A TPU admits one at a time."""
+    """Calls the function in a new process. A TPU admits one process at a time."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def measure_apart(width: int, height: int, how: How | TorchModel) -> Result | None:
-    """`measure` in a process of its own; None if that was killed for the memory it took."""
+    """Calls `measure` in a new process; returns None if it ran out of memory."""
     try:
         return apart(measure, width, height, how)
     except BrokenProcessPool:
@@ -134,7 +134,7 @@ def measure_apart(width: int, height: int, how: How | TorchModel) -> Result | No
 
 
 def growth(results: dict[int, float]) -> float:
-    """The x for which seconds grow like pixels^x, from {pixels: seconds}: least squares of logs."""
+    """Fits seconds = c pixels^x to {pixels: seconds} by least squares of logs, and returns x."""
     pixels, seconds = np.log(list(results)), np.log(list(results.values()))
     return float(np.polyfit(pixels, seconds, 1)[0])
 
@@ -156,12 +156,12 @@ def main(
     """Prints time, memory, and the growth of time with the picture, as Markdown tables.
 
     Args:
-        sizes: of the low-resolution picture, WIDTHxHEIGHT or the side of a square.
-        modes: the picture at once, or in bands.
-        precisions: of convolutions and projections.
+        sizes: sizes of the low-resolution picture, WIDTHxHEIGHT or the side of a square.
+        modes: the whole picture at once, or in bands.
+        precisions: types of convolutions and projections.
         scans: implementations of the selective scan (auto: native or triton where they run).
-        torch: FILE.py:CLASS of other x4 models in PyTorch, to be measured too, in float32: classes
-            that are built without arguments and take (1, 3, h, w).
+        torch: other x4 models in PyTorch to measure in float32, as FILE.py:CLASS: classes that are
+            built without arguments and take (1, 3, h, w).
         smoke: a quick run that only shows that everything works.
     """
     if smoke:

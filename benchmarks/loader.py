@@ -1,8 +1,9 @@
-"""Training crops a second, from disk and from device memory: `python -m benchmarks.loader`.
+"""Training crops per second, from disk and from device memory: `python -m benchmarks.loader`.
 
-Beside them stands what the models' steps (forward and backward, float32, without the optimizer)
-consume on this machine's devices. Crops per CPU-second count the time that the process's threads
-computed, so other programs on the machine disturb them little; crops a second need an idle machine.
+For comparison, it also measures how many crops the models' steps (forward and backward, float32,
+without the optimizer) consume on this machine's devices. Crops per CPU-second count the CPU time of
+the process's threads, so that other programs have little influence; crops per second need an idle
+machine.
 """
 
 import tempfile
@@ -32,7 +33,7 @@ COLUMNS = ("", "crops/s", "crops per CPU-second", "cores busy")
 
 
 def make_records(folder: Path, pictures: int) -> None:
-    """Prepares pictures of noise, 64 sub-images each; raw pixels, so noise reads like any other."""
+    """Prepares pictures of noise, 64 sub-images each. Stored raw, noise costs no more."""
 
     def picture(i: int) -> Source:
         def load():
@@ -46,7 +47,7 @@ def make_records(folder: Path, pictures: int) -> None:
 
 
 def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) -> list[str]:
-    """A row of the table; the first `warm_up` batches do not count."""
+    """Measures a row of the table, without the first `warm_up` batches."""
     count = 0
     for i, batch in enumerate(batches):
         if i == warm_up:
@@ -59,7 +60,7 @@ def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) ->
 
 
 def make_step(config: ModelConfig) -> Callable[[dict[str, jax.Array]], Any]:
-    """The gradients of L1 by a model's weights, for a batch."""
+    """Returns a function of a batch: the gradients of L1 by a new model's weights."""
 
     def loss(parameters, batch):
         lr, hr = (batch[name].astype(jnp.float32) / 255 for name in ("lr", "hr"))
@@ -82,8 +83,8 @@ def main(
     """Prints how fast crops are cut, and how fast training consumes them, as a Markdown table.
 
     Args:
-        records: what `python -m dvmsr_jax.data prepare` made. None: 512 sub-images made for this,
-            which the system then has in its page cache.
+        records: a folder made by `python -m dvmsr_jax.data prepare`. None: 512 new sub-images,
+            which are then in the system's page cache.
         workers: numbers of threads that read from disk.
         lr_crop: side of the LR crops.
         batch_size: crops in a batch.

@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on."""
+"""The machine on which a benchmark runs."""
 
 import os
 import platform
@@ -20,23 +20,23 @@ def describe() -> str:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that a program can take without swapping (outside Linux: all there is).
+    """Bytes of host memory that a program can take without swapping (outside Linux: all memory).
 
-    Not sysconf's SC_AVPHYS_PAGES, which leaves out what the kernel would give up from its caches.
+    sysconf's SC_AVPHYS_PAGES would not count caches that the kernel can release.
     """
     available = _proc_field("meminfo", "MemAvailable")
     return int(available.split()[0]) * 1024 if available else _total_memory()
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process has held; on an accelerator, that JAX has held there.
+    """Peak memory of this process in bytes; on an accelerator, of JAX on the accelerator.
 
-    None where the system does not say.
+    None if unknown.
     """
     if jax.default_backend() != "cpu":
         statistics = jax.devices()[0].memory_stats()
         return statistics["peak_bytes_in_use"] if statistics else None
-    # Not getrusage's maximum, which a process starts with from the one that started it.
+    # getrusage's maximum would include that of the parent process.
     peak = _proc_field("self/status", "VmHWM")
     return int(peak.split()[0]) * 1024 if peak else None
 
@@ -46,7 +46,7 @@ def _total_memory() -> int:
 
 
 def _proc_field(file: str, name: str) -> str | None:
-    """The first value of `name` in /proc/`file`; None if it has none, as on other systems."""
+    """The first value of `name` in /proc/`file`; None if there is none, as outside Linux."""
     path = Path("/proc", file)
     lines = path.read_text().splitlines() if path.exists() else []
     fields = (line.partition(":") for line in lines)

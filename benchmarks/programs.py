@@ -1,4 +1,4 @@
-"""What the scan's benchmarks run: calls on random inputs, compiled."""
+"""Compiled calls of the scan on random inputs, for its benchmarks."""
 
 import contextlib
 import statistics
@@ -13,7 +13,7 @@ from benchmarks.table import rounded
 from dvmsr_jax.errors import is_out_of_memory
 from kernels.selective_scan import Implementation, selective_scan
 
-# A program wants to be timed at least MIN_REPETITIONS times, and until that has taken CELL_SECONDS.
+# A program is timed at least MIN_REPETITIONS times, and until that has taken CELL_SECONDS.
 CELL_SECONDS = 2.0
 MIN_REPETITIONS = 2
 
@@ -21,7 +21,7 @@ MIN_REPETITIONS = 2
 def make_inputs(
     l: int, d: int, n: int = 16, b: int = 1, dtype: jnp.dtype = jnp.float32
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """(the arrays of a call, with Mamba's initial A and step sizes; the loss's weights)."""
+    """Returns (arrays of a call, with Mamba's initial A and step sizes; weights of the loss)."""
     keys = iter(jax.random.split(jax.random.key(0), 7))
 
     def normal(channels):
@@ -42,20 +42,20 @@ def make_inputs(
 
 
 def forward(implementation: Implementation, arrays, weights) -> jax.Array:
-    """y; the weights are the loss's alone."""
+    """Returns y. The weights are not used."""
     del weights
     return selective_scan(**arrays, delta_softplus=True, implementation=implementation)
 
 
 def forward_backward(implementation: Implementation, arrays, weights) -> dict[str, jax.Array]:
-    """The gradients of sum(y weights) by every array."""
+    """Returns the gradients of sum(y weights) by every array."""
     return jax.grad(lambda arrays: jnp.sum(forward(implementation, arrays, weights) * weights))(
         arrays
     )
 
 
 class Program:
-    """A function compiled for its inputs, and what was measured of it."""
+    """A function compiled for its inputs, and its measurements."""
 
     def __init__(self, function: Callable, *inputs):
         self.inputs = inputs
@@ -73,12 +73,12 @@ class Program:
                 self.obstacle = f"needs {needed / machine.GIB:.0f} GiB"
 
     def wants_repetition(self) -> bool:
-        """Whether it can run, and has not yet used up the time that a cell gets."""
+        """Whether it can run and has time left."""
         enough = len(self.seconds) >= MIN_REPETITIONS and sum(self.seconds) >= CELL_SECONDS
         return not (self.obstacle or enough)
 
     def repeat(self) -> None:
-        """Times one call, after another that makes memory and caches this program's own again."""
+        """Times one call, after another one that warms up memory and caches."""
         with self._noting_lack_of_memory():
             jax.block_until_ready(self.compiled(*self.inputs))
             start = time.perf_counter()
@@ -95,7 +95,7 @@ class Program:
             self.obstacle = "out of memory"
 
     def time_cell(self, baseline: "Program | None") -> str:
-        """Median time and its ratio to the baseline's, for the table."""
+        """The median time and its ratio to the baseline's, for the table."""
         if self.obstacle:
             return self.obstacle
         seconds = statistics.median(self.seconds)
@@ -105,7 +105,7 @@ class Program:
         return cell
 
     def memory_cell(self, baseline: "Program | None") -> str:
-        """Temporary memory and its ratio to the baseline's, for the table."""
+        """The temporary memory and its ratio to the baseline's, for the table."""
         if self.temp_bytes is None:
             return self.obstacle
         cell = f"{rounded(self.temp_bytes / 2**20)} MiB"

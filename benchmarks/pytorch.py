@@ -1,4 +1,4 @@
-"""Other people's models in PyTorch, to be measured beside this one. PyTorch itself is optional."""
+"""Other models in PyTorch, for comparison. PyTorch itself is optional."""
 
 import importlib.util
 import sys
@@ -13,15 +13,15 @@ from dvmsr_jax.errors import UserError
 
 
 class TorchModel(NamedTuple):
-    """A class of models that enlarge (b, 3, h, w), float32."""
+    """A class of models that upscale (b, 3, h, w), float32."""
 
     place: str
-    """FILE.py:CLASS; it is built without arguments."""
+    """FILE.py:CLASS; the class is instantiated without arguments."""
     device: Literal["cpu", "cuda"]
 
 
 def load_class(model: TorchModel) -> Callable[[], Any]:
-    """The class. Raises UserError if that, its file or PyTorch is missing, or the file fails."""
+    """Imports the class. Raises UserError if its file, it or PyTorch is missing or fails."""
     file, _, name = model.place.rpartition(":")
     if not Path(file).is_file():
         raise UserError(f"{model.place}: expected FILE.py:CLASS of an existing file")
@@ -29,9 +29,9 @@ def load_class(model: TorchModel) -> Callable[[], Any]:
         raise UserError(f"{model.place}: needs PyTorch, which is not installed (pip install torch)")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None:
-        raise UserError(f"{model.place}: {file} is no Python file")
+        raise UserError(f"{model.place}: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(file).parent))  # for what it imports from beside it
+    sys.path.insert(0, str(Path(file).parent))  # for imports from the same folder
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
@@ -43,10 +43,10 @@ def load_class(model: TorchModel) -> Callable[[], Any]:
 def make_upscale(
     model: TorchModel, build: Callable[[], Any]
 ) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
-    """The built model on whole images of (h, w, 3). Raises UserError, now or then, if it fails."""
+    """Builds the model, for whole images (h, w, 3). Raises UserError if it fails, now or later."""
     import torch
 
-    torch.backends.cudnn.allow_tf32 = False  # float32, as ours
+    torch.backends.cudnn.allow_tf32 = False  # float32, like ours
 
     def upscale(image: np.ndarray) -> Iterator[np.ndarray]:
         batch = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
@@ -64,7 +64,7 @@ def make_upscale(
 
 
 def peak_memory(model: TorchModel) -> int | None:
-    """See `machine.peak_memory`; on a GPU, what PyTorch has held there."""
+    """Like `machine.peak_memory`; on a GPU, of PyTorch."""
     if model.device == "cpu":
         return machine.peak_memory()
     import torch

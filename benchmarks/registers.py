@@ -1,4 +1,4 @@
-"""What the Triton kernels take of a GPU's processors, found by compiling them; needs no GPU."""
+"""Registers of the Triton kernels, found by compiling them. Needs no GPU."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ TOKENS = ("u", "delta", "z", "dout", "y", "du", "ddelta", "dz")
 
 
 def print_table() -> None:
-    """Registers a thread of each kernel for each target; bytes spilt to memory, if any, behind."""
+    """Prints each kernel's registers per thread for each target, and the bytes spilt, if any."""
     print_head(["kernel", "type", *(f"sm_{target}" for target in TARGETS)], text=["kernel", "type"])
     for kernel in KERNELS:
         for dtype in ("fp32", "bf16"):
@@ -32,8 +32,10 @@ def print_table() -> None:
 def registers_and_stack(
     kernel: str, target: int, dtype: str, d: int = 120, n: int = 16
 ) -> tuple[int, int]:
-    """(registers a thread, bytes of stack a thread, where registers would be spilt to), for tokens
-    of Triton's type `dtype`, with every option on."""
+    """Returns (registers, bytes of stack) per thread. Registers are spilt to the stack.
+
+    Tokens are of Triton's type `dtype`, and every option is on.
+    """
     function = getattr(triton_kernels, kernel)
     tile_d, tile_n = triton_scan.tile_sizes(d, n)
     constants = {"d": d, "n": n, "TILE_D": tile_d, "TILE_N": tile_n}
@@ -57,7 +59,7 @@ def registers_and_stack(
     }
     cache = triton.knobs.cache
     with cache.scope():
-        # jax_triton, once imported, has emptied the variable that names the folder.
+        # Importing jax_triton empties the variable that names the folder.
         cache.dir = cache.dir or cache.get_triton_dir("cache")
         compiled = triton.compile(
             ASTSource(function, signature, constants, aligned),

@@ -1,7 +1,7 @@
 """Time and memory of every selective scan, side by side: `python -m benchmarks.scan`.
 
 Each cell is a median and, in parentheses, how many times better than `associative` it is. The
-implementations are timed in turn, round after round, so that a noisy machine disturbs them alike.
+implementations are timed in turn, round after round, so that a noisy machine affects them equally.
 Memory is what XLA allocates besides arguments and results.
 """
 
@@ -40,7 +40,7 @@ MAX_ROUNDS = 20
 def compare(
     implementations: tuple[Implementation, ...], l: int, d: int, max_rounds: int
 ) -> Iterator[list[str]]:
-    """The table's rows for l tokens of d channels."""
+    """Yields the table's rows for l tokens of d channels."""
     inputs = make_inputs(l, d)
     passes = []
     for function in (forward, forward_backward):
@@ -73,12 +73,12 @@ def main(
     Args:
         lengths: numbers of tokens, l.
         channels: numbers of channels, d.
-        implementations: which to compare; by default those that run here, or with `gpu` the
-            baselines of the Triton form.
+        implementations: implementations to compare. None: those that run here, or with `gpu` the
+            baselines of the Triton kernels.
         smoke: a quick run that only shows that everything works: l = 256, d = 16, one repetition.
-        gpu: measure the Triton form on an NVIDIA GPU instead, against what the GPU allows.
-        sizes: with `gpu`, numbers of sequences and of tokens of each, b and l in turn.
-        registers: print the registers that the Triton kernels take instead; needs no GPU.
+        gpu: compare the Triton kernels with the limits of an NVIDIA GPU instead.
+        sizes: with `gpu`, pairs of b and l: the number of sequences and the tokens of each.
+        registers: print the registers of the Triton kernels instead; needs no GPU.
     """
     if smoke:
         lengths, channels = (256,), (16,)

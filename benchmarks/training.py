@@ -1,10 +1,10 @@
-"""Speed and memory of training steps: both phases, ways to distil, ways to save memory.
+"""Speed and memory of training steps: both phases, kinds of distillation, ways to save memory.
 
 python -m benchmarks.training
 python -m benchmarks.training --smoke
 
-The steps of a table's rows are taken in turns, so that a busy moment of the machine bears on all of
-them. Pictures are random numbers and weights are untrained, which changes no cost.
+The rows of a table take steps in turn, so that a busy moment of the machine affects all of them.
+Pictures are random numbers and weights are untrained, which does not affect the cost.
 """
 
 import dataclasses
@@ -36,19 +36,19 @@ from dvmsr_jax.training.phases import Run
 from dvmsr_jax.training.step import memory_of
 
 COLUMNS = ("step", "batch", "steps/s", "crops/s", "time", "waits for data", "TFLOP/s", "memory")
-# Parts of a step, in the rows that accumulate.
+# Parts of a step in the rows that accumulate.
 ACCUMULATE = 4
 
 
 class Row(NamedTuple):
-    """A line of a table: its label and what it trains."""
+    """A row of a table: its label and the run to measure."""
 
     label: str
     config: TrainConfig
 
 
 class Runner:
-    """A run whose steps are taken and timed one by one."""
+    """Takes and times the steps of a run one by one."""
 
     def __init__(self, row: Row):
         self.label, self.config = row
@@ -61,7 +61,7 @@ class Runner:
         self._waited: list[float] = []
 
     def step(self) -> None:
-        """One more step."""
+        """Takes and times one step."""
         begin = time.perf_counter()
         batch = next(self._batches)
         self._waited.append(time.perf_counter() - begin)
@@ -69,11 +69,11 @@ class Runner:
         self._seconds.append(time.perf_counter() - begin)
 
     def forget(self) -> None:
-        """Drops the timings so far, of warming up."""
+        """Drops the timings so far, which are of warming up."""
         self._seconds, self._waited = [], []
 
     def flops(self) -> int:
-        """Of a step: three times the forward pass, and once the teacher's if it is run."""
+        """FLOPs of a step: three forward passes, and one of the teacher if it is online."""
         crop = self.config.data.lr_crop
         own = cost(self.config.model, crop, crop)
         total = 3 * (2 * own.macs + own.scan_flops)
@@ -83,7 +83,7 @@ class Runner:
         return total * self.config.data.batch_size
 
     def cells(self, first: "Runner") -> list[str]:
-        """The row, with the time relative to the first row's."""
+        """The row's cells, with the time relative to the first row's."""
         seconds, batch = statistics.median(self._seconds), self.config.data.batch_size
         return [
             self.label,
@@ -98,7 +98,7 @@ class Runner:
 
 
 def phases(student: TrainConfig, teacher: TrainConfig, weights: Path) -> Iterator[Row]:
-    """The student without and with a teacher, and the teacher."""
+    """Yields the student without and with a teacher, and the teacher."""
 
     def taught(**options: Any) -> TrainConfig:
         options = {"teacher": weights, **options}
@@ -111,7 +111,7 @@ def phases(student: TrainConfig, teacher: TrainConfig, weights: Path) -> Iterato
 
 
 def savers(student: TrainConfig) -> Iterator[Row]:
-    """The student without a teacher, its step computed in several ways."""
+    """Yields the student without a teacher, with its step computed in several ways."""
     plain = dataclasses.replace(student, phase="teacher")
     accumulated = dataclasses.replace(plain.optim, accumulate=ACCUMULATE)
     yield Row("float32", plain)
@@ -129,7 +129,7 @@ def savers(student: TrainConfig) -> Iterator[Row]:
 
 
 def measure(rows: Iterator[Row], steps: int) -> None:
-    """Prints a table."""
+    """Measures the rows and prints their table."""
     runners = [Runner(row) for row in rows]
     for runner in runners:
         runner.step()
@@ -142,7 +142,7 @@ def measure(rows: Iterator[Row], steps: int) -> None:
 
 
 def make_pictures(folder: Path, count: int) -> None:
-    """Pictures of random numbers."""
+    """Writes pictures of random numbers."""
     rng = np.random.default_rng(0)
     for i in range(count):
         images.write_png(folder / f"{i}.png", rng.integers(0, 256, (640, 320, 3), np.uint8))
@@ -161,16 +161,16 @@ def main(
     training and one of an online teacher's.
 
     Args:
-        presets: models and crops to take.
-        tables: phases: student and teacher, ways to distil. savers: precision, memory.
-        batch_size: crops a step, or more for the devices to share accumulated parts evenly; None:
-            the preset's, but 4 on a CPU.
-        steps: steps to time for each row, after one that is not.
+        presets: models and crops.
+        tables: phases: student and teacher, kinds of distillation. savers: precision, memory.
+        batch_size: crops per step, rounded up so that accumulated parts divide evenly among the
+            devices. None: the preset's, but 4 on a CPU.
+        steps: steps to time for each row, after a first one that is not timed.
         smoke: a quick run of tiny models that only shows that everything works.
     """
     tiny = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=2)
     if smoke:
-        # Compiling takes most of the time, and less with XLA's older emitters.
+        # Most of the time is compilation, which is faster with XLA's older emitters.
         hasty = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
         os.environ.setdefault("XLA_FLAGS", hasty)
         presets, steps, batch_size = ("demo",), 1, 4
@@ -179,7 +179,7 @@ def main(
     print(machine.describe())
     with tempfile.TemporaryDirectory(prefix="dvmsr-benchmark-") as temporary:
         folder = Path(temporary)
-        # Rows have much in common, the initial weights above all: compile that once.
+        # Rows share programs, above all the initial weights; compile these once.
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         make_pictures(folder / "photos", 5)
