@@ -106,7 +106,7 @@ class OptimConfig:
     b2: float = 0.99
     """Adam's decay of its square's."""
     clip: float = 1.0
-    """Largest global norm of a gradient; larger ones are scaled down to it."""
+    """Largest global norm of a gradient; larger ones are scaled down to it. 0: no clipping."""
     accumulate: int = 1
     """Parts of a batch that follow one another, to save memory; the result is that of the whole."""
     ema_decay: float = 0.999

@@ -147,6 +147,16 @@ def test_ema_follows_the_weights(config):
         np.testing.assert_allclose(ema, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_clip_0_does_not_clip(config):
+    """Rather than scale every gradient to nothing."""
+    runs = []
+    for clip in (0.0, 1e9):
+        optim = dataclasses.replace(config.optim, clip=clip)
+        runs.append(step_repeatedly(dataclasses.replace(config, optim=optim), None, 3)[0])
+    assert runs[0][2]["loss"] < runs[0][0]["loss"]
+    np.testing.assert_allclose(*([metrics["loss"] for metrics in run] for run in runs), rtol=1e-6)
+
+
 def test_learning_rate_schedules():
     halving = step.learning_rate(OptimConfig(), 500_000)
     for at, factor in [(0, 1), (250_001, 2), (400_001, 4), (450_001, 8), (475_001, 16)]:
