@@ -382,6 +382,37 @@ def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
         phases.train(other, allow_changes=True)
 
 
+def test_the_best_validation_counts_on_its_own_pictures_only(config, photos, tmp_path, capsys):
+    """Flat pictures score far higher than any others do."""
+    flat = tmp_path / "flat"
+    for i in range(3):
+        images.write_png(flat / f"{i}.png", np.full((72, 80, 3), 90 + i, np.uint8))
+    data = dataclasses.replace(config.data, hr_dirs=(flat,), data_dir=tmp_path / "records")
+    directory = phases.train(dataclasses.replace(config, data=data, steps=3))
+
+    def best_of(step):
+        path = directory / "checkpoints" / str(step) / "best" / "metadata"
+        return json.loads(path.read_text())
+
+    before = best_of(3)
+    phases.train(dataclasses.replace(config, steps=9, val_every=2), allow_changes=True)
+    assert f"{before['psnr_y']:.2f} dB at step 3, no longer counts" in capsys.readouterr().err
+    after = best_of(9)
+    assert after["step"] > 3
+    assert after["psnr_y"] < before["psnr_y"]
+    kept = best_of(after["step"])  # and its checkpoint is there
+    assert kept == after
+
+
+@pytest.mark.parametrize("wrong", [{"more": 1}, {"psnr_y": None}, {"step": None}, {"step": "3"}])
+def test_a_best_validation_of_other_content_is_damage(config, wrong, capsys):
+    directory = phases.train(dataclasses.replace(config, steps=4))
+    path = directory / "checkpoints" / "4" / "best" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    phases.train(dataclasses.replace(config, steps=4))
+    assert re.search(r"warning: .*/4: cannot be read .*not a validation", capsys.readouterr().err)
+
+
 def test_one_run_at_a_time(config):
     folder = config.workdir / "teacher"
     folder.mkdir(parents=True)
