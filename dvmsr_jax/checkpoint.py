@@ -74,7 +74,6 @@ class Best(NamedTuple):
     step: int = 0
     psnr_y: float = -1.0
 
-
     @classmethod
     def from_json(cls, stored: Any) -> "Best":
         """What `_asdict` gave. Raises ValueError if this is something else."""

@@ -212,6 +212,12 @@ def check(config: TrainConfig) -> None:
         if not low <= value < high:
             below = "" if high == math.inf else f" and below {high}"
             problems.append(f"{name} is {value}, expected from {low} up{below}")
+    if config.phase == "teacher":
+        problems += [
+            f"--distill.{field.name.replace('_', '-')} is for --phase=student only"
+            for field in dataclasses.fields(DistillConfig)
+            if getattr(config.distill, field.name) != field.default
+        ]
     for level, names in _OF_LEVEL:
         for name in names:
             given = getattr(config.distill, name) != getattr(DistillConfig, name)

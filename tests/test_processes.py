@@ -18,7 +18,7 @@ from dvmsr_jax import images, parallel
 from dvmsr_jax.checkpoint import load_weights
 from dvmsr_jax.config import Cluster
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.training.report import read_metrics
+from dvmsr_jax.training.report import Log, read_metrics
 from tests import crash_resume
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,10 +236,26 @@ def test_full_disk(start, small_disk, tmp_path):
     output = process.communicate(timeout=600)[0]
     if newest < 6:
         assert process.returncode == 1, output
-        assert re.search(r"^error: .*No space left on device", output, re.MULTILINE), output
+        assert re.search(
+            r"^error: .*small/run.*No space left on device.*same command", output, re.MULTILINE
+        ), output
         assert "Traceback" not in output
     load_weights(small_disk / "run/teacher/checkpoints" / str(newest))
 
     filler.unlink()
     finish(start("teacher", "small/run", 1))
     assert_same_run(tmp_path / "whole/teacher", small_disk / "run/teacher", rtol=0, atol=0)
+
+
+def test_full_disk_under_the_log(small_disk):
+    """The message names the folder and says what to do."""
+    log = Log(small_disk / "run", 0)
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    many = {f"metric_{i}": 1.0 for i in range(9_999)}  # more than is left of the last block
+    with pytest.raises(UserError) as caught:
+        log.scalars(1, many)
+    assert re.fullmatch(
+        rf"the log in {small_disk}/run cannot be written \(.*No space left.*\)\. "
+        r"Once that is fixed, the same command resumes from the last checkpoint\.",
+        str(caught.value),
+    )

@@ -292,6 +292,13 @@ def test_options_of_distillation_that_exclude_each_other(config, options, messag
         phases.train(student_of(config, **options))
 
 
+@pytest.mark.parametrize("options", [{"weight": 0.5}, {"teacher": Path("x")}, {"level": "mid"}])
+def test_a_teacher_has_nothing_to_distil(config, options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"--distill.{name} is for --phase=student only"):
+        phases.train(dataclasses.replace(config, distill=DistillConfig(**options)))
+
+
 def test_an_impossible_model_is_refused_before_anything_is_prepared(config):
     data = dataclasses.replace(config.data, data_dir=config.workdir / "records")
     model = dataclasses.replace(TEACHER, channels=0)
@@ -420,6 +427,28 @@ def test_one_run_at_a_time(config):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=f"another run is writing to {folder}"):
             phases.train(config)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1]\n", "{}\n", '{"step": null}\n', '{"step": 1, "loss": "x"}\n', "x\n{}\n", "\xff\n\n"],
+)
+def test_metrics_of_other_content_are_refused(config, content):
+    """And left as they are, because the log would be written anew without them."""
+    path = config.workdir / "teacher" / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{path}: line 1 is not one of metrics"):
+        phases.train(config)
+    assert path.read_bytes() == content.encode("latin-1")
+
+
+def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
+    """As a run leaves it that is killed, or a machine that loses power."""
+    path = tmp_path / "metrics.jsonl"
+    for tail in (b'{"step": 2, "lo', b"\0" * 99, b"\xff"):
+        path.write_bytes(b'{"step": 1, "loss": NaN}\n' + tail)
+        assert [line["step"] for line in report.read_metrics(path)] == [1]
 
 
 def test_numbers_out_of_range(config):
