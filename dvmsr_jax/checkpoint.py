@@ -177,12 +177,11 @@ class Checkpoints:
                 self._put_aside(failure, path)
             self._manager.reload()
             if best.step and not changed.isdisjoint(_VALIDATED_ON):
-                if parallel.is_first():
-                    print(
-                        f"the best validation so far, {best.psnr_y:.2f} dB at step {best.step}, no "
-                        "longer counts: it was on other data or in another precision",
-                        file=sys.stderr,
-                    )
+                parallel.say(
+                    f"the best validation so far, {best.psnr_y:.2f} dB at step {best.step}, no "
+                    "longer counts: it was on other data or in another precision",
+                    file=sys.stderr,
+                )
                 best = Best()
             return Restored(step, best, arrays["ema"], arrays["state"])
         if failures:
@@ -237,8 +236,7 @@ class Checkpoints:
                 f"{path} was made with another configuration:\n{lines}\n"
                 f"Use the same, or another --workdir{remedy}."
             )
-        if parallel.is_first():
-            print(f"going on from {path} with another configuration:\n{lines}", file=sys.stderr)
+        parallel.say(f"resuming from {path} with another configuration:\n{lines}", sys.stderr)
         return set(differing)
 
     def _put_aside(self, failure: "UnreadableError", instead: Path) -> None:

@@ -28,7 +28,7 @@ from dvmsr_jax.config import (
     TrainConfig,
 )
 from dvmsr_jax.data import load_records, targets
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import convert, load_model, training_facts
 from dvmsr_jax.training import phases, report, step
@@ -188,7 +188,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkey
     cut = dataclasses.replace(config, workdir=tmp_path / "cut")
     with monkeypatch.context() as patch:
         interrupt_at(3, patch, signal.SIGTERM)
-        with pytest.raises(phases.StoppedError, match="after step 4; the same command goes on"):
+        with pytest.raises(StoppedError, match="after step 4; the same command resumes"):
             phases.train(cut)
     directory = cut.workdir / "teacher"
     logged = [line["step"] for line in report.read_metrics(directory / "metrics.jsonl")]
