@@ -5,18 +5,17 @@ The photographs come with scikit-image: one is kept apart and shown, the others 
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import evaluate
 from configs import PRESETS
 from dvmsr_jax import evaluation, images
-from dvmsr_jax.errors import INTERRUPTED, told_in_a_line
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
+from dvmsr_jax.program import told_in_a_line
 from dvmsr_jax.training import report
-from dvmsr_jax.training.phases import StoppedError, train
+from dvmsr_jax.training.phases import train
 
 FOLDER = Path("demo")
 HELD_OUT = "astronaut"
@@ -61,9 +60,5 @@ def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Pa
 
 
 if __name__ == "__main__":
-    with told_in_a_line(interrupted="interrupted; the same command goes on from there"):
-        try:
-            main()
-        except StoppedError as stopped:
-            print(stopped)
-            sys.exit(INTERRUPTED)
+    with told_in_a_line(interrupted="interrupted; the same command resumes from there"):
+        main()

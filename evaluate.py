@@ -3,6 +3,11 @@
 python evaluate.py --ckpt PATH --data Set5 Set14
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import json
 import statistics
@@ -17,10 +22,10 @@ import tyro
 from dvmsr_jax import evaluation
 from dvmsr_jax.config import Compute
 from dvmsr_jax.cost import cost
-from dvmsr_jax.errors import told_in_a_line
-from dvmsr_jax.inference import keep_compiled_programs, make_upscaler
+from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.model import parameter_count
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
+from dvmsr_jax.program import keep_compiled_programs, told_in_a_line
 
 # The size for which papers state the cost of x4 models.
 COST_SIZE = 256
@@ -87,9 +92,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> None:
     """Evaluates what the command line says."""
-    arguments = parse(sys.argv[1:])
-    keep_compiled_programs()
     with told_in_a_line(out_of_memory="pictures are taken whole: leave out the largest"):
+        arguments = parse(sys.argv[1:])
+        keep_compiled_programs()
         result = run(arguments)
         if arguments.json is not None:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)

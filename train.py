@@ -7,6 +7,11 @@ python train.py --phase=student --data.hr-dirs DIR [DIR ...]
 goes on where it stopped when the same command is given again.
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -18,8 +23,8 @@ import tyro
 from configs import PRESETS
 from dvmsr_jax import parallel
 from dvmsr_jax.config import Cluster, TrainConfig
-from dvmsr_jax.errors import INTERRUPTED, told_in_a_line
-from dvmsr_jax.training.phases import StoppedError, dry_run, train
+from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.training.phases import dry_run, train
 
 
 @dataclass(frozen=True)
@@ -54,25 +59,20 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
 def main() -> None:
     """Parses the command line and trains."""
-    arguments = parse(sys.argv[1:])
     with told_in_a_line(
         out_of_memory="try --remat, a larger --optim.accumulate, --precision bfloat16 or "
         "--data.cache none"
     ):
+        arguments = parse(sys.argv[1:])
         parallel.start(arguments.cluster)
         if arguments.dry_run:
             dry_run(arguments.config)
-            return
-        try:
+        else:
             train(
                 arguments.config,
                 profile=arguments.profile,
                 allow_changes=arguments.allow_changes,
             )
-        except StoppedError as stopped:
-            if parallel.is_first():
-                print(stopped)
-            sys.exit(INTERRUPTED)  # so that nothing takes the phase for done
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from dvmsr_jax.errors import INTERRUPTED, UserError, told_in_a_line
-from dvmsr_jax.inference import keep_compiled_programs
+from dvmsr_jax.errors import UserError
 from dvmsr_jax.pictures import batch
 from dvmsr_jax.pictures.upscaler import Upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS
+from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, told_in_a_line
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,6 @@ def _stop(number: int, _: object) -> None:
 
 def main() -> None:
     """Upscales what the command line names."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # which nohup changes
             signal.signal(number, _stop)

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,9 @@ FREE_FIELDS = frozenset(
         "distill.teacher",
     ]
 )
+# What the score of given weights depends on, besides the scale: validations before and after one of
+# these changed cannot be compared.
+_VALIDATED_ON = ("sources.data", "compute.precision")
 # Fields that the shapes of the weights depend on, but for one: they cannot change, allowed or not.
 _SHAPING = ("phase", "model.", "distill.level", "distill.rssbs")
 _SHAPELESS = "model.drop_path"
@@ -69,6 +73,15 @@ class Best(NamedTuple):
 
     step: int = 0
     psnr_y: float = -1.0
+
+    @classmethod
+    def from_json(cls, stored: Any) -> "Best":
+        """What `_asdict` gave. Raises ValueError if this is something else."""
+        match stored:
+            case {"step": int(step), "psnr_y": int(psnr_y) | float(psnr_y), **rest}:
+                if not rest and step >= 0 and not math.isnan(psnr_y):
+                    return cls(step, float(psnr_y))
+        raise ValueError(f"not a validation: {stored}")
 
 
 class Restored(NamedTuple):
@@ -148,7 +161,8 @@ class Checkpoints:
                         config=ocp.args.JsonRestore(), best=ocp.args.JsonRestore()
                     )
                     stored = self._manager.restore(step, args=args)
-                self._check_same(stored["config"], path)
+                    best = Best.from_json(stored["best"])
+                changed = self._check_same(stored["config"], path)
                 with _reading(path):
                     args = ocp.args.Composite(
                         ema=ocp.args.StandardRestore(ema), state=ocp.args.StandardRestore(state)
@@ -162,7 +176,14 @@ class Checkpoints:
             for failure in failures:
                 self._put_aside(failure, path)
             self._manager.reload()
-            return Restored(step, Best(**stored["best"]), arrays["ema"], arrays["state"])
+            if best.step and not changed.isdisjoint(_VALIDATED_ON):
+                parallel.say(
+                    f"the best validation so far, {best.psnr_y:.2f} dB at step {best.step}, no "
+                    "longer counts: it was on other data or in another precision",
+                    file=sys.stderr,
+                )
+                best = Best()
+            return Restored(step, best, arrays["ema"], arrays["state"])
         if failures:
             raise failures[0]
         return None
@@ -193,9 +214,8 @@ class Checkpoints:
                 "goes on from there."
             ) from error
 
-    def _check_same(self, stored: dict[str, Any], path: Path) -> None:
-        """Raises CheckpointError if a run described so must not be gone on with as this one."""
-
+    def _check_same(self, stored: dict[str, Any], path: Path) -> set[str]:
+        """The fields that differ. Raises CheckpointError if they must not."""
         current = flat(self._description)
         # A field that an older version did not have is as it was then: at its default.
         defaults = to_json(TrainConfig()) | {"sources": self._description["sources"]}
@@ -206,7 +226,7 @@ class Checkpoints:
             if stored.get(name) != current.get(name)
         ]
         if not differing:
-            return
+            return set()
         lines = "\n".join(f"  {n}: {stored.get(n)} there, {current.get(n)} now" for n in differing)
         shaping = [*_SHAPING, *(["sources.teacher"] if self.config.distill.level == "mid" else [])]
         fixed = any(n.startswith(tuple(shaping)) and n != _SHAPELESS for n in differing)
@@ -216,8 +236,8 @@ class Checkpoints:
                 f"{path} was made with another configuration:\n{lines}\n"
                 f"Use the same, or another --workdir{remedy}."
             )
-        if parallel.is_first():
-            print(f"going on from {path} with another configuration:\n{lines}", file=sys.stderr)
+        parallel.say(f"resuming from {path} with another configuration:\n{lines}", sys.stderr)
+        return set(differing)
 
     def _put_aside(self, failure: "UnreadableError", instead: Path) -> None:
         parallel.wait_for_all(f"put aside {failure.path}")

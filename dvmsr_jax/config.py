@@ -106,7 +106,7 @@ class OptimConfig:
     b2: float = 0.99
     """Adam's decay of its square's."""
     clip: float = 1.0
-    """Largest global norm of a gradient; larger ones are scaled down to it."""
+    """Largest global norm of a gradient; larger ones are scaled down to it. 0: no clipping."""
     accumulate: int = 1
     """Parts of a batch that follow one another, to save memory; the result is that of the whole."""
     ema_decay: float = 0.999
@@ -212,6 +212,12 @@ def check(config: TrainConfig) -> None:
         if not low <= value < high:
             below = "" if high == math.inf else f" and below {high}"
             problems.append(f"{name} is {value}, expected from {low} up{below}")
+    if config.phase == "teacher":
+        problems += [
+            f"--distill.{field.name.replace('_', '-')} is for --phase=student only"
+            for field in dataclasses.fields(DistillConfig)
+            if getattr(config.distill, field.name) != field.default
+        ]
     for level, names in _OF_LEVEL:
         for name in names:
             given = getattr(config.distill, name) != getattr(DistillConfig, name)

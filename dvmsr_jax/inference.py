@@ -1,6 +1,5 @@
 """Upscaling pictures with a model: whole, in bands of rows, or in tiles."""
 
-import contextlib
 import functools
 import math
 import operator
@@ -17,7 +16,6 @@ from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.images import to_uint8
 from dvmsr_jax.model import DVMSR
-from kernels import user_cache
 
 # A band has about this many pixels, and at most so many rows. A CPU is fastest where a layer's
 # features fit its cache, and the answer's lateness costs the small picture up to a band more. An
@@ -205,17 +203,6 @@ def _tiles_along(
         total[start * scale :][: len(rising)] += rising
     shares = [rising / total[start * scale :][: len(rising)] for start in starts]
     return starts, [share.astype(np.float32) for share in shares]
-
-
-def keep_compiled_programs() -> None:
-    """Has JAX keep what it compiles in the user's cache, so that the next process need not wait.
-
-    For programs to call, not for libraries: it changes JAX's settings. A folder that the user has
-    set (JAX_COMPILATION_CACHE_DIR) stays, and without one to write to nothing is kept.
-    """
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        with contextlib.suppress(OSError):
-            jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "programs"))
 
 
 def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -9,7 +9,7 @@ import itertools
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -66,6 +66,12 @@ def start(cluster: Cluster) -> None:
 def is_first() -> bool:
     """Whether this process is the one that prints and writes logs."""
     return jax.process_index() == 0
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Prints a line, in the first process only."""
+    if is_first():
+        print(line, file=file, flush=True)
 
 
 def wait_for_all(name: str) -> None:

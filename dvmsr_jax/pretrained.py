@@ -16,8 +16,9 @@ import tyro
 
 from dvmsr_jax import checkpoint, files, pth
 from dvmsr_jax.config import Compute, ModelConfig
-from dvmsr_jax.errors import UserError, told_in_a_line
+from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.program import told_in_a_line
 from dvmsr_jax.vimm import ScanError
 
 # The project's own.

@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from dvmsr_jax.errors import UserError, told_in_a_line
+from dvmsr_jax.errors import StoppedError, UserError
+from dvmsr_jax.program import told_in_a_line
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,7 @@ from dvmsr_jax.errors import UserError, told_in_a_line
             "error: Unable to initialize backend 'tpu': no libtpu.so",
         ),
         (KeyboardInterrupt(), 130),
+        (StoppedError("the same command resumes"), 130),
     ],
 )
 def test_what_is_no_defect_is_told_in_a_line(error, code):

@@ -16,12 +16,12 @@ from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import (
     RgbView,
     _columns,
-    keep_compiled_programs,
     make_streamer,
     make_tiler,
 )
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.program import keep_compiled_programs
 
 TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
 HEIGHTS = (1, 2, 7, 8, 63, 257)

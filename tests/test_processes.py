@@ -18,7 +18,7 @@ from dvmsr_jax import images, parallel
 from dvmsr_jax.checkpoint import load_weights
 from dvmsr_jax.config import Cluster
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.training.report import read_metrics
+from dvmsr_jax.training.report import Log, read_metrics
 from tests import crash_resume
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +143,7 @@ def test_two_processes_are_like_one(start, tmp_path):
             time.sleep(0.01)
         both[1].send_signal(signal.SIGTERM)  # the one that logs learns of it from the other
         first, second = finish(*both, status=130)
-        assert re.search(r"stopped after step [1-5]; the same command goes on", first), first
+        assert re.search(r"stopped after step [1-5]; the same command resumes", first), first
         assert "step/s" not in second  # one of them speaks
         cached = ("--data.cache", "device")  # which does not matter, either
         first, _ = finish(*pair(start, phase, "two", *options, *cached))
@@ -219,6 +219,24 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "upscale.py"])
+@pytest.mark.parametrize("module", ["numpy", "jax"])
+def test_interrupted_at_once(program, module):
+    """While the libraries are imported: the process ends without a traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", ROOT / program, "--help"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.stderr.readline().split()[-1:] != [module]:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode in (-signal.SIGINT, 130)  # shells give 130 for the first, too
+    assert "Traceback" not in errors
+
+
 def test_full_disk(start, small_disk, tmp_path):
     """The run ends with a message, and goes on from the last good checkpoint later."""
     finish(start("teacher", "whole", 1))
@@ -236,10 +254,29 @@ def test_full_disk(start, small_disk, tmp_path):
     output = process.communicate(timeout=600)[0]
     if newest < 6:
         assert process.returncode == 1, output
-        assert re.search(r"^error: .*No space left on device", output, re.MULTILINE), output
+        assert re.search(
+            r"^error: .*small/run.*No space left on device.*same command", output, re.MULTILINE
+        ), output
         assert "Traceback" not in output
     load_weights(small_disk / "run/teacher/checkpoints" / str(newest))
 
     filler.unlink()
     finish(start("teacher", "small/run", 1))
     assert_same_run(tmp_path / "whole/teacher", small_disk / "run/teacher", rtol=0, atol=0)
+
+
+def test_full_disk_under_the_log(small_disk):
+    """The message names the folder and says what to do."""
+    log = Log(small_disk / "run", 0)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    many = {f"metric_{i}": 1.0 for i in range(9_999)}  # more than is left of the last block
+    with pytest.raises(UserError) as caught:
+        log.scalars(1, many)
+    filler.unlink()
+    log.close()
+    assert re.fullmatch(
+        rf"the log in {small_disk}/run cannot be written \(.*No space left.*\)\. "
+        r"Once that is fixed, the same command resumes from the last checkpoint\.",
+        str(caught.value),
+    )

@@ -28,7 +28,7 @@ from dvmsr_jax.config import (
     TrainConfig,
 )
 from dvmsr_jax.data import load_records, targets
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import convert, load_model, training_facts
 from dvmsr_jax.training import phases, report, step
@@ -147,6 +147,16 @@ def test_ema_follows_the_weights(config):
         np.testing.assert_allclose(ema, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_clip_0_does_not_clip(config):
+    """Rather than scale every gradient to nothing."""
+    runs = []
+    for clip in (0.0, 1e9):
+        optim = dataclasses.replace(config.optim, clip=clip)
+        runs.append(step_repeatedly(dataclasses.replace(config, optim=optim), None, 3)[0])
+    assert runs[0][2]["loss"] < runs[0][0]["loss"]
+    np.testing.assert_allclose(*([metrics["loss"] for metrics in run] for run in runs), rtol=1e-6)
+
+
 def test_learning_rate_schedules():
     halving = step.learning_rate(OptimConfig(), 500_000)
     for at, factor in [(0, 1), (250_001, 2), (400_001, 4), (450_001, 8), (475_001, 16)]:
@@ -178,7 +188,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkey
     cut = dataclasses.replace(config, workdir=tmp_path / "cut")
     with monkeypatch.context() as patch:
         interrupt_at(3, patch, signal.SIGTERM)
-        with pytest.raises(phases.StoppedError, match="after step 4; the same command goes on"):
+        with pytest.raises(StoppedError, match="after step 4; the same command resumes"):
             phases.train(cut)
     directory = cut.workdir / "teacher"
     logged = [line["step"] for line in report.read_metrics(directory / "metrics.jsonl")]
@@ -282,6 +292,13 @@ def test_options_of_distillation_that_exclude_each_other(config, options, messag
         phases.train(student_of(config, **options))
 
 
+@pytest.mark.parametrize("options", [{"weight": 0.5}, {"teacher": Path("x")}, {"level": "mid"}])
+def test_a_teacher_has_nothing_to_distil(config, options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"--distill.{name} is for --phase=student only"):
+        phases.train(dataclasses.replace(config, distill=DistillConfig(**options)))
+
+
 def test_an_impossible_model_is_refused_before_anything_is_prepared(config):
     data = dataclasses.replace(config.data, data_dir=config.workdir / "records")
     model = dataclasses.replace(TEACHER, channels=0)
@@ -372,6 +389,37 @@ def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
         phases.train(other, allow_changes=True)
 
 
+def test_the_best_validation_counts_on_its_own_pictures_only(config, photos, tmp_path, capsys):
+    """Flat pictures score far higher than any others do."""
+    flat = tmp_path / "flat"
+    for i in range(3):
+        images.write_png(flat / f"{i}.png", np.full((72, 80, 3), 90 + i, np.uint8))
+    data = dataclasses.replace(config.data, hr_dirs=(flat,), data_dir=tmp_path / "records")
+    directory = phases.train(dataclasses.replace(config, data=data, steps=3))
+
+    def best_of(step):
+        path = directory / "checkpoints" / str(step) / "best" / "metadata"
+        return json.loads(path.read_text())
+
+    before = best_of(3)
+    phases.train(dataclasses.replace(config, steps=9, val_every=2), allow_changes=True)
+    assert f"{before['psnr_y']:.2f} dB at step 3, no longer counts" in capsys.readouterr().err
+    after = best_of(9)
+    assert after["step"] > 3
+    assert after["psnr_y"] < before["psnr_y"]
+    kept = best_of(after["step"])  # and its checkpoint is there
+    assert kept == after
+
+
+@pytest.mark.parametrize("wrong", [{"more": 1}, {"psnr_y": None}, {"step": None}, {"step": "3"}])
+def test_a_best_validation_of_other_content_is_damage(config, wrong, capsys):
+    directory = phases.train(dataclasses.replace(config, steps=4))
+    path = directory / "checkpoints" / "4" / "best" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    phases.train(dataclasses.replace(config, steps=4))
+    assert re.search(r"warning: .*/4: cannot be read .*not a validation", capsys.readouterr().err)
+
+
 def test_one_run_at_a_time(config):
     folder = config.workdir / "teacher"
     folder.mkdir(parents=True)
@@ -379,6 +427,28 @@ def test_one_run_at_a_time(config):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=f"another run is writing to {folder}"):
             phases.train(config)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1]\n", "{}\n", '{"step": null}\n', '{"step": 1, "loss": "x"}\n', "x\n{}\n", "\xff\n\n"],
+)
+def test_metrics_of_other_content_are_refused(config, content):
+    """And left as they are, because the log would be written anew without them."""
+    path = config.workdir / "teacher" / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{path}: line 1 is not one of metrics"):
+        phases.train(config)
+    assert path.read_bytes() == content.encode("latin-1")
+
+
+def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
+    """As a run leaves it that is killed, or a machine that loses power."""
+    path = tmp_path / "metrics.jsonl"
+    for tail in (b'{"step": 2, "lo', b"\0" * 99, b"\xff"):
+        path.write_bytes(b'{"step": 1, "loss": NaN}\n' + tail)
+        assert [line["step"] for line in report.read_metrics(path)] == [1]
 
 
 def test_numbers_out_of_range(config):

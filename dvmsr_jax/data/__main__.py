@@ -21,7 +21,7 @@ from dvmsr_jax.data.check import check_targets
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
 from dvmsr_jax.data.records import read_counts, read_preparation
 from dvmsr_jax.data.sources import find_sources
-from dvmsr_jax.errors import told_in_a_line
+from dvmsr_jax.program import told_in_a_line
 
 # Problems that `check` prints at most; there can be one for each record.
 _SHOWN = 20

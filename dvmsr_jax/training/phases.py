@@ -18,7 +18,7 @@ from dvmsr_jax import data, files, parallel
 from dvmsr_jax.checkpoint import Best, Checkpoints, load_facts, phase_directory
 from dvmsr_jax.config import TrainConfig, check
 from dvmsr_jax.cost import cost
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.model import named_parameters
 from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.training import report
@@ -32,10 +32,6 @@ BEFORE_PROFILE = 5
 
 class TrainingError(UserError):
     """The run cannot go on; the message says why and from where it can be taken up."""
-
-
-class StoppedError(Exception):
-    """A signal ended the run before its last step; the message says how to go on."""
 
 
 class Run:
@@ -133,16 +129,18 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
         if (restored := checkpoints.restore(state.ema, state._replace(ema={}))) is not None:
             best, state = restored.best, restored.state._replace(ema=restored.ema)
         start = int(state.step)
-        _print(f"{config.phase}: steps {start} to {config.steps}, on {run.devices}, in {directory}")
+        parallel.say(
+            f"{config.phase}: steps {start} to {config.steps}, on {run.devices}, in {directory}"
+        )
         if start >= config.steps:
             return directory
         with contextlib.closing(_Trace(directory / "profile", start, profile)) as trace:
             step, best = _take_steps(run, state, best, checkpoints, stop, trace)
     if step < config.steps:
-        raise StoppedError(f"stopped after step {step}; the same command goes on from there")
+        raise StoppedError(f"stopped after step {step}; the same command resumes from there")
     if best.step < step:
         where = checkpoints.directory / str(best.step)
-        _print(f"the best validation was {best.psnr_y:.2f} dB at step {best.step}: {where}")
+        parallel.say(f"the best validation was {best.psnr_y:.2f} dB at step {best.step}: {where}")
     return directory
 
 
@@ -224,13 +222,13 @@ def dry_run(config: TrainConfig) -> None:
     macs = cost(config.model, crop, crop).macs
     days, hours = divmod(config.steps * seconds[1] / 3600, 24)
     parameters = sum(x.size for x in state.ema.values())
-    _print(
+    parallel.say(
         f"{config.phase}: {parameters:,} parameters, {config.steps:,} steps of {batch_size} crops"
     )
-    _print(f"one crop's forward pass: {macs / 1e9:.3g} GMACs in convolutions and projections")
-    _print(f"memory a device: {memory / 2**20:,.1f} MiB, on {run.devices}")
-    _print(f"loss {float(parts['loss']):.4f}")
-    _print(
+    parallel.say(f"one crop's forward pass: {macs / 1e9:.3g} GMACs in convolutions and projections")
+    parallel.say(f"memory a device: {memory / 2**20:,.1f} MiB, on {run.devices}")
+    parallel.say(f"loss {float(parts['loss']):.4f}")
+    parallel.say(
         f"{1 / seconds[1]:.3g} steps/s, so {days:.0f} days and {hours:.1f} hours, validation apart"
     )
 
@@ -342,9 +340,9 @@ class _Trace:
         if self._on:
             jax.profiler.stop_trace()
             self._on = False
-            _print(f"the profile is in {self._folder}")
+            parallel.say(f"the profile is in {self._folder}")
         if self._wanted:
-            _print(f"no profile: the run ended before step {self._begin + 1}")
+            parallel.say(f"no profile: the run ended before step {self._begin + 1}")
             self._wanted = False
 
 
@@ -383,8 +381,3 @@ class _StopSignals:
     def __exit__(self, *exception):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def _print(line: str) -> None:
-    if parallel.is_first():
-        print(line, flush=True)

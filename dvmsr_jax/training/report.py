@@ -1,9 +1,10 @@
 """What a run tells: metrics.jsonl, TensorBoard, sample pictures and curves."""
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,61 +16,92 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dvmsr_jax import files, images
+from dvmsr_jax.errors import UserError
 
 
 class Log:
     """Writes what a phase tells into its directory.
 
     TensorBoard's events are written at once, not by tensorboardX's thread, in which a full disk
-    would go unnoticed. Raises OSError where something cannot be written.
+    would go unnoticed. Raises UserError, naming the directory, if something cannot be written.
     """
 
     def __init__(self, directory: Path, start: int):
         """Continues at step `start`; what was logged after it, in a run cut short, is dropped."""
         self._directory = directory
         self._path = directory / "metrics.jsonl"
-        (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
-        with files.replacing(self._path) as unfinished:
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        prefix = directory / "tensorboard" / "events"
-        self._events = EventsWriter(str(prefix), filename_suffix=f".{os.getpid()}")
-        self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
+        with self._writing():
+            with files.replacing(self._path) as unfinished:
+                unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
+            prefix = directory / "tensorboard" / "events"
+            self._events = EventsWriter(str(prefix), filename_suffix=f".{os.getpid()}")
+            self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, one point of each of TensorBoard's curves."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._write_event(step, summary=summary.scalar(name, value))
-        self._events.flush()
+        with self._writing():
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self._write_event(step, summary=summary.scalar(name, value))
+            self._events.flush()
 
     def sample(self, step: int, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         """A picture in samples/ and in TensorBoard; redraws curves.png."""
-        images.write_png(self._directory / "samples" / f"{step:07d}.png", picture)
-        self._write_event(step, summary=summary.image("sample", picture, dataformats="HWC"))
-        plot_training([self._directory], self._directory / "curves.png")
+        with self._writing():
+            images.write_png(self._directory / "samples" / f"{step:07d}.png", picture)
+            self._write_event(step, summary=summary.image("sample", picture, dataformats="HWC"))
+            plot_training([self._directory], self._directory / "curves.png")
 
     def close(self) -> None:
         """Flushes what is still buffered."""
-        self._events.close()
+        with self._writing():
+            self._events.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the log in {self._directory} cannot be written ({error}). Once that is fixed, "
+                "the same command resumes from the last checkpoint."
+            ) from error
 
     def _write_event(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def read_metrics(path: Path) -> list[dict[str, int | float]]:
-    """The lines of a metrics.jsonl, none if there is no such file; a half-written last one is not
-    counted."""
+    """The lines of a metrics.jsonl; none if there is no such file. A half-written last line is
+    left out.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     if not path.exists():
         return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    *whole, last = path.read_text(errors="replace").split("\n")
+    lines = [_parse(line) for line in (*whole, *([last] if _parse(last) else []))]
+    if None in lines:
+        raise UserError(
+            f"{path}: line {lines.index(None) + 1} is not one of metrics; move the file elsewhere, "
+            "or use another --workdir"
+        )
+    return [line for line in lines if line]
+
+
+def _parse(line: str) -> dict[str, int | float] | None:
+    """The metrics of a line, None if it is of none."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return None
+    return values if all(isinstance(value, int | float) for value in values.values()) else None
 
 
 def plot_training(directories: Sequence[Path], path: Path) -> None:

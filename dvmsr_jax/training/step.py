@@ -72,9 +72,9 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Adam under the schedule, on gradients clipped by their global norm."""
+    """Adam under the schedule, on gradients clipped by their global norm unless `clip` is 0."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.adam(learning_rate(config, steps), b1=config.b1, b2=config.b2),
     )
 

@@ -1,0 +1,60 @@
+"""What command lines have in common: errors told in a line, Ctrl-C, and kept compiled programs."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+import jax
+
+from dvmsr_jax import parallel
+from dvmsr_jax.errors import StoppedError, UserError, is_out_of_memory
+from kernels import user_cache
+
+# Exit status of a program that SIGINT ended, as shells give it.
+INTERRUPTED = 130
+
+
+@contextlib.contextmanager
+def told_in_a_line(
+    *, out_of_memory: str = "close other programs", interrupted: str = "interrupted"
+) -> Iterator[None]:
+    """For main functions: an exception that is not a defect ends the process with one line.
+
+    The line is the message of a UserError, an OSError or JAX's error that a device is missing;
+    `out_of_memory`, which says what to try; or `interrupted`, after Ctrl-C. A StoppedError's
+    message goes to standard output. Any other exception is a defect and keeps its traceback.
+
+    A program may leave SIGINT at its default while it imports, so that Ctrl-C ends it without a
+    traceback; from here on it raises KeyboardInterrupt again.
+    """
+    try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except StoppedError as stopped:
+        parallel.say(str(stopped))
+        sys.exit(INTERRUPTED)  # so that nothing takes the work for done
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        if reason.startswith("Unable to initialize backend"):
+            sys.exit(f"error: {reason}")
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"error: out of memory ({reason or 'in main memory'}); {out_of_memory}")
+
+
+def keep_compiled_programs() -> None:
+    """Keeps what JAX compiles in the user's cache, so that the next process need not wait.
+
+    This changes JAX's settings, so it is not for libraries to call. A folder set by the user
+    (JAX_COMPILATION_CACHE_DIR) stays; if no folder can be written to, nothing is kept.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        with contextlib.suppress(OSError):
+            jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "programs"))
