@@ -225,6 +225,9 @@ def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare(pictures, 4, cut)
         assert not cut.exists()
+        (
+            tmp_path / ".incomplete-cut" / "sr_sub_images-val.array_record-00000-of-00001.json"
+        ).write_text("{}")
         finished = len(read) // 2 * 2
         cut_at, read = None, []
         prepare.prepare(pictures, 4, cut)
@@ -483,7 +486,22 @@ def test_damaged_files_are_named_when_used(prepared, file):
         open_records(prepared)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "nothing"])
+SHARD = {"key": "", "split": "train", "records": 0, "bytes": 0, "sha256": "", "left_out": []}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "nothing",
+        '{"scale": 4, "shards": []}',
+        '{"scale": 4, "shards": {"a": null}}',
+        '{"scale": "4", "shards": {}}',
+        json.dumps({"scale": 4, "shards": {"a": SHARD | {"pictures": [{"name": "a.png"}]}}}),
+        "[" * 100_000,
+    ],
+)
 def test_another_preparation_file_is_refused(tmp_path, text):
     (tmp_path / "preparation.json").write_text(text)
     for use in (check, data.identity, open_records):

@@ -16,7 +16,7 @@ import tyro
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data.check import check as find_problems
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
-from dvmsr_jax.data.records import read_counts, read_preparation
+from dvmsr_jax.data.records import Preparation, read_counts
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.program import told_in_a_line
 
@@ -68,11 +68,11 @@ COMMANDS: dict[str, Callable[..., Any]] = {"prepare": prepare, "check": check}
 
 
 def _summary(folder: Path) -> str:
-    shards = read_preparation(folder)["shards"].values()
-    pictures = sum(len(shard["pictures"]) for shard in shards)
-    left_out = sum(len(shard["left_out"]) for shard in shards)
+    shards = Preparation.read(folder).shards.values()
+    pictures = sum(len(shard.pictures) for shard in shards)
+    left_out = sum(len(shard.left_out) for shard in shards)
     counts = ", ".join(f"{n:,} for {split}" for split, n in read_counts(folder).items())
-    size = sum(shard["bytes"] for shard in shards) / 1e9
+    size = sum(shard.bytes for shard in shards) / 1e9
     pictures_used = f"{pictures:,} pictures ({left_out} left out)"
     return f"{folder}: {counts} sub-images of {pictures_used}, {size:.1f} GB"
 

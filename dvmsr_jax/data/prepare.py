@@ -7,16 +7,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from dvmsr_jax import bicubic
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
-from dvmsr_jax.data.records import DataError, Records
+from dvmsr_jax.data.records import DataError, PictureInfo, Preparation, Records, ShardInfo
 from dvmsr_jax.data.sources import Source, find_sources
 from dvmsr_jax.files import checksum, lock, replacing, write_json
 
@@ -56,7 +55,7 @@ def load_records(config: DataConfig, scale: int) -> Records:
         folder = config.prepared.expanduser()
         if config.hr_dirs:
             raise DataError("data.prepared and data.hr_dirs exclude each other; pass one of them")
-        there = records.read_preparation(folder)["scale"]
+        there = Preparation.read(folder).scale
         if there != scale:
             raise DataError(f"{folder}: was prepared for x{there}, the model is to be x{scale}")
     return records.open_records(folder)
@@ -84,25 +83,23 @@ def prepare(
     shards = [shard for split in splits for shard in _shards(split, splits[split], scale)]
     with _claim(unfinished, folder) as needed:
         if not needed:
-            there = records.read_preparation(folder)["shards"]
-            if {name: info["key"] for name, info in there.items()} != {
-                s.name: s.key for s in shards
-            }:
+            there = Preparation.read(folder).shards
+            if {name: info.key for name, info in there.items()} != {s.name: s.key for s in shards}:
                 raise DataError(
                     f"{folder}: holds records of other pictures, or made with other settings; "
                     "remove it or choose another folder"
                 )
             return
-        infos = _write_shards(shards, scale, unfinished)
+        preparation = Preparation(scale, _write_shards(shards, scale, unfinished))
         sizes = {
-            split: [(i["records"], i["bytes"]) for i in infos.values() if i["split"] == split]
+            split: [(info.records, info.bytes) for info in preparation.of_split(split).values()]
             for split in splits
         }
         for split in splits:
             if not sum(count for count, _ in sizes[split]):
                 raise DataError(f"none of the pictures for {split!r} can be read")
         records.write_metadata(unfinished, scale, sizes)
-        write_json(unfinished / records.PREPARATION, {"scale": scale, "shards": infos})
+        preparation.write(unfinished)
         os.rename(unfinished, folder)
         for path in [folder / _LOCK, *(shard.info_path(folder) for shard in shards)]:
             path.unlink()
@@ -126,16 +123,17 @@ class _Shard:
         """Exists when the shard is finished."""
         return folder / f"{self.name}.json"
 
-    def read_info(self, folder: Path) -> dict[str, Any] | None:
-        """What was written, None if it was not finished, or is of other pictures, or lacks some.
+    def read_info(self, folder: Path) -> ShardInfo | None:
+        """The finished shard's description, None if it has to be written (again).
 
-        Those that could not be read may have been mended since.
+        That is the case if it holds other pictures, or lacks some that could not be read: these may
+        have been repaired since.
         """
         try:
-            info = json.loads(self.info_path(folder).read_text())
-        except (FileNotFoundError, ValueError):
+            info = ShardInfo.from_json(json.loads(self.info_path(folder).read_text()))
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
-        whole = info["key"] == self.key and not info["left_out"] and (folder / self.name).exists()
+        whole = info.key == self.key and not info.left_out and (folder / self.name).exists()
         return info if whole else None
 
 
@@ -157,7 +155,7 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
 
 
-def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, dict[str, Any]]:
+def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, ShardInfo]:
     """Writes those that are not there yet; what they hold, by name."""
     found = {shard.name: shard.read_info(folder) for shard in shards}
     kept = {name: info for name, info in found.items() if info is not None}
@@ -187,7 +185,7 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, d
         try:
             for future in as_completed(futures):
                 info = kept[futures[future]] = future.result()
-                for reason in info["left_out"]:
+                for reason in info.left_out:
                     bar.write(f"left out: {reason}")
                 _check_bad(kept, total)
         finally:
@@ -196,8 +194,8 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, d
     return {shard.name: kept[shard.name] for shard in shards}
 
 
-def _check_bad(infos: dict[str, dict[str, Any]], total: int) -> None:
-    bad = [reason for info in infos.values() for reason in info["left_out"]]
+def _check_bad(infos: dict[str, ShardInfo], total: int) -> None:
+    bad = [reason for info in infos.values() for reason in info.left_out]
     if len(bad) > MAX_BAD * total:
         raise DataError(
             f"{len(bad)} of {total} pictures cannot be used, more than {MAX_BAD:.0%}; mend or "
@@ -205,14 +203,13 @@ def _check_bad(infos: dict[str, dict[str, Any]], total: int) -> None:
         )
 
 
-def _write_shard(
-    shard: _Shard, scale: int, folder: Path, advance: Callable[[], bool]
-) -> dict[str, Any]:
+def _write_shard(shard: _Shard, scale: int, folder: Path, advance: Callable[[], bool]) -> ShardInfo:
     """Writes a shard and what it holds.
 
     Raises CancelledError if `advance`, called for each picture, says stop.
     """
-    pictures, left_out = [], []
+    pictures: list[PictureInfo] = []
+    left_out: list[str] = []
     with (
         replacing(folder / shard.name) as unfinished,
         contextlib.closing(records.ShardWriter(unfinished)) as writer,
@@ -232,26 +229,19 @@ def _write_shard(
                     squares = [squares[len(squares) // 2]]
                 for lr_square, hr_square in squares:
                     writer.write(lr_square, hr_square, picture.name)
-                pictures.append(
-                    {
-                        "name": picture.name,
-                        "lr_height": lr.shape[0],
-                        "lr_width": lr.shape[1],
-                        "records": len(squares),
-                    }
-                )
+                pictures.append(PictureInfo(picture.name, lr.shape[0], lr.shape[1], len(squares)))
             if not advance():
                 raise CancelledError
-    info = {
-        "key": shard.key,
-        "split": shard.split,
-        "records": sum(picture["records"] for picture in pictures),
-        "bytes": (folder / shard.name).stat().st_size,
-        "sha256": checksum(folder / shard.name),
-        "pictures": pictures,
-        "left_out": left_out,
-    }
-    write_json(shard.info_path(folder), info)
+    info = ShardInfo(
+        key=shard.key,
+        split=shard.split,
+        records=sum(picture.records for picture in pictures),
+        bytes=(folder / shard.name).stat().st_size,
+        sha256=checksum(folder / shard.name),
+        pictures=tuple(pictures),
+        left_out=tuple(left_out),
+    )
+    write_json(shard.info_path(folder), asdict(info))
     return info
 
 
