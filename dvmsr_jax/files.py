@@ -47,6 +47,18 @@ def lock(file: IO[Any], *, wait: bool) -> bool:
     return True
 
 
+def has_locks(file: IO[Any]) -> bool:
+    """Whether the open file lies on a file system with locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def checksum(path: Path) -> str:
     """SHA-256, in hex digits."""
     with path.open("rb") as file:

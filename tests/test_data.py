@@ -1,6 +1,7 @@
 """Crops are aligned, batches are a function of seed and step, pictures are prepared once."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -45,6 +46,19 @@ def photos(tmp_path):
         picture = rng.integers(0, 256, (40 + i, 50, 3), np.uint8)
         images.write_png(folder / ("more" if i < 2 else "") / f"{i}.png", picture)
     return folder
+
+
+def without_locks(*arguments):
+    """Takes flock's place; some file systems, of NFS, Lustre and FUSE, have no locks."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.fixture(params=["locks", "no locks"])
+def locks(request, monkeypatch):
+    """The file system with and without locks."""
+    if request.param == "no locks":
+        monkeypatch.setattr("fcntl.flock", without_locks)
+        monkeypatch.setattr(prepare, "_POLL", 0.01)
 
 
 def aligned_records(count, side, scale):
@@ -202,7 +216,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("cut_at", [0, 3, 5])
-def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at):
+def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at, locks):
     """And the records depend neither on that nor on the number of cores."""
     monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 2)
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=2), 4)
@@ -239,7 +253,7 @@ def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypa
     assert files_of(cut) == files_of(whole)
 
 
-def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
+def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch, locks):
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
     read_rgb, read, waiting = images.read_rgb, [], threading.Event()
     monkeypatch.setattr("builtins.print", lambda *words, **_: waiting.set())
@@ -257,7 +271,75 @@ def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
             future.result()
     assert len(read) == 6
     assert check(tmp_path / "out") == []
+    assert not {"lock", "claim"} & {path.name for path in (tmp_path / "out").iterdir()}
     assert not list(tmp_path.glob(".incomplete*"))
+
+
+PREPARING = r"""
+import errno, fcntl, sys
+from pathlib import Path
+
+def flock(*arguments):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = flock
+from dvmsr_jax import images
+from dvmsr_jax.config import DataConfig
+from dvmsr_jax.data import prepare
+from dvmsr_jax.data.sources import find_sources
+
+read_rgb, folder = images.read_rgb, Path(sys.argv[1])
+
+def slow(path):
+    print("read\n", end="", flush=True)
+    sys.stdin.readline()
+    return read_rgb(path)
+
+images.read_rgb, prepare._POLL = slow, 0.01
+pictures = find_sources(DataConfig(hr_dirs=(folder / "photos",), val_images=1), 4)
+prepare.prepare(pictures, 4, folder / "out")
+"""
+
+
+def preparing(folder):
+    """A process without locks, which prints "read" for each picture and waits for a line."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PREPARING, str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_without_locks_prepare_once(photos, tmp_path):
+    with preparing(tmp_path) as first, preparing(tmp_path) as second:
+        lines = {process: process.stdout.readline() for process in (first, second)}
+        assert any(line == "read\n" for line in lines.values())
+        (waits,) = [process for process, line in lines.items() if line.startswith("waiting for")]
+        works = first if waits is second else second
+        output, _ = works.communicate("\n" * 6)
+        assert output.count("read") + 1 == 6
+        assert waits.communicate()[0] == ""
+    assert first.returncode == second.returncode == 0
+    assert check(tmp_path / "out") == []
+    assert not list(tmp_path.glob(".incomplete*"))
+
+
+def test_without_locks_a_killed_process_is_named_and_its_work_kept(photos, tmp_path, monkeypatch):
+    with preparing(tmp_path) as killed:
+        assert killed.stdout.readline() == "read\n"
+        killed.kill()
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    monkeypatch.setattr(prepare, "_POLL", 0.01)
+    monkeypatch.setattr(prepare, "_PATIENCE", 0.1)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    claim = tmp_path / ".incomplete-out" / "claim"
+    with pytest.raises(UserError, match=f"{claim}: .* has prepared no picture for .* remove"):
+        prepare.prepare(pictures, 4, tmp_path / "out")
+    claim.unlink()
+    prepare.prepare(pictures, 4, tmp_path / "out")
+    assert check(tmp_path / "out") == []
 
 
 def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch, capsys):

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -17,12 +19,17 @@ from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
 from dvmsr_jax.data.records import DataError, PictureInfo, Preparation, Records, ShardInfo
 from dvmsr_jax.data.sources import Source, find_sources
-from dvmsr_jax.files import checksum, lock, replacing, write_json
+from dvmsr_jax.files import checksum, has_locks, lock, replacing, write_json
 
 PICTURES_PER_SHARD = 16
 # Largest share of the pictures that may be left out because they cannot be read.
 MAX_BAD = 0.01
-_LOCK = "lock"
+# Files in the folder of an unfinished preparation. The lock tells whose folder it is; where file
+# systems have none, it is of the process that created the claim, until it removes that.
+_LOCK, _CLAIM = "lock", "claim"
+# Seconds between looks at another process's claim, and after which one that is left alone is dead.
+# NFS shows other machines' files as they were up to a minute ago.
+_POLL, _PATIENCE = 1.0, 600.0
 
 
 def load_records(config: DataConfig, scale: int) -> Records:
@@ -101,8 +108,10 @@ def prepare(
         records.write_metadata(unfinished, scale, sizes)
         preparation.write(unfinished)
         os.rename(unfinished, folder)
-        for path in [folder / _LOCK, *(shard.info_path(folder) for shard in shards)]:
+        for path in (shard.info_path(folder) for shard in shards):
             path.unlink()
+        for name in (_LOCK, _CLAIM):
+            (folder / name).unlink(missing_ok=True)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -159,7 +168,7 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, S
     """Writes those that are not there yet; what they hold, by name."""
     found = {shard.name: shard.read_info(folder) for shard in shards}
     kept = {name: info for name, info in found.items() if info is not None}
-    known = {_LOCK, *kept, *(f"{name}.json" for name in kept)}
+    known = {_LOCK, _CLAIM, *kept, *(f"{name}.json" for name in kept)}
     for path in folder.iterdir():  # half-written, or of pictures that have changed since
         if path.name not in known:
             path.unlink()
@@ -175,6 +184,8 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, S
 
         def advance() -> bool:
             bar.update()
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(folder / _CLAIM)
             return not stop.is_set()
 
         futures = {
@@ -260,17 +271,75 @@ def _claim(unfinished: Path, finished: Path) -> Iterator[bool]:
         with contextlib.ExitStack() as stack:
             try:
                 file = stack.enter_context((unfinished / _LOCK).open("w"))
-                if not lock(file, wait=False):
-                    waiting = f"waiting for the process that prepares pictures in {unfinished}"
-                    print(waiting, flush=True)
-                    lock(file, wait=True)
-                held = os.path.samestat(os.fstat(file.fileno()), os.stat(unfinished / _LOCK))
+                if has_locks(file):
+                    held = _take_lock(file, unfinished / _LOCK)
+                else:
+                    held = stack.enter_context(_create_claim(unfinished / _CLAIM))
             except FileNotFoundError:
                 held = False
-            # Otherwise who had it has renamed the folder: look again.
+            # Otherwise the other process has renamed the folder: look again.
             if held and not is_prepared(finished):
                 yield True
                 return
             if held:  # made in vain, just after that
                 (unfinished / _LOCK).unlink()
     yield False
+
+
+def _take_lock(file: IO[Any], path: Path) -> bool:
+    """Waits for the lock; False if the file then no longer lies at PATH."""
+    if not lock(file, wait=False):
+        _say_waiting(path.parent)
+        lock(file, wait=True)
+    return _is_at(file, path)
+
+
+@contextlib.contextmanager
+def _create_claim(path: Path) -> Iterator[bool]:
+    """Creates PATH, which one process alone can do, and removes it in the end.
+
+    While another process has it, waits, and yields False.
+
+    Raises:
+        DataError: the other process shows no progress.
+    """
+    try:
+        file = path.open("x")
+    except FileExistsError:
+        _say_waiting(path.parent)
+        _wait_for_removal(path)
+        yield False
+        return
+    with file:
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # it is renamed with a finished folder
+                if _is_at(file, path):
+                    path.unlink()
+
+
+def _wait_for_removal(path: Path) -> None:
+    touched, since = -1, 0.0
+    while True:
+        try:
+            now = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        if now != touched:
+            touched, since = now, time.monotonic()
+        elif time.monotonic() - since > _PATIENCE:
+            raise DataError(
+                f"{path}: the process that created this file has prepared no picture for "
+                f"{_PATIENCE:.0f} s. If it has ended, remove the file, and the same command "
+                "continues its work"
+            )
+        time.sleep(_POLL)
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _say_waiting(folder: Path) -> None:
+    print(f"waiting for the process that prepares pictures in {folder}", flush=True)
