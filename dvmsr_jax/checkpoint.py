@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ FREE_FIELDS = frozenset(
         "data.hr_dirs",  # what lies there counts, which is among the sources
         "data.prepared",
         "data.val_images",
+        "data.max_unreadable",
         "data.data_dir",
         "data.workers",
         "data.cache",
@@ -102,14 +103,18 @@ class Checkpoints:
         sources: Mapping[str, str | None] | None = None,
         *,
         allow_changes: bool = False,
+        describe_data: Callable[[str], str] = lambda identity: "",
     ):
         """`sources` names what the run is made from; a run made from others is not gone on with.
 
         With `allow_changes` it is all the same, and with another configuration, where possible.
+        `describe_data` returns how the data differ from those of another "data" source, for the
+        messages.
         """
         self.config = config
         self._description = to_json(config) | {"sources": dict(sources or {})}
         self._allow_changes = allow_changes
+        self._describe_data = describe_data
         self.directory = phase_directory(config) / "checkpoints"
         self._keep_best = _KeepBest()
         policies = [ocp.checkpoint_managers.LatestN(config.keep_checkpoints), self._keep_best]
@@ -228,6 +233,8 @@ class Checkpoints:
         if not differing:
             return set()
         lines = "\n".join(f"  {n}: {stored.get(n)} there, {current.get(n)} now" for n in differing)
+        if "sources.data" in differing and stored.get("sources.data") is not None:
+            lines += f"\n  ({self._describe_data(stored['sources.data'])})"
         shaping = [*_SHAPING, *(["sources.teacher"] if self.config.distill.level == "mid" else [])]
         fixed = any(n.startswith(tuple(shaping)) and n != _SHAPELESS for n in differing)
         if fixed or not self._allow_changes:

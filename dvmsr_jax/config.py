@@ -81,6 +81,8 @@ class DataConfig:
     """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
     val_images: int = 20
     """Pictures kept apart from training for validation, if they are prepared now."""
+    max_unreadable: float = 0.01
+    """Largest share of the pictures that may be left out because they cannot be read."""
     lr_crop: int = 64
     """Side of the square low-resolution training crops, in pixels."""
     batch_size: int = 128
@@ -185,6 +187,7 @@ _LIMITS = {
     "checkpoint_every": (1, math.inf),
     "keep_checkpoints": (1, math.inf),
     "data.val_images": (1, math.inf),
+    "data.max_unreadable": (0, 1),
     "data.lr_crop": (1, math.inf),
     "data.batch_size": (1, math.inf),
     "data.workers": (0, math.inf),

@@ -318,9 +318,10 @@ def test_two_processes_without_locks_prepare_once(photos, tmp_path):
         assert any(line == "read\n" for line in lines.values())
         (waits,) = [process for process, line in lines.items() if line.startswith("waiting for")]
         works = first if waits is second else second
-        output, _ = works.communicate("\n" * 6)
-        assert output.count("read") + 1 == 6
-        assert waits.communicate()[0] == ""
+        works.stdin.write("\n" * 6)
+        works.stdin.close()
+        assert works.stdout.read() == "read\n" * 5
+        assert waits.stdout.read() == ""
     assert first.returncode == second.returncode == 0
     assert check(tmp_path / "out") == []
     assert not list(tmp_path.glob(".incomplete*"))
@@ -342,19 +343,18 @@ def test_without_locks_a_killed_process_is_named_and_its_work_kept(photos, tmp_p
     assert check(tmp_path / "out") == []
 
 
-def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch, capsys):
+def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, capsys):
     bad = photos / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
     with pytest.raises(
-        UserError, match=f"1 of 7 pictures .*more than 1%.*\n  {re.escape(str(bad))}"
+        UserError, match=rf"1 of 7 pictures \(0\.14 .*max-unreadable .*\n  {re.escape(str(bad))}"
     ):
         data.load_records(config, 4)
     (unfinished,) = (tmp_path / "data").glob("*/*")
     assert unfinished.name.startswith(".incomplete-")
 
-    monkeypatch.setattr(prepare, "MAX_BAD", 0.2)
-    records = data.load_records(config, 4)
+    records = data.load_records(dataclasses.replace(config, max_unreadable=0.2), 4)
     assert f"left out: {bad}" in capsys.readouterr().out
     assert len(records.train) == 5
     assert not unfinished.exists()
@@ -366,7 +366,7 @@ def test_mended_pictures_are_read_again(photos, tmp_path):
     path = photos / "3.png"
     content = path.read_bytes()
     path.write_bytes(b"overwrit" + content[8:])
-    with pytest.raises(UserError, match=rf"mend or remove.*\n  {path}"):
+    with pytest.raises(UserError, match=rf"Fix or remove.*\n  {path}"):
         prepare.prepare(pictures, 4, tmp_path / "out")
     path.write_bytes(content)
     prepare.prepare(pictures, 4, tmp_path / "out")
@@ -476,7 +476,7 @@ def test_an_explicit_folder(photos, tmp_path):
     assert len(images.find_images(photos)) == 6
 
 
-def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
+def test_moved_and_copied_pictures_are_the_same(photos, tmp_path):
     """And a changed one is another, whatever its size and time."""
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1)
     before = data.load_records(config, 4).folder
@@ -487,14 +487,14 @@ def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    monkeypatch.setattr(prepare, "MAX_BAD", 1)
+    moved = dataclasses.replace(moved, max_unreadable=0.9)  # if it cannot be read any more
     assert data.load_records(moved, 4).folder != before
 
 
 def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeypatch):
     def identity(folder, name, *, scale=4, val_images=1):
         splits = find_sources(DataConfig(hr_dirs=(folder,), val_images=val_images), scale)
-        prepare.prepare(splits, scale, tmp_path / name)
+        prepare.prepare(splits, scale, tmp_path / name, max_unreadable=0.2)
         return data.identity(tmp_path / name)
 
     first = identity(photos, "first")
@@ -515,10 +515,52 @@ def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeyp
         return read_rgb(path)
 
     monkeypatch.setattr(images, "read_rgb", read)
-    monkeypatch.setattr(prepare, "MAX_BAD", 0.2)
     for unreadable in ("3.png", "4.png"):
         others.append(identity(photos, unreadable))
     assert len({first, *others}) == 6
+
+
+def test_the_change_of_pictures_is_described(photos, tmp_path):
+    config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
+    first = data.load_records(config, 4).folder
+    before = data.identity(first)
+
+    def change(**options):
+        folder = data.load_records(dataclasses.replace(config, **options), 4).folder
+        assert folder != first
+        return data.describe_change(folder, before)
+
+    content = (photos / "3.png").read_bytes()
+    picture = images.read_rgb(photos / "3.png")
+    images.write_png(photos / "3.png", 255 - picture)
+    assert change() == "pictures: the same names and sizes, with other contents"
+    images.write_png(photos / "3.png", picture[:32])
+    assert change() == "pictures: 1 of other sizes"
+    (photos / "3.png").write_bytes(content)
+    assert change(val_images=2) == "pictures: 1 moved between training and validation"
+    shutil.copy(photos / "3.png", photos / "3a.png")
+    shutil.copy(photos / "3.png", photos / "3b.png")
+    (photos / "4.png").unlink()
+    assert change() == "pictures: 2 added, 1 removed"
+    changed = data.load_records(config, 4).folder
+    shutil.rmtree(first)
+    assert data.describe_change(changed, before).startswith("7 pictures now; the folder of")
+
+
+def test_superseded_folders_are_named(photos, tmp_path, capsys):
+    """Those of the same settings only, and nothing is deleted."""
+    config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
+    first = data.load_records(config, 4).folder
+    data.load_records(dataclasses.replace(config, val_images=2), 4)
+    data.load_records(dataclasses.replace(config, hr_dirs=(photos / "more",)), 4)
+    data.load_records(config, 2)
+    assert capsys.readouterr().out == ""
+    (photos / "3.png").unlink()
+    for _ in range(2):  # preparing, and then finding it prepared
+        data.load_records(config, 4)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert re.search(rf"0\.0 GB; may be deleted .*: {first}$", line)
+    assert len(open_records(first).train) == 5
 
 
 @pytest.fixture

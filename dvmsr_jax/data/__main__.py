@@ -29,6 +29,7 @@ def prepare(
     hr_dirs: tuple[Path, ...] = (),
     scale: Literal[2, 3, 4] = 4,
     val_images: int = DataConfig.val_images,
+    max_unreadable: float = DataConfig.max_unreadable,
     data_dir: Path = DataConfig.data_dir,
 ) -> None:
     """Cuts pictures into aligned LR and HR sub-images, for train.py --data.prepared OUT.
@@ -38,10 +39,13 @@ def prepare(
         hr_dirs: folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K.
         scale: upscaling factor.
         val_images: pictures kept apart from training for validation.
+        max_unreadable: largest share of the pictures that may be left out because they cannot be
+            read.
         data_dir: where TFDS keeps its downloads.
     """
     config = DataConfig(hr_dirs=hr_dirs, val_images=val_images, data_dir=data_dir)
-    prepare_pictures(find_sources(config, scale), scale, out.expanduser())
+    sources = find_sources(config, scale)
+    prepare_pictures(sources, scale, out.expanduser(), max_unreadable=max_unreadable)
     print(_summary(out.expanduser()))
 
 

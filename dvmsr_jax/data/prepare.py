@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
-from dvmsr_jax import bicubic
+from dvmsr_jax import bicubic, parallel
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
 from dvmsr_jax.data.records import DataError, PictureInfo, Preparation, Records, ShardInfo
@@ -22,8 +22,20 @@ from dvmsr_jax.data.sources import Source, find_sources
 from dvmsr_jax.files import checksum, has_locks, lock, replacing, write_json
 
 PICTURES_PER_SHARD = 16
-# Largest share of the pictures that may be left out because they cannot be read.
-MAX_BAD = 0.01
+# In a folder that `load_records` made: a hash of the settings that chose its pictures.
+_SOURCES = "sources"
+# Settings that do not choose pictures; a new one counts as one that does, unless it is listed here.
+_NOT_SOURCES = {
+    "hr_dirs",  # of which the real paths count
+    "val_images",
+    "data_dir",
+    "prepared",
+    "max_unreadable",
+    "lr_crop",
+    "batch_size",
+    "workers",
+    "cache",
+}
 # Files in the folder of an unfinished preparation. The lock tells whose folder it is; where file
 # systems have none, it is of the process that created the claim, until it removes that.
 _LOCK, _CLAIM = "lock", "claim"
@@ -53,11 +65,20 @@ def load_records(config: DataConfig, scale: int) -> Records:
         parent = config.data_dir.expanduser() / records.NAME
         apart = f"{config.val_images} apart"
         folder = parent / _key(splits["train"] + splits["val"], scale, apart)
-        # By the folders: what is finished is still of use when pictures were mended or removed.
+        # By the settings: finished shards are still of use after pictures were fixed or removed.
         sources = _hash(
-            f"x{scale}", apart, *(str(path.expanduser().resolve()) for path in config.hr_dirs)
+            f"x{scale}",
+            apart,
+            *(str(path.expanduser().resolve()) for path in config.hr_dirs),
+            *(
+                f"{field.name} {getattr(config, field.name)}"
+                for field in fields(config)
+                if field.name not in _NOT_SOURCES and getattr(config, field.name) != field.default
+            ),
         )
-        prepare(splits, scale, folder, parent / f".incomplete-{sources}")
+        unfinished = parent / f".incomplete-{sources}"
+        prepare(splits, scale, folder, unfinished, max_unreadable=config.max_unreadable)
+        _name_superseded(folder, sources)
     else:
         folder = config.prepared.expanduser()
         if config.hr_dirs:
@@ -68,8 +89,31 @@ def load_records(config: DataConfig, scale: int) -> Records:
     return records.open_records(folder)
 
 
+def _name_superseded(folder: Path, sources: str) -> None:
+    """Prints which folders beside this one were made with the same settings, of other pictures."""
+    if not (folder / _SOURCES).exists():
+        with replacing(folder / _SOURCES) as temporary:
+            temporary.write_text(sources)
+    older = [
+        marker.parent
+        for marker in sorted(folder.parent.glob(f"*/{_SOURCES}"))
+        if marker.parent != folder and marker.read_text() == sources
+    ]
+    if older:
+        size = sum(path.stat().st_size for parent in older for path in parent.rglob("*"))
+        parallel.say(
+            f"prepared before the pictures changed, {size / 1e9:.1f} GB; may be deleted if no "
+            f"--data.prepared names it: {', '.join(map(str, older))}"
+        )
+
+
 def prepare(
-    splits: dict[str, list[Source]], scale: int, folder: Path, unfinished: Path | None = None
+    splits: dict[str, list[Source]],
+    scale: int,
+    folder: Path,
+    unfinished: Path | None = None,
+    *,
+    max_unreadable: float = DataConfig.max_unreadable,
 ) -> None:
     """Writes the pictures' sub-images as records; of "val" pictures, the middle one.
 
@@ -81,8 +125,8 @@ def prepare(
     as they exceed a gigabyte; Grain shuffles at reading, so they are written as they come.
 
     Raises:
-        DataError: more than `MAX_BAD` of the pictures cannot be read (fewer are left out), or the
-            folder holds something else.
+        DataError: a larger share of the pictures than `max_unreadable` cannot be read (up to that
+            they are left out), or the folder holds something else.
         OSError: the disk is full, say.
     """
     if unfinished is None:
@@ -97,7 +141,7 @@ def prepare(
                     "remove it or choose another folder"
                 )
             return
-        preparation = Preparation(scale, _write_shards(shards, scale, unfinished))
+        preparation = Preparation(scale, _write_shards(shards, scale, unfinished, max_unreadable))
         sizes = {
             split: [(info.records, info.bytes) for info in preparation.of_split(split).values()]
             for split in splits
@@ -164,7 +208,9 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
 
 
-def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, ShardInfo]:
+def _write_shards(
+    shards: list[_Shard], scale: int, folder: Path, max_unreadable: float
+) -> dict[str, ShardInfo]:
     """Writes those that are not there yet; what they hold, by name."""
     found = {shard.name: shard.read_info(folder) for shard in shards}
     kept = {name: info for name, info in found.items() if info is not None}
@@ -198,19 +244,21 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, S
                 info = kept[futures[future]] = future.result()
                 for reason in info.left_out:
                     bar.write(f"left out: {reason}")
-                _check_bad(kept, total)
+                _check_unreadable(kept, total, max_unreadable)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
     return {shard.name: kept[shard.name] for shard in shards}
 
 
-def _check_bad(infos: dict[str, ShardInfo], total: int) -> None:
+def _check_unreadable(infos: dict[str, ShardInfo], total: int, at_most: float) -> None:
     bad = [reason for info in infos.values() for reason in info.left_out]
-    if len(bad) > MAX_BAD * total:
+    if len(bad) > at_most * total:
         raise DataError(
-            f"{len(bad)} of {total} pictures cannot be used, more than {MAX_BAD:.0%}; mend or "
-            "remove them, and the same command goes on:\n  " + "\n  ".join(bad)
+            f"{len(bad)} of {total} pictures ({len(bad) / total:.2g} of them) cannot be read, more "
+            f"than the share of {at_most:g} that may be left out. Fix or remove them, or raise "
+            "--data.max-unreadable (--max-unreadable for `prepare`), and run the same command "
+            "again:\n  " + "\n  ".join(bad)
         )
 
 

@@ -4,13 +4,14 @@ A folder of them holds TFDS's own files and PREPARATION, which says what each sh
 """
 
 import bisect
+import collections
 import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -327,6 +328,51 @@ def identity(folder: Path) -> str:
     ]
     text = json.dumps([preparation.scale, contents])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe_change(folder: Path, before: str) -> str:
+    """How the pictures in a folder of records differ from those with the identity `before`.
+
+    These are looked for in the folders beside it, and compared by their names and sizes.
+    """
+    now = Preparation.read(folder)
+    earlier = None
+    for path in folder.absolute().parent.iterdir():
+        with contextlib.suppress(DataError):
+            if (path / PREPARATION).exists() and identity(path) == before:
+                earlier = Preparation.read(path)
+                break
+    if earlier is None:
+        count = sum(len(shard.pictures) for shard in now.shards.values())
+        return f"{count:,} pictures now; the folder of the former ones is not beside {folder}"
+    if earlier.scale != now.scale:
+        return f"prepared for x{earlier.scale} there, for x{now.scale} now"
+
+    def pictures(preparation: Preparation, form: Callable[[ShardInfo, PictureInfo], Any]):
+        shards = preparation.shards.values()
+        return collections.Counter(form(s, picture) for s in shards for picture in s.pictures)
+
+    def more(a: Preparation, b: Preparation, form: Callable[[ShardInfo, PictureInfo], Any]) -> int:
+        return (pictures(a, form) - pictures(b, form)).total()
+
+    def name(shard, picture):
+        return Path(picture.name).name
+
+    def use(shard, picture):
+        return name(shard, picture), shard.split
+
+    def size(shard, picture):
+        return name(shard, picture), picture.lr_height, picture.lr_width
+
+    added, removed = more(now, earlier, name), more(earlier, now, name)
+    counts = {
+        "added": added,
+        "removed": removed,
+        "of other sizes": more(now, earlier, size) - added,
+        "moved between training and validation": more(now, earlier, use) - added,
+    }
+    changes = [f"{count:,} {what}" for what, count in counts.items() if count]
+    return "pictures: " + (", ".join(changes) or "the same names and sizes, with other contents")
 
 
 def read_counts(folder: Path) -> dict[str, int]:
