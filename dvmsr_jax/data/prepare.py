@@ -43,19 +43,20 @@ def load_records(config: DataConfig, scale: int) -> Records:
             f"data.lr_crop is {config.lr_crop}, at most {side // scale} fit the prepared sub-images"
         )
     if config.prepared is None:
-        splits = find_sources(config, scale)
+        splits = find_sources(config)
         parent = config.data_dir.expanduser() / records.NAME
         apart = f"{config.val_images} apart"
         folder = parent / _key(splits["train"] + splits["val"], scale, apart)
         # By the folders: what is finished is still of use when pictures were mended or removed.
-        sources = _hash(
-            f"x{scale}", apart, *(str(path.expanduser().resolve()) for path in config.hr_dirs)
-        )
+        folders = [str(path.expanduser().resolve()) for path in config.hr_dirs]
+        sources = _hash(f"x{scale}", apart, *(folders or [config.dataset]))
         prepare(splits, scale, folder, parent / f".incomplete-{sources}")
     else:
         folder = config.prepared.expanduser()
         if config.hr_dirs:
             raise DataError("data.prepared and data.hr_dirs exclude each other; pass one of them")
+        if config.dataset != DataConfig.dataset:
+            raise DataError("data.prepared and data.dataset exclude each other; pass one of them")
         there = records.read_preparation(folder)["scale"]
         if there != scale:
             raise DataError(f"{folder}: was prepared for x{there}, the model is to be x{scale}")

@@ -1,4 +1,4 @@
-"""Where training pictures come from: folders, or DIV2K by TFDS."""
+"""Where training pictures come from: folders, or data sets that are downloaded."""
 
 import hashlib
 from collections.abc import Callable
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from dvmsr_jax import images
 from dvmsr_jax.config import DataConfig
+from dvmsr_jax.data import download
 from dvmsr_jax.data.records import DataError
+
+PICTURES = "pictures"
+"""Folder under `DataConfig.data_dir` that data sets are downloaded to."""
 
 # Bytes from the middle of a file that tell it from others of the same name and size.
 _SAMPLE = 4096
@@ -26,19 +29,22 @@ class Source(NamedTuple):
     load: Callable[[], tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "h w 3"] | None]]
 
 
-def find_sources(config: DataConfig, scale: int) -> dict[str, list[Source]]:
+def find_sources(config: DataConfig) -> dict[str, list[Source]]:
     """The pictures to train on ("train") and those kept apart ("val").
 
-    `config.val_images` pictures are kept apart, spread evenly over the sorted names (with DIV2K,
-    taken from its validation split).
+    Without `config.hr_dirs`, `config.dataset` is downloaded unless it was before; the first
+    `config.val_images` pictures of DIV2K's validation set are kept apart. Of the pictures in
+    `config.hr_dirs`, as many are kept apart, spread evenly over the sorted names.
 
     Raises:
-        DataError: there are too few pictures, or DIV2K cannot be had.
+        DataError: there are too few pictures, or the data set cannot be downloaded.
         images.ImageError: a folder is missing or holds no pictures.
     """
+    if config.hr_dirs and config.dataset != DataConfig.dataset:
+        raise DataError("data.dataset and data.hr_dirs exclude each other; pass one of them")
     if config.val_images < 1:
         raise DataError(f"data.val_images is {config.val_images}, expected at least 1")
-    return _in_folders(config) if config.hr_dirs else _div2k(config, scale)
+    return _in_folders(config) if config.hr_dirs else _downloaded(config)
 
 
 def _in_folders(config: DataConfig) -> dict[str, list[Source]]:
@@ -67,31 +73,17 @@ def _source(path: Path, folder: Path) -> Source:
     return Source(str(path), fingerprint, lambda: (images.read_rgb(path), None))
 
 
-def _div2k(config: DataConfig, scale: int) -> dict[str, list[Source]]:
-    try:
-        builder = tfds.builder(
-            f"div2k/bicubic_x{scale}",
-            data_dir=config.data_dir.expanduser(),
-            file_format="array_record",
-        )
-        builder.download_and_prepare()
-    except Exception as error:  # a failed download can surface as almost anything
+def _downloaded(config: DataConfig) -> dict[str, list[Source]]:
+    parent = config.data_dir.expanduser() / PICTURES
+    splits: dict[str, list[Source]] = {}
+    for split, archives in download.DATASETS[config.dataset].items():
+        folders = [download.fetch(archive, parent) for archive in archives]
+        splits[split] = [
+            _source(path, folder) for folder in folders for path in images.find_images(folder)
+        ]
+    if len(splits["val"]) < config.val_images:
         raise DataError(
-            f"DIV2K, the default training data, could not be prepared ({type(error).__name__}: "
-            f"{error}); pass folders of high-resolution pictures with --data.hr-dirs DIR [DIR ...]"
-        ) from error
-
-    def pictures(split):
-        source = builder.as_data_source(split)
-
-        def picture(i):
-            def load():
-                record = source[i]
-                return record["hr"], record["lr"]
-
-            name = f"{split}{i}"
-            return Source(name, f"div2k {builder.version} {name}", load)
-
-        return [picture(i) for i in range(len(source))]
-
-    return {"train": pictures("train"), "val": pictures("validation")[: config.val_images]}
+            f"data.val_images is {config.val_images}, but {config.dataset} has only "
+            f"{len(splits['val'])} pictures for validation"
+        )
+    return splits | {"val": splits["val"][: config.val_images]}
