@@ -1,7 +1,9 @@
 """Where training pictures come from: folders, or data sets that are downloaded."""
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from dvmsr_jax import images
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import download
 from dvmsr_jax.data.records import DataError
+from dvmsr_jax.files import checksum
 
 PICTURES = "pictures"
 """Folder under `DataConfig.data_dir` that data sets are downloaded to."""
@@ -48,10 +51,7 @@ def find_sources(config: DataConfig) -> dict[str, list[Source]]:
 
 
 def _in_folders(config: DataConfig) -> dict[str, list[Source]]:
-    pictures = []
-    for folder in (folder.expanduser() for folder in config.hr_dirs):
-        found = images.find_images(folder, on_error=lambda _, error: print(f"left out: {error}"))
-        pictures += [_source(path, folder) for path in found]
+    pictures = [file.source() for file in _distinct(_list_files(config.hr_dirs))]
     if len(pictures) <= config.val_images:
         raise DataError(
             f"data.hr_dirs hold {len(pictures)} pictures, of which data.val_images = "
@@ -64,13 +64,48 @@ def _in_folders(config: DataConfig) -> dict[str, list[Source]]:
     }
 
 
-def _source(path: Path, folder: Path) -> Source:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(size - _SAMPLE, 0) // 2)
-        sample = hashlib.sha256(file.read(_SAMPLE)).hexdigest()[:16]
-    fingerprint = f"{path.relative_to(folder)} {size} {sample}"
-    return Source(str(path), fingerprint, lambda: (images.read_rgb(path), None))
+class _File(NamedTuple):
+    """A picture, and the folder in which it was found."""
+
+    path: Path
+    folder: Path
+    size: int
+    sample: str
+
+    def source(self) -> Source:
+        """Its fingerprint does not depend on where the folder is."""
+        fingerprint = f"{self.path.relative_to(self.folder)} {self.size} {self.sample}"
+        return Source(str(self.path), fingerprint, lambda: (images.read_rgb(self.path), None))
+
+
+def _list_files(folders: Iterable[Path]) -> list[_File]:
+    files = []
+    for folder in (folder.expanduser() for folder in folders):
+        found = images.find_images(folder, on_error=lambda _, error: print(f"left out: {error}"))
+        for path in found:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(max(size - _SAMPLE, 0) // 2)
+                sample = hashlib.sha256(file.read(_SAMPLE)).hexdigest()[:16]
+            files.append(_File(path, folder, size, sample))
+    return files
+
+
+def _distinct(files: list[_File]) -> list[_File]:
+    """The files without repetitions and copies, of which the first stays."""
+    by_path: dict[str, _File] = {}
+    for file in files:
+        by_path.setdefault(os.path.realpath(file.path), file)
+    alike = Counter((file.size, file.sample) for file in by_path.values())
+    by_content: dict[object, _File] = {}
+    for file in by_path.values():
+        key = (file.size, file.sample)
+        # Whole files are read only where size and sample agree, which is rare but for copies.
+        by_content.setdefault(key if alike[key] == 1 else checksum(file.path), file)
+    if len(by_content) < len(files):
+        dropped = len(files) - len(by_content)
+        print(f"dropped {dropped} of {len(files)} pictures, which were listed twice or are copies")
+    return list(by_content.values())
 
 
 def _downloaded(config: DataConfig) -> dict[str, list[Source]]:
