@@ -19,7 +19,7 @@ def photos(tmp_path):
 
 
 def find(*folders):
-    return find_sources(DataConfig(hr_dirs=folders, val_images=2), 4)
+    return find_sources(DataConfig(hr_dirs=folders, val_images=2))
 
 
 def fingerprints(splits):

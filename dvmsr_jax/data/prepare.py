@@ -220,14 +220,12 @@ def _write_shard(
     ):
         for picture in shard.pictures:
             try:
-                hr, lr = picture.load()
-                hr = bicubic.modcrop(hr, scale)
+                hr = bicubic.modcrop(picture.load(), scale)
             except ValueError as error:
                 reason = str(error)
                 left_out.append(reason if picture.name in reason else f"{picture.name}: {reason}")
             else:
-                if lr is None:
-                    lr = bicubic.downscale(hr, scale)
+                lr = bicubic.downscale(hr, scale)
                 squares = list(records.sub_images(lr, hr, records.hr_side(scale), scale))
                 if shard.split == "val":
                     squares = [squares[len(squares) // 2]]

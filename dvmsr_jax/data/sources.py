@@ -19,17 +19,18 @@ from dvmsr_jax.files import checksum
 PICTURES = "pictures"
 """Folder under `DataConfig.data_dir` that data sets are downloaded to."""
 
-# Bytes from the middle of a file that tell it from others of the same name and size.
+# Bytes in the middle of a file that distinguish it from others of the same name and size.
 _SAMPLE = 4096
 
 
 class Source(NamedTuple):
-    """A source picture: `load` gives (HR, LR or None)."""
+    """A high-resolution picture."""
 
     name: str
     fingerprint: str
-    """Another one for another picture, the same wherever and whenever its file was copied."""
-    load: Callable[[], tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "h w 3"] | None]]
+    """Differs between pictures, but not between copies of a file under the same relative path."""
+    load: Callable[[], UInt8[np.ndarray, "H W 3"]]
+    """Reads it. Raises images.ImageError."""
 
 
 def find_sources(config: DataConfig) -> dict[str, list[Source]]:
@@ -37,7 +38,8 @@ def find_sources(config: DataConfig) -> dict[str, list[Source]]:
 
     Without `config.hr_dirs`, `config.dataset` is downloaded unless it was before; the first
     `config.val_images` pictures of DIV2K's validation set are kept apart. Of the pictures in
-    `config.hr_dirs`, as many are kept apart, spread evenly over the sorted names.
+    `config.hr_dirs`, that many are kept apart, spread evenly over the sorted names; repetitions
+    and copies are dropped first.
 
     Raises:
         DataError: there are too few pictures, or the data set cannot be downloaded.
@@ -75,7 +77,7 @@ class _File(NamedTuple):
     def source(self) -> Source:
         """Its fingerprint does not depend on where the folder is."""
         fingerprint = f"{self.path.relative_to(self.folder)} {self.size} {self.sample}"
-        return Source(str(self.path), fingerprint, lambda: (images.read_rgb(self.path), None))
+        return Source(str(self.path), fingerprint, lambda: images.read_rgb(self.path))
 
 
 def _list_files(folders: Iterable[Path]) -> list[_File]:
@@ -113,9 +115,7 @@ def _downloaded(config: DataConfig) -> dict[str, list[Source]]:
     splits: dict[str, list[Source]] = {}
     for split, archives in download.DATASETS[config.dataset].items():
         folders = [download.fetch(archive, parent) for archive in archives]
-        splits[split] = [
-            _source(path, folder) for folder in folders for path in images.find_images(folder)
-        ]
+        splits[split] = [file.source() for file in _list_files(folders)]
     if len(splits["val"]) < config.val_images:
         raise DataError(
             f"data.val_images is {config.val_images}, but {config.dataset} has only "
