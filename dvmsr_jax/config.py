@@ -74,9 +74,12 @@ class DataConfig:
     """Where the training pictures come from and how batches are cut from them."""
 
     hr_dirs: tuple[Path, ...] = ()
-    """Folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K."""
+    """Folders of high-resolution pictures, searched recursively. None: `dataset`."""
+    dataset: Literal["div2k", "df2k"] = "div2k"
+    """Pictures to download, without `hr_dirs` and `prepared`. div2k: DIV2K (4 GB). df2k: DIV2K and
+    Flickr2K, as in the paper; its archive also contains low-resolution pictures."""
     data_dir: Path = Path("~/tensorflow_datasets")
-    """Where pictures are prepared once, and TFDS keeps its downloads."""
+    """Where pictures are downloaded to and prepared, once."""
     prepared: Path | None = None
     """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
     val_images: int = 20

@@ -189,7 +189,7 @@ def files_of(folder):
 def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at):
     """And the records depend neither on that nor on the number of cores."""
     monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 2)
-    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=2), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=2))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     with monkeypatch.context() as patch:
         patch.setattr("os.cpu_count", lambda: 3)
@@ -221,7 +221,7 @@ def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypa
 
 
 def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
-    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     read_rgb, read, waiting = images.read_rgb, [], threading.Event()
     monkeypatch.setattr("builtins.print", lambda *words, **_: waiting.set())
 
@@ -261,7 +261,7 @@ def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch,
 
 def test_mended_pictures_are_read_again(photos, tmp_path):
     """Though their names, sizes and middles are what they were."""
-    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     path = photos / "3.png"
     content = path.read_bytes()
     path.write_bytes(b"overwrit" + content[8:])
@@ -312,42 +312,9 @@ def test_unusable_settings_are_named(photos, tmp_path, change, message):
         data.load_records(DataConfig(**config), 4)
 
 
-def test_without_folders_and_download_it_says_what_to_pass(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
-    with pytest.raises(UserError, match=r"no network.*--data\.hr-dirs"):
-        data.load_records(DataConfig(data_dir=tmp_path), 4)
-
-
-def test_div2k_goes_through_the_same_preparation(tmp_path, monkeypatch):
-    """With a stand-in for TFDS's builder, which downloads: its LR files are used."""
-    lr, hr = aligned_pair(90, 80, 4)
-
-    class Builder:
-        version = "2.0.0"
-
-        def download_and_prepare(self):
-            pass
-
-        def as_data_source(self, split):
-            return [{"lr": lr, "hr": hr}] * {"train": 3, "validation": 5}[split]
-
-    def builder(name, **kwargs):
-        assert name == "div2k/bicubic_x4"
-        return Builder()
-
-    monkeypatch.setattr(tfds, "builder", builder)
-    records = data.load_records(DataConfig(data_dir=tmp_path, val_images=2), 4)
-    assert len(records.train) == 3 * 2
-    assert len(records.val) == 2
-    np.testing.assert_array_equal(records.train[0]["lr"], lr[:80])
-
-
 def test_records_are_a_tfds_dataset(photos, tmp_path):
     """TFDS reads what our own reader does."""
-    prepare.prepare(find_sources(DataConfig(hr_dirs=(photos,), val_images=2), 4), 4, tmp_path / "r")
+    prepare.prepare(find_sources(DataConfig(hr_dirs=(photos,), val_images=2)), 4, tmp_path / "r")
     records = data.load_records(DataConfig(prepared=tmp_path / "r"), 4)
     source = tfds.builder_from_directory(tmp_path / "r").as_data_source("train")
     assert len(source) == len(records.train)
@@ -363,7 +330,7 @@ def test_an_explicit_folder(photos, tmp_path):
     config = DataConfig(prepared=folder)
     with pytest.raises(UserError, match=rf"prepare --hr-dirs DIR .* --out {folder}"):
         data.load_records(config, 4)
-    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     prepare.prepare(pictures, 4, folder)
     assert len(data.load_records(config, 4).train) == 5
     with pytest.raises(UserError, match="was prepared for x4, the model is to be x2"):
@@ -394,7 +361,7 @@ def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
 
 def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeypatch):
     def identity(folder, name, *, scale=4, val_images=1):
-        splits = find_sources(DataConfig(hr_dirs=(folder,), val_images=val_images), scale)
+        splits = find_sources(DataConfig(hr_dirs=(folder,), val_images=val_images))
         prepare.prepare(splits, scale, tmp_path / name)
         return data.identity(tmp_path / name)
 
@@ -427,7 +394,7 @@ def prepared(photos, tmp_path):
     """A folder with a file of three pictures and one of two, and a picture for validation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "PICTURES_PER_SHARD", 3)
-        pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+        pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
         prepare.prepare(pictures, 4, tmp_path / "prepared")
     return tmp_path / "prepared"
 

@@ -1,6 +1,7 @@
 """Prepares training data, checks it, and computes a teacher's outputs for it.
 
 python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
+python -m dvmsr_jax.data prepare --dataset df2k --out DIR
 python -m dvmsr_jax.data check DIR
 python -m dvmsr_jax.data distill --ckpt TEACHER --data DIR
 
@@ -30,6 +31,7 @@ _SHOWN = 20
 def prepare(
     out: Path,
     hr_dirs: tuple[Path, ...] = (),
+    dataset: Literal["div2k", "df2k"] = DataConfig.dataset,
     scale: Literal[2, 3, 4] = 4,
     val_images: int = DataConfig.val_images,
     data_dir: Path = DataConfig.data_dir,
@@ -38,13 +40,14 @@ def prepare(
 
     Args:
         out: the folder to make.
-        hr_dirs: folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K.
+        hr_dirs: folders of high-resolution pictures, searched recursively. None: `dataset`.
+        dataset: pictures to download, without hr_dirs. div2k: DIV2K. df2k: DIV2K and Flickr2K.
         scale: upscaling factor.
         val_images: pictures kept apart from training for validation.
-        data_dir: where TFDS keeps its downloads.
+        data_dir: where pictures are downloaded to.
     """
-    config = DataConfig(hr_dirs=hr_dirs, val_images=val_images, data_dir=data_dir)
-    prepare_pictures(find_sources(config, scale), scale, out.expanduser())
+    config = DataConfig(hr_dirs=hr_dirs, dataset=dataset, val_images=val_images, data_dir=data_dir)
+    prepare_pictures(find_sources(config), scale, out.expanduser())
     print(_summary(out.expanduser()))
 
 
