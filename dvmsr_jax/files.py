@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +46,21 @@ def lock(file: IO[Any], *, wait: bool) -> bool:
     except OSError:
         pass
     return True
+
+
+def regular_size(path: Path, *, at_most: int) -> int:
+    """Bytes in a file, or in the one that it links to.
+
+    Raises:
+        OSError: it cannot be found, is a device, pipe or folder, which might never end, or is
+            larger than `at_most`.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path}: not a regular file")
+    if status.st_size > at_most:
+        raise OSError(f"{path}: has {status.st_size:,} bytes, more than the {at_most:,} expected")
+    return status.st_size
 
 
 def checksum(path: Path) -> str:

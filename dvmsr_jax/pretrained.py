@@ -52,7 +52,7 @@ def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
         RecursionError,  # deeply nested JSON
         safetensors.SafetensorError,
     ) as error:
-        reason = str(error)
+        reason = pth.printable(str(error))
         raise PretrainedError(reason if str(path) in reason else f"{path}: {reason}") from error
 
 
@@ -97,6 +97,7 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         raise PretrainedError(f"{path}: no such file or directory")
     if path.is_dir():
         return checkpoint.load_weights(path)
+    files.regular_size(path, at_most=pth.MAX_BYTES)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in (".pth", ".pt"):
@@ -154,11 +155,12 @@ def _from_published(contents: Any, path: Path) -> tuple[ModelConfig, dict[str, n
     parameters = {}
     for name, tensor in contents.items():
         for pattern, template in _PUBLISHED_NAMES:
-            if match := re.fullmatch(pattern, str(name)):
+            if match := re.fullmatch(pattern, name):
                 ours = match.expand(template)
                 break
         else:
-            raise PretrainedError(f"{path}: holds {name}, which is not part of a DVMSR")
+            problem = pth.printable(f"holds {name}, which is not part of a DVMSR")
+            raise PretrainedError(f"{path}: {problem}")
         if ours.endswith(".weight"):
             kind = "scale" if ".norm." in ours or ours.startswith("norm_") else "kernel"
             ours = ours.removesuffix("weight") + kind
