@@ -130,7 +130,7 @@ class DistillConfig:
     """For level mid: (student's, teacher's) RSSBs to pair, counted from 0. None: evenly."""
     targets: Literal["online", "precomputed"] = "online"
     """For level output. online: run the teacher on each batch. precomputed: crop its outputs for
-    the whole sub-images, which `python -m dvmsr_jax.data distill` makes once."""
+    the whole sub-images, which `python -m dvmsr_jax.training distill` makes once."""
     self_ensemble: bool = False
     """For level output: average the teacher over the eight flips and turns, a better one."""
 
