@@ -3,7 +3,9 @@
 import contextlib
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 
@@ -25,6 +27,8 @@ def told_in_a_line(
     `out_of_memory`, which says what to try; or `interrupted`, after Ctrl-C. A StoppedError's
     message goes to standard output. Any other exception is a defect and keeps its traceback.
 
+    With several processes, it ends all of them, with the line in each.
+
     A program may leave SIGINT at its default while it imports, so that Ctrl-C ends it without a
     traceback; from here on it raises KeyboardInterrupt again.
     """
@@ -33,20 +37,34 @@ def told_in_a_line(
             signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+        _fail(f"error: {error}")
     except StoppedError as stopped:
         parallel.say(str(stopped))
         sys.exit(INTERRUPTED)  # so that nothing takes the work for done
     except KeyboardInterrupt:
+        parallel.end_all(interrupted)
         print(interrupted, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         if reason.startswith("Unable to initialize backend"):
-            sys.exit(f"error: {reason}")
-        if not is_out_of_memory(error):
-            raise
-        sys.exit(f"error: out of memory ({reason or 'in main memory'}); {out_of_memory}")
+            _fail(f"error: {reason}")
+        if is_out_of_memory(error):
+            _fail(f"error: out of memory ({reason or 'in main memory'}); {out_of_memory}")
+        if parallel.is_disconnection(error):
+            _fail(
+                f"error: another process of the run has ended or does not answer ({reason}); "
+                "start all of them again to resume"
+            )
+        if parallel.joined():  # or else JAX, on exit, waits for the others
+            traceback.print_exc()
+            parallel.end_all("error: a process of the run has failed unexpectedly")
+        raise
+
+
+def _fail(line: str) -> NoReturn:
+    parallel.end_all(line)
+    sys.exit(line)
 
 
 def keep_compiled_programs() -> None:
