@@ -5,6 +5,7 @@ one alone writes to the terminal and the logs.
 """
 
 import collections
+import contextlib
 import itertools
 import os
 import socket
@@ -12,13 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
+from tqdm import tqdm
 
 from dvmsr_jax.config import Cluster
 from dvmsr_jax.errors import UserError
@@ -29,6 +31,10 @@ AXIS = "data"
 # process looks for it, in seconds.
 _FAILURE = "dvmsr/failure"
 _POLL = 1.0
+# Where each process counts those times, and for how many seconds it may fail to. JAX aborts all
+# processes 100 s after the end of one.
+_BEATS = "dvmsr/beats/"
+_SILENCE = 60.0
 
 
 def start(cluster: Cluster) -> None:
@@ -86,7 +92,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def say(line: str, file: TextIO | None = None) -> None:
+def say(line: str, file: Any = None) -> None:
     """Prints a line, in the first process only."""
     if is_first():
         print(line, file=file, flush=True)
@@ -199,10 +205,26 @@ class _Failures:
         self._end(line, linger=2 * _POLL)
 
     def _watch(self) -> None:
-        while True:
+        last: dict[str, tuple[str, float]] = {}  # process -> its count, and since when that stands
+        for beat in itertools.count():
             time.sleep(_POLL)
             if (line := self._found()) and self._ending.acquire(blocking=False):
                 self._end(line, linger=0)
+            now = time.monotonic()
+            with contextlib.suppress(Exception):  # JAX is shutting down
+                self._client.key_value_set(
+                    f"{_BEATS}{jax.process_index()}", str(beat), allow_overwrite=True
+                )
+                if not is_first():
+                    continue
+                for key, count in self._client.key_value_dir_get(_BEATS):
+                    if last.get(key, ("", now))[0] != count:
+                        last[key] = count, now
+                    elif now - last[key][1] > _SILENCE:
+                        self.end_all(
+                            f"error: process {key.rpartition('/')[2]} of the run has ended or does "
+                            "not answer; start all of them again to resume"
+                        )
 
     def _found(self) -> str | None:
         try:
@@ -212,7 +234,7 @@ class _Failures:
 
     def _end(self, line: str, linger: float) -> None:
         sys.stdout.flush()
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)  # on a line of its own, whatever bar there is
         # The others lose their connections when this process ends, and the coordinator with the
         # first one: it goes last.
         time.sleep(linger + (2 * _POLL if is_first() else 0))

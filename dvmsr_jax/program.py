@@ -5,7 +5,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
 
 import jax
 
@@ -36,8 +35,6 @@ def told_in_a_line(
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
-    except (UserError, OSError) as error:
-        _fail(f"error: {error}")
     except StoppedError as stopped:
         parallel.say(str(stopped))
         sys.exit(INTERRUPTED)  # so that nothing takes the work for done
@@ -46,25 +43,31 @@ def told_in_a_line(
         print(interrupted, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        if reason.startswith("Unable to initialize backend"):
-            _fail(f"error: {reason}")
-        if is_out_of_memory(error):
-            _fail(f"error: out of memory ({reason or 'in main memory'}); {out_of_memory}")
-        if parallel.is_disconnection(error):
-            _fail(
-                f"error: another process of the run has ended or does not answer ({reason}); "
-                "start all of them again to resume"
-            )
+        line = _line(error, out_of_memory)
+        if line is not None:
+            parallel.end_all(f"error: {line}")
+            sys.exit(f"error: {line}")
         if parallel.joined():  # or else JAX, on exit, waits for the others
             traceback.print_exc()
             parallel.end_all("error: a process of the run has failed unexpectedly")
         raise
 
 
-def _fail(line: str) -> NoReturn:
-    parallel.end_all(line)
-    sys.exit(line)
+def _line(error: Exception, out_of_memory: str) -> str | None:
+    """The line that tells of an error; None if it is a defect."""
+    reason = str(error).partition("\n")[0]
+    if parallel.is_disconnection(error):  # which may be the reason of a UserError
+        return (
+            f"another process of the run has ended or does not answer ({reason}); start all of "
+            "them again to resume"
+        )
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if reason.startswith("Unable to initialize backend"):
+        return reason
+    if is_out_of_memory(error):
+        return f"out of memory ({reason or 'in main memory'}); {out_of_memory}"
+    return None
 
 
 def keep_compiled_programs() -> None:
