@@ -32,7 +32,7 @@ from dvmsr_jax.cost import cost
 from dvmsr_jax.data.targets import distill
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
-from dvmsr_jax.training.phases import Run
+from dvmsr_jax.training.run import Run
 from dvmsr_jax.training.step import memory_of
 
 COLUMNS = ("step", "batch", "steps/s", "crops/s", "time", "waits for data", "TFLOP/s", "memory")

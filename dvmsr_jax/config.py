@@ -87,7 +87,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Compute:
-    """How a network is computed. Changes time and memory, and the result by rounding only."""
+    """How a network is computed. It affects time and memory, and the result only by rounding."""
 
     scan: Annotated[Implementation, Effect.NOTHING] = "auto"
     """Implementation of the selective scan; see kernels/selective_scan."""
@@ -110,7 +110,7 @@ class DataConfig:
     hr_dirs: Annotated[tuple[Path, ...], Effect.NOTHING] = ()
     """Folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K."""
     data_dir: Annotated[Path, Effect.NOTHING] = Path("~/tensorflow_datasets")
-    """Where pictures are prepared once, and TFDS keeps its downloads."""
+    """Folder for the prepared pictures and for TFDS's downloads."""
     prepared: Annotated[Path | None, Effect.NOTHING] = None
     """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
     val_images: Annotated[int, Within(1), Effect.NOTHING] = 20
@@ -196,7 +196,7 @@ class TrainConfig:
     phase: Annotated[Literal["teacher", "student"], Effect.SHAPES] = "student"
     """teacher: L1 to the HR pictures. student: the same plus distillation."""
     workdir: Annotated[Path, Effect.NOTHING] = Path("runs/dvmsr")
-    """Checkpoints, metrics and samples go to WORKDIR/PHASE."""
+    """Folder for checkpoints, metrics and samples, which go to WORKDIR/PHASE."""
     model: Annotated[ModelConfig, Effect.SHAPES] = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -207,7 +207,7 @@ class TrainConfig:
     """Seed of the initial weights, the batches and drop-path."""
     compute: Annotated[Compute, tyro.conf.arg(name="")] = field(default_factory=Compute)
     remat: Annotated[bool, Effect.NOTHING] = False
-    """Keep no activations inside RSSBs, but compute them again in the backward pass."""
+    """Recompute the activations inside RSSBs in the backward pass instead of keeping them."""
     log_every: Annotated[int, Within(1), Effect.NOTHING] = 100
     """Steps between lines of metrics."""
     val_every: Annotated[int, Within(1), Effect.NOTHING] = 5_000
@@ -229,11 +229,11 @@ class Cluster:
     GPU, and of a TPU pod are found without these."""
 
     coordinator_address: str | None = None
-    """HOST:PORT of the first process, the same for all."""
+    """HOST:PORT of the first process; the same for all."""
     num_processes: int | None = None
-    """How many there are. 1, alone: this one, whatever surrounds it."""
+    """Number of processes. 1, given alone: only this one, whatever the environment says."""
     process_id: int | None = None
-    """Which one this is, from 0."""
+    """Number of this process, from 0."""
     timeout: int = 300
     """Seconds to wait for the others."""
 

@@ -1,4 +1,4 @@
-"""Many devices and processes: one mesh with the axis `data`, batches sharded, the rest replicated.
+"""Many devices and processes: a mesh with the axis `data`, sharded batches, all else replicated.
 
 Every process runs the same program on its own devices and its own share of each batch. The first
 one alone writes to the terminal and the logs.
@@ -38,7 +38,7 @@ _SILENCE = 60.0
 
 
 def start(cluster: Cluster) -> None:
-    """Joins the other processes, if there are any. To be called before JAX is used.
+    """Joins the other processes, if there are any. Call it before using JAX.
 
     Without addresses, JAX finds those of SLURM, Open MPI 4 and TPU pods; otherwise this process is
     the only one, as it is if their number, 1, is all that is given.
@@ -88,7 +88,7 @@ def start(cluster: Cluster) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes logs."""
+    """Whether this is the process that prints and writes logs."""
     return jax.process_index() == 0
 
 
@@ -99,7 +99,7 @@ def say(line: str, file: Any = None) -> None:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+    """Waits until every process has called this."""
     multihost_utils.sync_global_devices(name)
 
 
