@@ -1,7 +1,7 @@
 """Trains a teacher, or distils it into a student.
 
-python train.py --phase=teacher --data.hr-dirs DIR [DIR ...]
-python train.py --phase=student --data.hr-dirs DIR [DIR ...]
+    python train.py --phase=teacher --data.hr-dirs DIR [DIR ...]
+    python train.py --phase=student --data.hr-dirs DIR [DIR ...]
 
 --preset=demo takes a small model and a short run instead of the paper's. A run that was stopped
 goes on where it stopped when the same command is given again.

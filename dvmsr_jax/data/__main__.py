@@ -1,8 +1,8 @@
 """Prepares training data, checks it, and computes a teacher's outputs for it.
 
-python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
-python -m dvmsr_jax.data check DIR
-python -m dvmsr_jax.data distill --ckpt TEACHER --data DIR
+    python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
+    python -m dvmsr_jax.data check DIR
+    python -m dvmsr_jax.data distill --ckpt TEACHER --data DIR
 
 The first and the last can be stopped at any time; the same command goes on where it was.
 """
