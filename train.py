@@ -1,7 +1,7 @@
 """Trains a teacher, or distils it into a student.
 
-python train.py --phase=teacher --data.hr-dirs DIR [DIR ...]
-python train.py --phase=student --data.hr-dirs DIR [DIR ...]
+    python train.py --phase=teacher --data.hr-dirs DIR [DIR ...]
+    python train.py --phase=student --data.hr-dirs DIR [DIR ...]
 
 --preset=demo trains a small model briefly instead of the paper's. To resume a run that was
 stopped, give the same command again.

@@ -109,6 +109,18 @@ def test_mistakes_are_answered(arguments, answer, capsys):
     assert answer in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", [train, evaluate, upscale, data_commands])
+def test_help_shows_examples_as_they_are(program, monkeypatch, capsys):
+    examples = re.findall(r"^ +python .*", program.__doc__, re.MULTILINE)
+    assert examples
+    monkeypatch.setattr("sys.argv", ["program", "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        program.main()
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {example.strip() for example in examples} <= set(lines)
+
+
 def run_main(module, monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
     module.main()

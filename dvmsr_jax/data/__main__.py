@@ -1,8 +1,8 @@
 """Prepares training data and checks it.
 
-python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
-python -m dvmsr_jax.data prepare --dataset df2k --out DIR
-python -m dvmsr_jax.data check DIR
+    python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
+    python -m dvmsr_jax.data prepare --dataset df2k --out DIR
+    python -m dvmsr_jax.data check DIR
 
 `prepare` can be stopped at any time; the same command resumes it.
 """

@@ -194,7 +194,7 @@ class Upscaler(PictureUpscaler):
         scale: int | float | None = None,
         self_ensemble: bool = False,
         tile: int | None = None,
-        overlap: int = 16,
+        overlap: int | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
     ):
         """An upscaler with the weights in a checkpoint directory, .safetensors or .pth file.
@@ -207,7 +207,7 @@ class Upscaler(PictureUpscaler):
             tile: side, in pixels, of the tiles in which pictures are upscaled. None: in bands,
                 which is exact and needs as little memory; only bidirectional models need tiles,
                 and take 256.
-            overlap: pixels by which tiles overlap.
+            overlap: pixels by which tiles overlap. None: 16.
             precision: see `config.Compute`.
 
         Raises:
@@ -216,10 +216,12 @@ class Upscaler(PictureUpscaler):
         model = load_model(Path(path), compute=Compute(precision=precision))
         if tile is None and model.config.bidirectional:
             tile = 256
-        if tile is None:
+        if tile is not None:
+            upscale = make_tiler(model, tile=tile, overlap=16 if overlap is None else overlap)
+        elif overlap is None:
             upscale = make_streamer(model)
         else:
-            upscale = make_tiler(model, tile=tile, overlap=overlap)
+            raise UserError("an overlap has an effect on tiles only: give their side (--tile) too")
         if self_ensemble:
             upscale = _self_ensemble(upscale)
         super().__init__(upscale, model.config.scale, scale=scale)
