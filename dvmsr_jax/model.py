@@ -190,6 +190,14 @@ def model_from_parameters(
     return model
 
 
+def check_finite(parameters: Any) -> None:
+    """Raises ValueError, naming the first array of a tree, if one holds NaN or infinity."""
+    for path, x in jax.tree_util.tree_leaves_with_path(parameters):
+        if not np.isfinite(np.asarray(x)).all():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"{name} holds numbers that are not finite")
+
+
 def named_parameters(model: nnx.Module) -> dict[str, Array]:
     """The parameters by their path, such as "rssbs.0.vimms.1.in_proj.kernel"."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
