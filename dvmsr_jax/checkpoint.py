@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -374,7 +375,10 @@ def _reading(step: Path, items: Sequence[str] = ()) -> Iterator[None]:
     except Exception as error:  # a damaged checkpoint can fail in any way
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())
+        # Without the kilobytes of options that TensorStore adds.
+        reason = re.sub(
+            r" \[(tensorstore_spec|source locations).*", "", " ".join(str(error).split())
+        )
         raise UnreadableError(step, f"{type(error).__name__}: {reason}") from error
 
 

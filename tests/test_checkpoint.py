@@ -205,6 +205,11 @@ def test_checkpoints_of_versions_without_checksums(config):
     (directory / "7" / checkpoint.CHECKSUMS).unlink()
     assert restore(config).step == 7
     assert_weights(load_weights(directory)[1])
+    manifest = directory / "7" / "ema" / "manifest.ocdbt"
+    manifest.write_bytes(flipped(manifest.read_bytes(), 40))
+    with pytest.raises(CheckpointError, match="checksum verification failed") as caught:
+        load_weights(directory)
+    assert "tensorstore_spec" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
