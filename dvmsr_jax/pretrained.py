@@ -17,7 +17,7 @@ import tyro
 from dvmsr_jax import checkpoint, files, pth
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.model import DVMSR, check_finite, model_from_parameters, named_parameters
 from dvmsr_jax.program import told_in_a_line
 from dvmsr_jax.vimm import ScanError
 
@@ -40,7 +40,10 @@ def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
     path = path.expanduser()
     try:
         config, parameters = _read(path)
-        return model_from_parameters(config, parameters, compute=compute)
+        with np.errstate(over="ignore"):  # of float32, to infinity
+            model = model_from_parameters(config, parameters, compute=compute)
+        check_finite(named_parameters(model))
+        return model
     except ScanError:  # not the file's fault
         raise
     except (checkpoint.CheckpointError, pth.PthError) as error:

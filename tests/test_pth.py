@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import ml_dtypes
 import numpy as np
@@ -26,7 +27,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.checkpoint import Best, Checkpoints
+from dvmsr_jax.config import ModelConfig, TrainConfig
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import PretrainedError, load_model, save_safetensors
 from dvmsr_jax.pth import PthError, read_pth
@@ -573,6 +575,36 @@ def test_weights_that_do_not_fit(tmp_path, unchecked, name, shape, problem):
         tensors[name] = np.zeros(shape, np.float32)
     path = write_published(tmp_path / "x.pth", tensors)
     with pytest.raises(PretrainedError, match=f"^{re.escape(str(path))}: .*{re.escape(problem)}"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("kind", ["published", "safetensors", "checkpoint"])
+def test_numbers_that_are_not_finite(tmp_path, kind, value):
+    parameters = weights()
+    parameters["rssbs.0.conv.kernel"][0, 1, 2, 3] = value
+    if kind == "published":
+        path = write_published(tmp_path / "x.pth", published(parameters))
+    elif kind == "safetensors":
+        path = tmp_path / "x.safetensors"
+        safetensors.numpy.save_file(
+            parameters, path, {"config": json.dumps(dataclasses.asdict(CONFIG))}
+        )
+    else:
+        checkpoints = Checkpoints(TrainConfig(workdir=tmp_path, model=CONFIG))
+        checkpoints.save(1, Best(), jax.tree.map(jnp.asarray, parameters), {"step": jnp.ones(())})
+        checkpoints.close()
+        path = tmp_path / "student"
+    problem = f"^{re.escape(str(path))}: rssbs.0.conv.kernel holds numbers that are not finite$"
+    with pytest.raises(PretrainedError, match=problem):
+        load_model(path)
+
+
+def test_numbers_that_float32_cannot_hold(tmp_path):
+    path = tmp_path / "x.safetensors"
+    large = weights() | {"conv_first.bias": np.full(8, 1e300)}
+    safetensors.numpy.save_file(large, path, {"config": json.dumps(dataclasses.asdict(CONFIG))})
+    with pytest.raises(PretrainedError, match="bias holds numbers that are not finite"):
         load_model(path)
 
 
