@@ -31,7 +31,7 @@ from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
-from dvmsr_jax.training.phases import Run
+from dvmsr_jax.training.run import Run
 from dvmsr_jax.training.step import memory_of
 from dvmsr_jax.training.targets import distill
 

@@ -98,6 +98,8 @@ def test_phase_and_preset_choose_the_defaults():
         (["--distill.level", "input"], "mid"),
         (["--scan", "fast"], "chunked"),
         (["--phase=students"], "student"),
+        (["--profile=-3"], "--profile is -3"),
+        (["--optim.warmup=2"], "--optim.warmup is 2"),
     ],
 )
 def test_mistakes_are_answered(arguments, answer, capsys):
@@ -105,6 +107,18 @@ def test_mistakes_are_answered(arguments, answer, capsys):
         train.parse(arguments)
     assert stop.value.code != 0
     assert answer in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [train, evaluate, upscale, data_commands])
+def test_help_shows_examples_as_they_are(program, monkeypatch, capsys):
+    examples = re.findall(r"^ +python .*", program.__doc__, re.MULTILINE)
+    assert examples
+    monkeypatch.setattr("sys.argv", ["program", "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        program.main()
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {example.strip() for example in examples} <= set(lines)
 
 
 def run_main(module, monkeypatch, *arguments):
@@ -121,6 +135,8 @@ def test_errors_are_one_line(monkeypatch, weights, tmp_path):
     monkeypatch.setattr(parallel, "start", lambda cluster: None)  # JAX is running already
     message = error_of(evaluate, "--ckpt", tmp_path / "nothing.pth")
     assert re.match(r"error: .*nothing\.pth: no such file", message)
+    message = error_of(train, "--phase=teacher", "--distill.weight=2")
+    assert message == "error: --distill.weight: for --phase=student only"
     message = error_of(train, "--phase=student", "--workdir", tmp_path)
     assert message.startswith("error: there is no teacher in")
     folders = ("--workdir", tmp_path / "run", "--data.hr-dirs", tmp_path / "none")

@@ -1,7 +1,8 @@
 """Prepares training data and checks it.
 
-python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
-python -m dvmsr_jax.data check DIR
+    python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
+    python -m dvmsr_jax.data prepare --dataset df2k --out DIR
+    python -m dvmsr_jax.data check DIR
 
 `prepare` can be stopped at any time; the same command resumes it.
 """
@@ -27,6 +28,7 @@ _SHOWN = 20
 def prepare(
     out: Path,
     hr_dirs: tuple[Path, ...] = (),
+    dataset: Literal["div2k", "df2k"] = DataConfig.dataset,
     scale: Literal[2, 3, 4] = 4,
     val_images: int = DataConfig.val_images,
     max_unreadable: float = DataConfig.max_unreadable,
@@ -36,16 +38,23 @@ def prepare(
 
     Args:
         out: the folder to make.
-        hr_dirs: folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K.
+        hr_dirs: folders of high-resolution pictures, searched recursively. None: `dataset`.
+        dataset: pictures to download, without hr_dirs. div2k: DIV2K. df2k: DIV2K and Flickr2K.
         scale: upscaling factor.
         val_images: pictures kept apart from training for validation.
         max_unreadable: largest share of the pictures that may be left out because they cannot be
             read.
-        data_dir: where TFDS keeps its downloads.
+        data_dir: where pictures are downloaded to.
     """
-    config = DataConfig(hr_dirs=hr_dirs, val_images=val_images, data_dir=data_dir)
-    sources = find_sources(config, scale)
-    prepare_pictures(sources, scale, out.expanduser(), max_unreadable=max_unreadable)
+    config = DataConfig(
+        hr_dirs=hr_dirs,
+        dataset=dataset,
+        val_images=val_images,
+        max_unreadable=max_unreadable,
+        data_dir=data_dir,
+    )
+    pictures = find_sources(config)
+    prepare_pictures(pictures, scale, out.expanduser(), max_unreadable=config.max_unreadable)
     print(_summary(out.expanduser()))
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,23 +19,12 @@ from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
 from dvmsr_jax.data.records import DataError, PictureInfo, Preparation, Records, ShardInfo
 from dvmsr_jax.data.sources import Source, find_sources
+from dvmsr_jax.errors import printable
 from dvmsr_jax.files import checksum, has_locks, lock, replacing, write_json
 
 PICTURES_PER_SHARD = 16
-# In a folder that `load_records` made: a hash of the settings that chose its pictures.
+# In a folder that `load_records` made: a hash of the folders or data set that it was made from.
 _SOURCES = "sources"
-# Settings that do not choose pictures; a new one counts as one that does, unless it is listed here.
-_NOT_SOURCES = {
-    "hr_dirs",  # of which the real paths count
-    "val_images",
-    "data_dir",
-    "prepared",
-    "max_unreadable",
-    "lr_crop",
-    "batch_size",
-    "workers",
-    "cache",
-}
 # Files in the folder of an unfinished preparation. The lock tells whose folder it is; where file
 # systems have none, it is of the process that created the claim, until it removes that.
 _LOCK, _CLAIM = "lock", "claim"
@@ -61,21 +50,13 @@ def load_records(config: DataConfig, scale: int) -> Records:
             f"data.lr_crop is {config.lr_crop}, at most {side // scale} fit the prepared sub-images"
         )
     if config.prepared is None:
-        splits = find_sources(config, scale)
+        splits = find_sources(config)
         parent = config.data_dir.expanduser() / records.NAME
         apart = f"{config.val_images} apart"
         folder = parent / _key(splits["train"] + splits["val"], scale, apart)
-        # By the settings: finished shards are still of use after pictures were fixed or removed.
-        sources = _hash(
-            f"x{scale}",
-            apart,
-            *(str(path.expanduser().resolve()) for path in config.hr_dirs),
-            *(
-                f"{field.name} {getattr(config, field.name)}"
-                for field in fields(config)
-                if field.name not in _NOT_SOURCES and getattr(config, field.name) != field.default
-            ),
-        )
+        # By the folders: finished shards are still of use after pictures were fixed or removed.
+        folders = [str(path.expanduser().resolve()) for path in config.hr_dirs]
+        sources = _hash(f"x{scale}", apart, *(folders or [config.dataset]))
         unfinished = parent / f".incomplete-{sources}"
         prepare(splits, scale, folder, unfinished, max_unreadable=config.max_unreadable)
         _name_superseded(folder, sources)
@@ -83,6 +64,8 @@ def load_records(config: DataConfig, scale: int) -> Records:
         folder = config.prepared.expanduser()
         if config.hr_dirs:
             raise DataError("data.prepared and data.hr_dirs exclude each other; pass one of them")
+        if config.dataset != DataConfig.dataset:
+            raise DataError("data.prepared and data.dataset exclude each other; pass one of them")
         there = Preparation.read(folder).scale
         if there != scale:
             raise DataError(f"{folder}: was prepared for x{there}, the model is to be x{scale}")
@@ -243,7 +226,7 @@ def _write_shards(
             for future in as_completed(futures):
                 info = kept[futures[future]] = future.result()
                 for reason in info.left_out:
-                    bar.write(f"left out: {reason}")
+                    bar.write(printable(f"left out: {reason}"))
                 _check_unreadable(kept, total, max_unreadable)
         finally:
             stop.set()
@@ -275,14 +258,12 @@ def _write_shard(shard: _Shard, scale: int, folder: Path, advance: Callable[[], 
     ):
         for picture in shard.pictures:
             try:
-                hr, lr = picture.load()
-                hr = bicubic.modcrop(hr, scale)
+                hr = bicubic.modcrop(picture.load(), scale)
             except ValueError as error:
                 reason = str(error)
                 left_out.append(reason if picture.name in reason else f"{picture.name}: {reason}")
             else:
-                if lr is None:
-                    lr = bicubic.downscale(hr, scale)
+                lr = bicubic.downscale(hr, scale)
                 squares = list(records.sub_images(lr, hr, records.hr_side(scale), scale))
                 if shard.split == "val":
                     squares = [squares[len(squares) // 2]]

@@ -1,7 +1,7 @@
 """Computes a teacher's outputs for prepared training data, and checks them.
 
-python -m dvmsr_jax.training distill --ckpt TEACHER --data DIR
-python -m dvmsr_jax.training check DIR
+    python -m dvmsr_jax.training distill --ckpt TEACHER --data DIR
+    python -m dvmsr_jax.training check DIR
 
 `distill` can be stopped at any time; the same command resumes it. `train.py` trains.
 """
