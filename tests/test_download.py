@@ -427,3 +427,15 @@ def test_unusable_settings(server, config, tmp_path, change, message):
     change = {name: paths.get(name, lambda x: x)(value) for name, value in change.items()}
     with pytest.raises(UserError, match=message):
         data.load_records(dataclasses.replace(config, **change), 4)
+
+
+def test_an_archive_with_too_few_pictures(server, config, folder):
+    """Which no checksum tells."""
+    (folder / "Flickr2K.tar").write_bytes(make_tar(range(11, 13)))
+    config = dataclasses.replace(config, dataset="df2k")
+    message = (
+        "tar: holds 2 pictures in Flickr2K/Flickr2K_HR, expected 3; replace or remove the file"
+    )
+    with pytest.raises(UserError, match=message):
+        data.load_records(config, 4)
+    assert not (folder / "Flickr2K_HR").exists()
