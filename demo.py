@@ -15,7 +15,7 @@ from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 from dvmsr_jax.program import told_in_a_line
 from dvmsr_jax.training import report
-from dvmsr_jax.training.phases import train
+from dvmsr_jax.training.loop import train
 
 FOLDER = Path("demo")
 HELD_OUT = "astronaut"
@@ -24,7 +24,7 @@ SHOWN = slice(40, 260), slice(120, 340)
 
 
 def main() -> None:
-    """Leaves its results in FOLDER; a run that was interrupted goes on."""
+    """Writes its results to FOLDER; an interrupted run resumes."""
     photos, benchmark = FOLDER / "photos", FOLDER / "held-out"
     for path in images.SAMPLES:
         folder = benchmark / "HR" if path.stem == HELD_OUT else photos
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Path) -> None:
-    """Writes what bicubic and models make of a part of the picture, beside that part itself."""
+    """Writes a part of the picture, upscaled by bicubic and each model, beside the original."""
     upscaled = {
         label: make_upscaler(load_model(path))(example.lr) for label, path in weights.items()
     }

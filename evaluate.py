@@ -1,6 +1,8 @@
 """Scores a model on benchmarks: PSNR-Y and SSIM-Y beside bicubic, parameters, MACs and time.
 
-python evaluate.py --ckpt PATH --data Set5 Set14
+    python evaluate.py --ckpt PATH --data Set5 Set14
+
+Without --data, photographs that come with scikit-image are upscaled.
 """
 
 import signal
@@ -22,6 +24,7 @@ import tyro
 from dvmsr_jax import evaluation
 from dvmsr_jax.config import Compute
 from dvmsr_jax.cost import cost
+from dvmsr_jax.errors import printable
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.model import parameter_count
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
@@ -76,7 +79,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         numbers = scores["psnr_y"], scores["ssim_y"], *scores["bicubic"].values()
         formatted = [f"{x:.4f}" if i % 2 else f"{x:.3f}" for i, x in enumerate(numbers)]
         mean_seconds = statistics.mean(seconds.values())
-        print(row(name, len(seconds), *formatted, f"{mean_seconds:.2f}"), flush=True)
+        print(row(printable(name), len(seconds), *formatted, f"{mean_seconds:.2f}"), flush=True)
 
     costs = cost(model.config, COST_SIZE, COST_SIZE)
     parameters = parameter_count(model)

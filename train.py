@@ -1,10 +1,10 @@
 """Trains a teacher, or distils it into a student.
 
-python train.py --phase=teacher --data.hr-dirs DIR [DIR ...]
-python train.py --phase=student --data.hr-dirs DIR [DIR ...]
+    python train.py --phase=teacher --data.hr-dirs DIR [DIR ...]
+    python train.py --phase=student --data.hr-dirs DIR [DIR ...]
 
---preset=demo takes a small model and a short run instead of the paper's. A run that was stopped
-goes on where it stopped when the same command is given again.
+--preset=demo trains a small model briefly instead of the paper's. To resume a run that was
+stopped, give the same command again.
 """
 
 import signal
@@ -22,24 +22,27 @@ import tyro
 
 from configs import PRESETS
 from dvmsr_jax import parallel
-from dvmsr_jax.config import Cluster, TrainConfig
+from dvmsr_jax.config import Cluster, TrainConfig, Within, check_fields
 from dvmsr_jax.program import told_in_a_line
-from dvmsr_jax.training.phases import dry_run, train
+from dvmsr_jax.training.loop import dry_run, train
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A run, and how it is launched this time."""
+    """A run, and how to launch it."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     cluster: Cluster = field(default_factory=Cluster)
     dry_run: bool = False
     """Build everything, take two steps, print memory, speed and expected duration, and exit."""
     allow_changes: bool = False
-    """Go on from a checkpoint although configuration, data or teacher were others; the shapes of
-    the weights cannot change."""
-    profile: int = 0
-    """Record a trace of so many steps, for TensorBoard or Perfetto, in WORKDIR/PHASE/profile."""
+    """Resume from a checkpoint made with another configuration, data or teacher; the shapes of the
+    weights cannot change."""
+    profile: Annotated[int, Within(0)] = 0
+    """Number of steps to trace, for TensorBoard or Perfetto, into WORKDIR/PHASE/profile."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
 
 def parse(arguments: Sequence[str]) -> Arguments:

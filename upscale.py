@@ -1,8 +1,8 @@
 """Enlarges pictures fourfold, or by another factor.
 
-python upscale.py photo.jpg                        -> photo_x4.png beside it
-python upscale.py photos/ -o large/ --format webp  -> large/..., with the folders in photos/
-python upscale.py - < photo.jpg > photo_x4.png
+    python upscale.py photo.jpg                        -> photo_x4.png beside it
+    python upscale.py photos/ -o large/ --format webp  -> large/..., with the folders in photos/
+    python upscale.py - < photo.jpg > photo_x4.png
 
 A result that exists is skipped, so a command that was interrupted can be given again.
 """
@@ -25,8 +25,8 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from dvmsr_jax.errors import UserError
-from dvmsr_jax.pictures import batch
+from dvmsr_jax.errors import UserError, printable
+from dvmsr_jax.pictures import batch, formats
 from dvmsr_jax.pictures.upscaler import Upscaler
 from dvmsr_jax.pretrained import DEFAULT_WEIGHTS
 from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, told_in_a_line
@@ -47,8 +47,8 @@ class Arguments:
     """Factor. Another one than the model's is reached by resizing what it gives."""
     overwrite: bool = False
     """Replace results that exist. An input is never replaced."""
-    quality: int = 95
-    """Of JPEG and WebP, 1 to 100."""
+    quality: int | None = None
+    """Of JPEG and WebP, 1 to 100. None: 95."""
     self_ensemble: bool = False
     """Average over the eight flips and turns of a picture: slightly better, eight times slower."""
     ckpt: Path = DEFAULT_WEIGHTS
@@ -60,8 +60,8 @@ class Arguments:
     tile: int | None = None
     """Upscale in squares of so many pixels. None: in rows, which is exact, and no worse in memory;
     only bidirectional models need tiles."""
-    overlap: int = 16
-    """Pixels by which tiles overlap."""
+    overlap: int | None = None
+    """Pixels by which tiles overlap. None: 16."""
     max_megapixels: float = 500
     """Refuse larger pictures (an animation's frames count together): a small file can claim to
     hold an enormous one."""
@@ -76,8 +76,14 @@ def run(arguments: Arguments) -> int:
     """Upscales, tells on stderr what became of each picture, and returns the exit status."""
     if not arguments.inputs:
         raise UserError("no pictures are named")
-    if not 1 <= arguments.quality <= 100:
-        raise UserError(f"--quality is {arguments.quality}, not within 1 .. 100")
+    if arguments.quality is not None:
+        if not 1 <= arguments.quality <= 100:
+            raise UserError(f"--quality is {arguments.quality}, not within 1 .. 100")
+        asked = f".{arguments.format}" if arguments.format else Path(arguments.output or "").suffix
+        if formats.BY_SUFFIX.get(asked.lower()) not in (formats.JPEG, formats.WEBP):
+            raise UserError(
+                "--quality has an effect on JPEG and WebP only: add --format jpg or webp"
+            )
     if not 0 < arguments.max_megapixels < math.inf:
         raise UserError(f"--max-megapixels is {arguments.max_megapixels:g}, not a positive number")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, the summary tells
@@ -110,7 +116,7 @@ def run(arguments: Arguments) -> int:
         upscaler,
         keep=arguments.inputs,
         overwrite=arguments.overwrite,
-        quality=arguments.quality,
+        quality=95 if arguments.quality is None else arguments.quality,
         max_pixels=int(arguments.max_megapixels * 1e6),
     )
     outcomes: list[batch.Outcome] = []
@@ -119,7 +125,7 @@ def run(arguments: Arguments) -> int:
         for outcome in tqdm(results, total=len(jobs), unit="picture", disable=silent):
             outcomes.append(outcome)
             if outcome.status == "done":
-                tqdm.write(f"{outcome.source} -> {outcome.what}", file=sys.stderr)
+                tqdm.write(printable(f"{outcome.source} -> {outcome.what}"), file=sys.stderr)
     except KeyboardInterrupt:
         status = INTERRUPTED
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -3,7 +3,8 @@
 No layer of a unidirectional network looks at a whole image. A 3x3 convolution looks one row up and
 one down, a causal convolution at the tokens just before, and a scan at its last state. So an image
 may pass through the network in bands of rows, one after the other, if every layer keeps what it
-needs for the next band. The layers ask for it here, and are written once for both cases:
+needs for the next band, under its own name. The layers ask for it here, and are written once for
+both cases:
 
 * WHOLE: the rows are all there are, and around them are zeros.
 * Band: a convolution waits for the row below, so its answer is late by one row, and what is to be
@@ -12,7 +13,9 @@ needs for the next band. The layers ask for it here, and are written once for bo
   so all bands are treated alike, and images of many sizes too.
 """
 
-from collections.abc import Iterable
+import copy
+import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,6 +23,11 @@ from jaxtyping import Array, Float, Int
 
 class Whole:
     """The rows of a whole image."""
+
+    def at(self, layer: str) -> "Whole":
+        """The same for a layer of this name within the current one."""
+        del layer
+        return self
 
     def with_neighbours(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h+2 w c"]:
         """The rows that a 3x3 convolution reads."""
@@ -55,8 +63,8 @@ WHOLE = Whole()
 class Band:
     """A band of one image's rows, for one pass through the network.
 
-    The layers take from `carried`, in the order of their calls, what the band above has left for
-    them, and leave as much in `left` for the one below.
+    Each layer takes from `carried` the arrays that it left there, by its name, for the band above,
+    and puts as many in `left` for the one below.
     """
 
     def __init__(
@@ -65,63 +73,84 @@ class Band:
         height: Int[Array, ""],
         width: Int[Array, ""],
         columns: int,
-        carried: Iterable[Array] | None,
+        carried: Mapping[str, Array] | None,
     ):
         """`first` is the place of the band's first row in the image of this height and width.
 
         `columns` is the band's own width, and `carried` the last band's `left`; None, for zeros, if
         there has been none.
         """
-        self._first = first
-        self.left: list[Array] = []
+        self.left: dict[str, Array] = {}
+        self._place = _Place(first)
         self._height, self._width, self._columns = height, width, columns
-        self._carried = None if carried is None else iter(carried)
+        self._carried = carried
+        self._layer = ""
+
+    def at(self, layer: str) -> "Band":
+        """See Whole."""
+        band = copy.copy(self)
+        band._layer = f"{self._layer}{layer}."
+        return band
 
     def with_neighbours(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h+2 w c"]:
         """See Whole. From here on, the rows are those one further up in the image."""
         b, h, w, c = x.shape
         x = self.masked(x.reshape(b, h * w, c)).reshape(x.shape)
-        self._first = self._first - 1
-        x = jnp.concatenate([self._take((b, 2, w, c), x.dtype), x], axis=1)
-        self.left.append(x[:, -2:])
+        self._place.first = self._place.first - 1
+        x = jnp.concatenate([self._take("rows", (b, 2, w, c), x.dtype), x], axis=1)
+        self._leave("rows", x[:, -2:])
         return x
 
     def delayed(self, x: Float[Array, "b h w c"], rows: int) -> Float[Array, "b h w c"]:
         """See Whole."""
         b, h, w, c = x.shape
-        x = jnp.concatenate([self._take((b, rows, w, c), x.dtype), x], axis=1)
-        self.left.append(x[:, -rows:])
+        x = jnp.concatenate([self._take("delayed", (b, rows, w, c), x.dtype), x], axis=1)
+        self._leave("delayed", x[:, -rows:])
         return x[:, :h]
 
     def with_previous(self, u: Float[Array, "b l d"], count: int) -> Float[Array, "_ _ d"]:
         """See Whole. Each row is a run."""
         b, l, d = u.shape
         rows = l // self._columns
-        known = jnp.concatenate([self._take((b, count, d), u.dtype), u], axis=1)
+        known = jnp.concatenate([self._take("tokens", (b, count, d), u.dtype), u], axis=1)
         # The places in the image, counted from the band's first token, of the tokens just before
         # each row and of the last ones; and where those are kept, behind the `count` carried ones.
         places = jnp.arange(rows + 1)[:, None] * self._width + jnp.arange(-count, 0)[None]
         row, column = jnp.divmod(places, self._width)
         known_at = count + jnp.where(places < 0, places, row * self._columns + column)
         previous = known[:, known_at]  # (b, rows + 1, count, d)
-        self.left.append(previous[:, rows])
+        self._leave("tokens", previous[:, rows])
         runs = jnp.concatenate([previous[:, :rows], u.reshape(b, rows, -1, d)], axis=2)
         return runs.reshape(b * rows, -1, d)
 
     def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
         """See Whole."""
         row, column = jnp.divmod(jnp.arange(x.shape[1]), self._columns)
-        row += self._first
+        row += self._place.first
         inside = (row >= 0) & (row < self._height) & (column < self._width)
         return jnp.where(inside[None, :, None], x, jnp.asarray(outside, x.dtype))
 
     def scan_state(self, *shape: int) -> Array | None:
         """See Whole."""
-        return self._take(shape, jnp.float32)
+        return self._take("state", shape, jnp.float32)
 
     def keep_scan_state(self, state: Array) -> None:
         """See Whole."""
-        self.left.append(state)
+        self._leave("state", state)
 
-    def _take(self, shape, dtype):
-        return jnp.zeros(shape, dtype) if self._carried is None else next(self._carried)
+    def _take(self, kind, shape, dtype):
+        name = self._layer + kind
+        return jnp.zeros(shape, dtype) if self._carried is None else self._carried[name]
+
+    def _leave(self, kind, x):
+        name = self._layer + kind
+        if name in self.left:
+            raise ValueError(f"two layers of a band are called {name!r}")
+        self.left[name] = x
+
+
+@dataclasses.dataclass
+class _Place:
+    """The place in the image of a band's first row, at the current layer of the pass."""
+
+    first: Int[Array, ""]

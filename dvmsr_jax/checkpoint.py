@@ -2,10 +2,13 @@
 
 A run's checkpoints lie under WORKDIR/PHASE/checkpoints/STEP, each with the items
 
-    config  the TrainConfig, as JSON, and "sources": what data and which teacher it was made from
+    config  the TrainConfig, as JSON, and "sources": the data and the teacher it was made from
     best    the best validation so far, as JSON
     ema     the averaged weights, by name: what evaluation, export and distillation read
-    state   the weights being trained and the optimizer's state: what resuming reads besides
+    state   the weights being trained and the optimizer's state, which resuming also reads
+
+and with CHECKSUMS of their files, which are verified before anything is read. Checkpoints of older
+versions have none.
 
 Several processes save and restore together, into a folder that all of them see.
 """
@@ -15,6 +18,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,37 +29,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dvmsr_jax import parallel
-from dvmsr_jax.config import ModelConfig, TrainConfig
+from dvmsr_jax import files, parallel
+from dvmsr_jax.config import Effect, ModelConfig, TrainConfig, effects
 from dvmsr_jax.errors import UserError, is_out_of_memory
+from dvmsr_jax.model import check_finite
 
-# Fields that may change between a run and its continuation, because they change no result.
-FREE_FIELDS = frozenset(
-    [
-        "workdir",
-        "compute.scan",
-        "remat",
-        "log_every",
-        "val_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "data.hr_dirs",  # what lies there counts, which is among the sources
-        "data.dataset",
-        "data.prepared",
-        "data.val_images",
-        "data.data_dir",
-        "data.workers",
-        "data.cache",
-        "optim.accumulate",
-        "distill.teacher",
-    ]
-)
+_EFFECTS = effects(TrainConfig)
 # What the score of given weights depends on, besides the scale: validations before and after one of
 # these changed cannot be compared.
 _VALIDATED_ON = ("sources.data", "compute.precision")
-# Fields that the shapes of the weights depend on, but for one: they cannot change, allowed or not.
-_SHAPING = ("phase", "model.", "distill.level", "distill.rssbs")
-_SHAPELESS = "model.drop_path"
+_ITEMS = ("config", "best", "ema", "state")
+# In the folder of a checkpoint: SHA-256 of each of its items' files, by path, as JSON.
+CHECKSUMS = "checksums.json"
+# Of a file in a checkpoint; Orbax writes files of 2 GiB at most.
+_MAX_FILE_BYTES = 2**32
 
 
 class CheckpointError(UserError):
@@ -113,14 +101,18 @@ class Checkpoints:
         self._allow_changes = allow_changes
         self.directory = phase_directory(config) / "checkpoints"
         self._keep_best = _KeepBest()
+        self._saving: int | None = None
         policies = [ocp.checkpoint_managers.LatestN(config.keep_checkpoints), self._keep_best]
         self._manager = ocp.CheckpointManager(
             self.directory.absolute(),
-            item_names=("config", "best", "ema", "state"),
+            item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,  # of a run that was killed while it wrote one
                 lightweight_initialize=True,  # reads no file that may be damaged
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._write_checksums
+                ),
             ),
         )
 
@@ -132,6 +124,8 @@ class Checkpoints:
         """
         self._keep_best.step = best.step
         with self._writing():
+            self._manager.wait_until_finished()
+            self._saving = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -157,18 +151,14 @@ class Checkpoints:
             path = self.directory / str(step)
             failure: UnreadableError | None = None
             try:
+                with _reading(path, _ITEMS):
+                    config = _read_json(path, "config")
+                    best = Best.from_json(_read_json(path, "best"))
+                changed = self._check_same(config, path)
                 with _reading(path):
-                    args = ocp.args.Composite(
-                        config=ocp.args.JsonRestore(), best=ocp.args.JsonRestore()
-                    )
-                    stored = self._manager.restore(step, args=args)
-                    best = Best.from_json(stored["best"])
-                changed = self._check_same(stored["config"], path)
-                with _reading(path):
-                    args = ocp.args.Composite(
-                        ema=ocp.args.StandardRestore(ema), state=ocp.args.StandardRestore(state)
-                    )
-                    arrays = self._manager.restore(step, args=args)
+                    ema, state = _restore(path / "ema", ema), _restore(path / "state", state)
+                    check_finite(ema)
+                    check_finite(state)
             except UnreadableError as error:
                 failure = error
             if not parallel.everywhere(failure is None):
@@ -184,7 +174,7 @@ class Checkpoints:
                     file=sys.stderr,
                 )
                 best = Best()
-            return Restored(step, best, arrays["ema"], arrays["state"])
+            return Restored(step, best, ema, state)
         if failures:
             raise failures[0]
         return None
@@ -202,6 +192,15 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
         self._manager.close()
+
+    def _write_checksums(self) -> None:
+        """The first process's writing thread calls it before the checkpoint gets its name."""
+        (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        checksums = {
+            path.relative_to(folder).as_posix(): files.checksum(path)
+            for path in _files(folder, _ITEMS)
+        }
+        files.write_json(folder / CHECKSUMS, checksums)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -229,8 +228,10 @@ class Checkpoints:
         if not differing:
             return set()
         lines = "\n".join(f"  {n}: {stored.get(n)} there, {current.get(n)} now" for n in differing)
-        shaping = [*_SHAPING, *(["sources.teacher"] if self.config.distill.level == "mid" else [])]
-        fixed = any(n.startswith(tuple(shaping)) and n != _SHAPELESS for n in differing)
+        shaping = {name for name, effect in _EFFECTS.items() if effect is Effect.SHAPES}
+        if self.config.distill.level == "mid":
+            shaping.add("sources.teacher")
+        fixed = not shaping.isdisjoint(differing)
         if fixed or not self._allow_changes:
             remedy = "" if fixed else ", or go on all the same with --allow-changes"
             raise CheckpointError(
@@ -277,9 +278,8 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         CheckpointError: there is no readable checkpoint at `path`.
     """
     step = find_step(path).absolute()
-    with _reading(step):
-        config = ModelConfig(**ocp.JsonCheckpointHandler().restore(step / "config")["model"])
-        return config, read_arrays(step / "ema")
+    with _reading(step, ("config", "ema")):
+        return ModelConfig(**_read_json(step, "config")["model"]), read_arrays(step / "ema")
 
 
 def load_facts(path: Path) -> dict[str, Any]:
@@ -292,8 +292,8 @@ def load_facts(path: Path) -> dict[str, Any]:
         CheckpointError: there is no readable checkpoint at `path`.
     """
     step = find_step(path).absolute()
-    with _reading(step):
-        return {"step": int(step.name), **ocp.JsonCheckpointHandler().restore(step / "config")}
+    with _reading(step, ("config",)):
+        return {"step": int(step.name), **_read_json(step, "config")}
 
 
 def read_arrays(item: Path) -> Any:
@@ -305,14 +305,60 @@ def read_arrays(item: Path) -> Any:
         return reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
+def _read_json(step: Path, item: str) -> dict[str, Any]:
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(step.absolute() / item)
+
+
+def _restore(item: Path, like: Any) -> Any:
+    """An item of a checkpoint in the form of `like`, and on its devices."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+        return reader.restore(item.absolute(), args=ocp.args.StandardRestore(like))
+
+
+def _files(step: Path, items: Sequence[str]) -> Iterator[Path]:
+    """Those of the items. Raises OSError for devices, pipes and links to folders."""
+    for item in items:
+        for folder, folders, names in os.walk(step / item):
+            for name in folders:
+                if (Path(folder) / name).is_symlink():
+                    raise OSError(f"{Path(folder) / name}: is a link to a folder")
+            for name in names:
+                path = Path(folder) / name
+                files.regular_size(path, at_most=_MAX_FILE_BYTES)
+                yield path
+
+
+def _verify(step: Path, items: Sequence[str]) -> None:
+    """Raises ValueError or OSError if the items' files are not those that were written."""
+    found = {path.relative_to(step).as_posix(): path for path in _files(step, items)}
+    if not (step / CHECKSUMS).exists():
+        return
+    files.regular_size(step / CHECKSUMS, at_most=_MAX_FILE_BYTES)
+    expected = json.loads((step / CHECKSUMS).read_text())
+    for name in sorted(found.keys() | expected.keys()):
+        if name.split("/")[0] in items:
+            if name not in expected:
+                raise ValueError(f"{name} is not part of it")
+            if name not in found:
+                raise ValueError(f"{name} is missing")
+            if files.checksum(found[name]) != expected[name]:
+                raise ValueError(f"{name} is damaged, its checksum is another")
+
+
 @contextlib.contextmanager
-def _reading(step: Path) -> Iterator[None]:
+def _reading(step: Path, items: Sequence[str] = ()) -> Iterator[None]:
+    """Verifies these items; all that is raised within is told as an UnreadableError."""
     try:
+        _verify(step, items)
         yield
     except Exception as error:  # a damaged checkpoint can fail in any way
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())
+        # Without the kilobytes of options that TensorStore adds.
+        reason = re.sub(
+            r" \[(tensorstore_spec|source locations).*", "", " ".join(str(error).split())
+        )
         raise UnreadableError(step, f"{type(error).__name__}: {reason}") from error
 
 
@@ -338,7 +384,7 @@ def flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in description.items():
         if isinstance(value, dict):
             fields |= flat(value, f"{prefix}{key}.")
-        elif prefix + key not in FREE_FIELDS:
+        elif _EFFECTS.get(prefix + key) is not Effect.NOTHING:
             fields[prefix + key] = value
     return fields
 

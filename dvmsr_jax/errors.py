@@ -1,12 +1,31 @@
 """Exceptions that are for the user to act on."""
 
+import unicodedata
+
 
 class UserError(ValueError):
-    """Something passed in cannot be used. The message names it and says what to do."""
+    """Something passed in cannot be used. The message names it and says what to do.
+
+    Names in it may come from anywhere, so `str` gives it with each line made `printable`.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 class StoppedError(Exception):
     """A signal ended the work before it was done. The message says how to resume it."""
+
+
+def printable(text: object) -> str:
+    """Text that may hold names of files, as it is safe to print: in one line, without commands.
+
+    Characters that terminals act on, or that cannot be encoded, become escapes such as \\x1b.
+    """
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+        for c in str(text)
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

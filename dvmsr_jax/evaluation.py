@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from dvmsr_jax import bicubic
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import UserError, printable
 from dvmsr_jax.images import (
     SAMPLES,
     ImageError,
@@ -123,7 +123,7 @@ def evaluate(
     baseline: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     compiled: set[tuple[int, ...]] = set()
-    for picture, lr, hr in tqdm(examples, desc=name, unit="picture", disable=None):
+    for picture, lr, hr in tqdm(examples, desc=printable(name), unit="picture", disable=None):
         if lr.shape not in compiled:
             upscale(lr)
             compiled.add(lr.shape)

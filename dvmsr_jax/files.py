@@ -1,4 +1,4 @@
-"""Files that are whole and on disk, or not there; and whose turn it is to write."""
+"""Files that are written completely or not at all, JSON, locks and checksums."""
 
 import contextlib
 import fcntl
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,8 +14,8 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty hidden file beside PATH, whose folder is made, to write to. What was written there
-    takes the place of PATH, or is removed if there was an exception."""
+    """An empty hidden file beside PATH to write to; PATH's folder is made. The file then replaces
+    PATH, or is removed after an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Short, because PATH's name may be as long as they can be. Not by process, because containers
     # that share a folder may count alike.
@@ -30,14 +31,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes what `json.loads` gives back."""
+    """Writes JSON."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def lock(file: IO[Any], *, wait: bool) -> bool:
-    """Takes the open file's lock, until that is closed. While another process has it, waits with
-    `wait`, and gives False without. Where file systems have no locks, everybody gets them."""
+    """Locks the open file until it is closed. If another process holds the lock, waits if `wait`,
+    else returns False. On file systems without locks, always succeeds."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -45,6 +46,21 @@ def lock(file: IO[Any], *, wait: bool) -> bool:
     except OSError:
         pass
     return True
+
+
+def regular_size(path: Path, *, at_most: int) -> int:
+    """Bytes in a file, or in the one that it links to.
+
+    Raises:
+        OSError: it cannot be found, is a device, pipe or folder, which might never end, or is
+            larger than `at_most`.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path}: not a regular file")
+    if status.st_size > at_most:
+        raise OSError(f"{path}: has {status.st_size:,} bytes, more than the {at_most:,} expected")
+    return status.st_size
 
 
 def checksum(path: Path) -> str:

@@ -132,7 +132,8 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
 
         def answers() -> Iterator[tuple[int, Array]]:
             """(the place of the first row, the upscaled rows), which JAX may still compute."""
-            carried = [jnp.zeros(x.shape, x.dtype) for x in shapes_carried(count, columns)]
+            shapes = shapes_carried(count, columns)
+            carried = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
             for first in range(0, h + late, count):
                 rows = image[first : first + count]
                 rows = np.pad(rows, ((0, count - len(rows)), (0, columns - w), (0, 0)))

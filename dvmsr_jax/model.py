@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.bands import WHOLE, Band, Whole
-from dvmsr_jax.config import Compute, ModelConfig, check_model
+from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
 
 # Mean colour of DIV2K, taken off before the first convolution and added after the last.
@@ -74,19 +74,16 @@ class RSSB(nnx.Module):
         """Refines the features. With `keys`, drop-path is active."""
         b, h, w, c = features.shape
         tokens = features.reshape(b, h * w, c)
-        for vimm in self.vimms:
-            tokens = vimm(tokens, keys, band)
-        return self.conv(tokens.reshape(b, h, w, c), band) + band.delayed(features, 1)
+        for i, vimm in enumerate(self.vimms):
+            tokens = vimm(tokens, keys, band.at(f"vimms.{i}"))
+        refined = self.conv(tokens.reshape(b, h, w, c), band.at("conv"))
+        return refined + band.delayed(features, 1)
 
 
 class DVMSR(nnx.Module):
-    """The network.
-
-    Raises UserError if the configuration, which may come from a file, is of no possible network.
-    """
+    """The network."""
 
     def __init__(self, config: ModelConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs):
-        check_model(config)
         c, s = config.channels, config.scale
         self.config = config
         self.conv_first = Conv3x3(3, c, compute, rngs=rngs)
@@ -124,16 +121,17 @@ class DVMSR(nnx.Module):
         the backward pass computes what lies inside an RSSB again, instead of keeping it.
         """
         mean = jnp.asarray(RGB_MEAN, image.dtype).reshape(1, 1, 1, 3)
-        shallow = self.conv_first(image - mean, band)
+        shallow = self.conv_first(image - mean, band.at("conv_first"))
         features = self.norm_first(shallow)
         outputs = []
-        for rssb in self.rssbs:
-            refine = functools.partial(rssb, band=band)
+        for i, rssb in enumerate(self.rssbs):
+            refine = functools.partial(rssb, band=band.at(f"rssbs.{i}"))
             features = (jax.checkpoint(refine) if remat else refine)(features, keys)
             outputs.append(features)
-        body = self.conv_last(self.norm_last(features), band)
+        body = self.conv_last(self.norm_last(features), band.at("conv_last"))
         deep = body + band.delayed(shallow, len(self.rssbs) + 1)
-        upscaled = pixel_shuffle(self.reconstruct(deep, band), self.config.scale) + mean
+        channels = self.reconstruct(deep, band.at("reconstruct"))
+        upscaled = pixel_shuffle(channels, self.config.scale) + mean
         return upscaled, Features(shallow, tuple(outputs), body)
 
 
@@ -160,7 +158,6 @@ def model_from_parameters(
     Raises:
         ValueError: parameters are missing, left over, or of another shape than the model's.
     """
-    check_model(config)
     if config.vimms > len(parameters):  # an absurd depth would take ages
         raise ValueError(
             f"the weights do not fit the model: {len(parameters)} of them for {config.rssbs} RSSBs "
@@ -186,6 +183,14 @@ def model_from_parameters(
     ]
     nnx.update(model, nnx.from_flat_state(leaves))
     return model
+
+
+def check_finite(parameters: Any) -> None:
+    """Raises ValueError, naming the first array of a tree, if one holds NaN or infinity."""
+    for path, x in jax.tree_util.tree_leaves_with_path(parameters):
+        if not np.isfinite(np.asarray(x)).all():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def named_parameters(model: nnx.Module) -> dict[str, Array]:

@@ -17,12 +17,12 @@ import tyro
 from dvmsr_jax import checkpoint, files, pth
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.model import DVMSR, check_finite, model_from_parameters, named_parameters
 from dvmsr_jax.program import told_in_a_line
 from dvmsr_jax.vimm import ScanError
 
 # The project's own.
-DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "dvmsr_x4.safetensors"
+DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "x4.safetensors"
 
 
 class PretrainedError(UserError):
@@ -40,7 +40,10 @@ def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
     path = path.expanduser()
     try:
         config, parameters = _read(path)
-        return model_from_parameters(config, parameters, compute=compute)
+        with np.errstate(over="ignore"):  # of float32, to infinity
+            model = model_from_parameters(config, parameters, compute=compute)
+        check_finite(named_parameters(model))
+        return model
     except ScanError:  # not the file's fault
         raise
     except (checkpoint.CheckpointError, pth.PthError) as error:
@@ -52,7 +55,7 @@ def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
         RecursionError,  # deeply nested JSON
         safetensors.SafetensorError,
     ) as error:
-        reason = str(error)
+        reason = pth.printable(str(error))
         raise PretrainedError(reason if str(path) in reason else f"{path}: {reason}") from error
 
 
@@ -97,6 +100,7 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         raise PretrainedError(f"{path}: no such file or directory")
     if path.is_dir():
         return checkpoint.load_weights(path)
+    files.regular_size(path, at_most=pth.MAX_BYTES)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in (".pth", ".pt"):
@@ -154,11 +158,12 @@ def _from_published(contents: Any, path: Path) -> tuple[ModelConfig, dict[str, n
     parameters = {}
     for name, tensor in contents.items():
         for pattern, template in _PUBLISHED_NAMES:
-            if match := re.fullmatch(pattern, str(name)):
+            if match := re.fullmatch(pattern, name):
                 ours = match.expand(template)
                 break
         else:
-            raise PretrainedError(f"{path}: holds {name}, which is not part of a DVMSR")
+            problem = pth.printable(f"holds {name}, which is not part of a DVMSR")
+            raise PretrainedError(f"{path}: {problem}")
         if ours.endswith(".weight"):
             kind = "scale" if ".norm." in ours or ours.startswith("norm_") else "kernel"
             ours = ours.removesuffix("weight") + kind

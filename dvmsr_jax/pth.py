@@ -1,23 +1,28 @@
 """Reads the tensors of a PyTorch checkpoint without PyTorch and without trusting the file.
 
 A `.pth` is a zip archive: `data.pkl`, a pickle that describes the tensors, and `data/N`, their
-bytes. An ordinary unpickler runs whatever code the file names. This one knows three names, none of
-which runs anything: the ordered dictionary, the tensor, and the storage's type. Nor does it take
-more memory than the file is large, whatever the file claims.
+bytes. An ordinary unpickler runs whatever code the file names. This one carries out only the
+instructions that torch.save writes, and knows three names: the ordered dictionary, the tensor, and
+the storage's type. Its time and memory are limited by the size of the file, whatever that claims.
 """
 
+import enum
 import io
 import math
-import pickle
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from dvmsr_jax import files
 from dvmsr_jax.errors import UserError
+
+# Far more than a DVMSR takes.
+MAX_BYTES = 2**30
+_MAX_PICKLE = 2**22
 
 _STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -41,19 +46,26 @@ def read_pth(path: Path) -> Any:
             any class other than a tensor's. Nothing of it has been executed.
         OSError: the file cannot be read.
     """
-    file = path.read_bytes()
+    size = files.regular_size(path, at_most=MAX_BYTES)
     try:
-        with zipfile.ZipFile(io.BytesIO(file)) as archive:
-            return _read(archive, len(file))
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+            return _read(archive, size)
     except zipfile.BadZipFile:
         raise PthError(
             f"{path}: not a PyTorch checkpoint, or a truncated one (torch.save has written zip "
             "archives since version 1.6)"
         ) from None
     except PthError as error:
-        raise PthError(f"{path}: {error}") from None
+        raise PthError(f"{path}: {printable(str(error))}") from None
     except Exception as error:  # a damaged archive or pickle can fail in any way
-        raise PthError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise PthError(f"{path}: damaged ({reason})") from error
+
+
+def printable(text: str) -> str:
+    """A text with parts from a file as one line for the terminal, cut if it is very long."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])
+    return shown if len(text) <= 1000 else f"{shown}..."
 
 
 def _read(archive: zipfile.ZipFile, file_size: int) -> Any:
@@ -70,76 +82,168 @@ def _read(archive: zipfile.ZipFile, file_size: int) -> Any:
     if order in archive.namelist() and archive.read(order) != b"little":
         raise PthError("its tensors are not little-endian")
 
-    instructions = archive.read(pickles[0])
-    for opcode, argument, _ in pickletools.genops(instructions):
-        # The unpickler allocates whatever a later protocol's lengths, or a memo's index, claim.
-        if opcode.proto > 2 or ("PUT" in opcode.name and (argument or 0) > len(instructions)):
-            raise PthError(f"refused, torch.save does not write such a {opcode.name}")
-    return _Unpickler(instructions, archive, folder, file_size).load()
+    if archive.getinfo(pickles[0]).file_size > _MAX_PICKLE:
+        raise PthError("refused, its data.pkl is too large to describe a model's tensors")
+    return _Machine(archive, folder, file_size).run(archive.read(pickles[0]))
 
 
-class _Dict(dict):
-    """Stands in for collections.OrderedDict."""
+class _Global(enum.Enum):
+    """The names in a pickle that stand for a function or a class; storages' types are dtypes."""
 
-    def __init__(self):
-        super().__init__()
-
-    def __setstate__(self, state):
-        """Passes over what torch notes in a state_dict's attributes: versions of its modules."""
+    ORDERED_DICT = ("collections", "OrderedDict")
+    REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 
 
-class _Rebuild:
-    """Stands in for torch._utils._rebuild_tensor_v2, up to `budget` bytes of tensors."""
+class _Storage(NamedTuple):
+    """The numbers that tensors are parts of, one after the other in memory."""
 
-    def __init__(self, budget: int):
-        self._budget = budget
+    numbers: np.ndarray
 
-    def __setstate__(self, state):
-        raise PthError("refused, it sets a function's attributes")
 
-    def __call__(self, storage, offset, shape, strides, *_):
-        if not isinstance(storage, np.ndarray):
+class _Machine:
+    """Carries out the instructions that torch.save writes, up to `budget` bytes of tensors."""
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str, budget: int):
+        self._archive, self._folder, self._budget = archive, folder, budget
+        self._storages: dict[str, bytes] = {}
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, program: bytes) -> Any:
+        """What the program leaves on the stack."""
+        for opcode, argument, _ in pickletools.genops(program):
+            if opcode.name == "STOP":
+                return self._stack.pop()
+            self._step(opcode.name, argument)
+        raise AssertionError("genops raises an error for programs that do not stop")
+
+    def _step(self, opcode: str, argument: Any) -> None:
+        stack = self._stack
+        match opcode:
+            case "PROTO":
+                pass
+            case "MARK":
+                self._marks.append(len(stack))
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode == "NEWTRUE")
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
+                stack.append(argument)
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self._pop(int(opcode[-1]))))
+            case "TUPLE":
+                stack.append(tuple(self._pop_to_mark()))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                self._extend(self._pop(1))
+            case "APPENDS":
+                self._extend(self._pop_to_mark())
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM":
+                self._update(self._pop(2))
+            case "SETITEMS":
+                self._update(self._pop_to_mark())
+            case "GLOBAL":
+                stack.append(_find(*argument.split(" ", 1)))
+            case "REDUCE":
+                stack.append(self._call(*self._pop(2)))
+            case "BUILD":  # torch notes versions of modules in a state_dict's attributes
+                self._pop(1)
+                if type(stack[-1]) is not dict:
+                    raise PthError("refused, it sets attributes of other than a dictionary")
+            case "BINPERSID":
+                stack.append(self._storage(*self._pop(1)))
+            case _:
+                raise PthError(f"refused, torch.save does not write such a {opcode}")
+
+    def _pop(self, count: int) -> list[Any]:
+        if len(self._stack) < count:
+            raise PthError("damaged, its pickle takes more from the stack than there is")
+        items = self._stack[-count:]
+        del self._stack[-count:]
+        return items
+
+    def _pop_to_mark(self) -> list[Any]:
+        mark = self._marks.pop()
+        items = self._stack[mark:]
+        del self._stack[mark:]
+        return items
+
+    def _extend(self, items: list[Any]) -> None:
+        if type(self._stack[-1]) is not list:
+            raise PthError("damaged, it appends to other than a list")
+        self._stack[-1].extend(items)
+
+    def _update(self, items: list[Any]) -> None:
+        keys, values = items[::2], items[1::2]
+        if type(self._stack[-1]) is not dict:
+            raise PthError("damaged, it sets items of other than a dictionary")
+        # Others can take for ever to hash, or be nested too deeply for it.
+        if not all(type(key) is str for key in keys):
+            raise PthError("refused, a dictionary has keys that are not strings")
+        self._stack[-1].update(zip(keys, values, strict=True))
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if type(arguments) is tuple:
+            if function is _Global.ORDERED_DICT and not arguments:
+                return {}
+            if function is _Global.REBUILD and len(arguments) >= 4:
+                return self._tensor(*arguments[:4])
+        raise PthError("refused, it calls other than torch.save's functions")
+
+    def _storage(self, pid: Any) -> _Storage:
+        if type(pid) is not tuple or len(pid) != 5:
+            raise PthError("an unknown kind of storage")
+        kind, dtype, key, _, size = pid
+        if [type(kind), type(key)] != [str, str] or kind != "storage":
+            raise PthError("an unknown kind of storage")
+        if not isinstance(dtype, np.dtype) or type(size) is not int:
+            raise PthError("an unknown kind of storage")
+        if key not in self._storages:
+            self._storages[key] = self._archive.read(f"{self._folder}data/{key}")
+        numbers = np.frombuffer(self._storages[key], dtype)
+        if numbers.size != size:
+            raise PthError(f"storage {key} holds {numbers.size} numbers instead of {size}")
+        return _Storage(numbers)
+
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+        if not isinstance(storage, _Storage):
             raise PthError("a tensor without a storage")
-        numbers = (offset, *shape, *strides)
-        if len(shape) != len(strides) or not all(type(x) is int and x >= 0 for x in numbers):
+        if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
+            raise PthError("a tensor of impossible shape")
+        # Products of numbers with a million digits, or of a million numbers, would take for ever.
+        places = (offset, *shape, *strides)
+        if len(shape) > 32 or not all(type(x) is int and 0 <= x < 2**63 for x in places):
             raise PthError("a tensor of impossible shape")
         last = offset + sum(
             (size - 1) * stride for size, stride in zip(shape, strides, strict=True)
         )
         # Strides of 0 would make a tensor of any size out of one number.
-        self._budget -= math.prod(shape) * storage.itemsize
-        if (0 not in shape and last >= storage.size) or self._budget < 0:
+        numbers = storage.numbers
+        self._budget -= math.prod(shape) * numbers.itemsize
+        if (0 not in shape and last >= numbers.size) or self._budget < 0:
             raise PthError("a tensor larger than its storage")
-        steps = [stride * storage.itemsize for stride in strides]
-        return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
+        steps = [stride * numbers.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, instructions: bytes, archive: zipfile.ZipFile, folder: str, budget: int):
-        super().__init__(io.BytesIO(instructions))
-        self._archive, self._folder = archive, folder
-        self._rebuild = _Rebuild(budget)
-        self._storages: dict[str, bytes] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return _Dict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._rebuild
-        if module == "torch" and name in _STORAGES:
-            return name
+def _find(module: str, name: str) -> _Global | np.dtype:
+    if module == "torch" and name in _STORAGES:
+        return _STORAGES[name]
+    try:
+        return _Global((module, name))
+    except ValueError:
         raise PthError(
             f"refused, it names {module}.{name}; only tensors and plain containers are read (save "
             "the model's state_dict() alone)"
-        )
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, storage_type, key, _, size = pid
-        if kind != "storage" or storage_type not in _STORAGES or not isinstance(key, str):
-            raise PthError("an unknown kind of storage")
-        if key not in self._storages:
-            self._storages[key] = self._archive.read(f"{self._folder}data/{key}")
-        storage = np.frombuffer(self._storages[key], _STORAGES[storage_type])
-        if storage.size != size:
-            raise PthError(f"storage {key} holds {storage.size} numbers instead of {size}")
-        return storage
+        ) from None

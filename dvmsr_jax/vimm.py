@@ -73,7 +73,7 @@ class Direction(nnx.Module):
         self, u: Float[Array, "b l d"], z: Float[Array, "b l d"], band: Whole | Band
     ) -> Float[Array, "b l d"]:
         """The gated scan of u; z is the gate before its silu."""
-        u = jax.nn.silu(self.conv(u, band))
+        u = jax.nn.silu(self.conv(u, band.at("conv")))
         d, n = self.A_log.shape
         low_rank, B, C = jnp.split(self.x_proj(u), [self.rank, self.rank + n], axis=-1)
         y, state = selective_scan(
@@ -123,7 +123,7 @@ class ViMM(nnx.Module):
             tokens = drop_samples(tokens, self.drop_path, _fold_in(keys, self.index))
         tokens = band.masked(self.norm(tokens))
         u, z = jnp.split(self.in_proj(tokens), 2, axis=-1)
-        y = self.forward(u, z, band)
+        y = self.forward(u, z, band.at("forward"))
         if self.backward is not None:
             y = y + self.backward(u[:, ::-1], z[:, ::-1], WHOLE)[:, ::-1]
         return self.out_proj(y).astype(jnp.float32)

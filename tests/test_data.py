@@ -7,8 +7,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,9 +22,11 @@ from dvmsr_jax import data, images
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import prepare
 from dvmsr_jax.data.check import check
-from dvmsr_jax.data.records import ShardWriter, open_records, open_shard
+from dvmsr_jax.data.records import ShardWriter, open_records, open_shard, sub_images
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def aligned_pair(height, width, scale):
@@ -46,6 +51,17 @@ def aligned_records(count, side, scale):
     """Records of equal sizes and different pixels."""
     lr, hr = aligned_pair(side, side, scale)
     return [{"lr": np.roll(lr, i, 0), "hr": np.roll(hr, scale * i, 0)} for i in range(count)]
+
+
+@pytest.mark.parametrize("module", ["dvmsr_jax.data", "dvmsr_jax.data.__main__"])
+def test_data_stands_below_the_network(module):
+    program = f"import sys, {module}; print(*sys.modules)"
+    imported = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert module in imported
+    above = ("model", "vimm", "inference", "pretrained", "checkpoint", "training")
+    assert not {f"dvmsr_jax.{name}" for name in above} & set(imported)
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
@@ -121,7 +137,7 @@ def test_processes_share_the_same_batches(parts):
 @pytest.mark.parametrize(("height", "width"), [(80, 80), (81, 200), (30, 90), (7, 5)])
 def test_sub_images_cover_the_picture(height, width):
     lr, hr = aligned_pair(height, width, 4)
-    squares = list(data.sub_images(lr, hr, 320, 4))
+    squares = list(sub_images(lr, hr, 320, 4))
     for lr_square, hr_square in squares:
         assert lr_square.shape == (80, 80, 3)
         np.testing.assert_array_equal(hr_square[::4, ::4], lr_square)
@@ -304,8 +320,6 @@ def test_another_set_leaves_an_interrupted_one_alone(photos, tmp_path, monkeypat
     ],
 )
 def test_unusable_settings_are_named(photos, tmp_path, change, message):
-    from pathlib import Path
-
     change = {k: tuple(map(Path, v)) if k == "hr_dirs" else v for k, v in change.items()}
     config = {"hr_dirs": (photos,), "data_dir": tmp_path, "lr_crop": 8} | change
     with pytest.raises(UserError, match=message):

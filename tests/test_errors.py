@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from dvmsr_jax.errors import StoppedError, UserError
+from dvmsr_jax.errors import StoppedError, UserError, printable
 from dvmsr_jax.program import told_in_a_line
 
 
@@ -11,6 +11,7 @@ from dvmsr_jax.program import told_in_a_line
     ("error", "code"),
     [
         (UserError("mend this"), "error: mend this"),
+        (UserError("in\n  lines: \x1b[2J\u202e"), "error: in\n  lines: \\x1b[2J\\u202e"),
         (FileNotFoundError("no such file"), "error: no such file"),
         (MemoryError(), "error: out of memory (in main memory); try less"),
         (
@@ -36,3 +37,16 @@ def test_a_defect_keeps_its_traceback(error):
     with pytest.raises(type(error)) as found, told_in_a_line(out_of_memory="try less"):
         raise error
     assert found.value is error
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        *(("Über uns 写真.png", "Über uns 写真.png"), ("at 9\u202fam.png", "at 9\u202fam.png")),
+        *(("\x1b[31m\r\n\t\x9b", r"\x1b[31m\r\n\t\x9b"), ("gnp.\u202e", r"gnp.\u202e")),
+        *(("undecodable\udcff", r"undecodable\udcff"), ("a\u2028b", r"a\u2028b")),
+    ],
+)
+def test_printable(name, shown):
+    assert printable(name) == shown
+    shown.encode()

@@ -8,15 +8,18 @@ import functools
 import io
 import json
 import math
+import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import ml_dtypes
 import numpy as np
@@ -24,11 +27,13 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.checkpoint import Best, Checkpoints
+from dvmsr_jax.config import ModelConfig, TrainConfig
 from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
 from dvmsr_jax.pretrained import PretrainedError, load_model, save_safetensors
 from dvmsr_jax.pth import PthError, read_pth
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ModelConfig(scale=3, channels=8, rssbs=2, vimms_per_rssb=1, states=4, conv_width=3)
 
 
@@ -262,6 +267,111 @@ def test_what_is_admitted_cannot_be_changed(tmp_path, target):
 
 
 HUGE = 10**9
+# A tuple of itself, sixty times over: 2**60 to hash, compare or print, in 500 bytes.
+DOUBLED = Raw(b")" + b"".join(bytes([ord("q"), i, ord("h"), i, 0x86]) for i in range(60)))
+DEEP = Raw(b")" + b"\x85" * 200_000)
+# 10**(2.4 million)
+LONG = Raw(b"\x8b" + struct.pack("<i", 10**6) + b"\x01" * 10**6)
+
+
+def limited(path):
+    """What a process that reads the file says, in 20 s and 4 GiB of address space."""
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+from pathlib import Path
+from dvmsr_jax.pth import PthError, read_pth
+try:
+    print(type(read_pth(Path({str(path)!r}))))
+except (PthError, OSError) as error:
+    print(f"refused: {{error}}")
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr[-1000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("value", [DOUBLED, DEEP, LONG], ids=["doubled", "deep", "long"])
+@pytest.mark.parametrize("place", ["key", "storage", "storage type", "size", "shape", "class"])
+def test_time_and_memory_are_limited(tmp_path, value, place):
+    pth = Pth()
+    tensor = pth.tensor(np.zeros(3, np.float32))
+    pid = ["storage", named("torch", "FloatStorage"), "0", "cpu", 3]
+    if place == "key":
+        contents = {value: 1}
+    elif place in ("storage type", "storage", "size"):
+        pid[{"storage": 0, "storage type": 1, "size": 4}[place]] = value
+        contents = Raw(pickled(tuple(pid)) + b"Q")
+    elif place == "shape":
+        contents = tensor._replace(shape=(value, value), strides=(value, value))
+    else:
+        contents = call(value, 1)
+    path = pth.write(tmp_path / "x.pth", contents)
+    assert limited(path).startswith(f"refused: {path}: ")
+
+
+def test_deep_values_are_no_weights(tmp_path):
+    for value in (DOUBLED, DEEP):
+        path = Pth().write(tmp_path / "x.pth", {"params": value})
+        assert limited(path) == "<class 'dict'>\n"
+        with pytest.raises(PretrainedError, match="does not hold a dictionary of tensors"):
+            load_model(path)
+
+
+def test_a_tensor_is_no_storage(tmp_path):
+    """Twelve numbers made of one, taken for twelve in a row, would be read from beyond it."""
+    pth = Pth()
+    one = pth.tensor(np.zeros(1, np.float32))._replace(shape=(12,), strides=(0,))
+    padding = pth.tensor(np.zeros(100, np.float32))
+    again = call(REBUILD, one, 0, (12,), (1,), False, call(ORDERED_DICT))
+    with pytest.raises(PthError, match="a tensor without a storage"):
+        read_pth(pth.write(tmp_path / "x.pth", {"padding": padding, "again": again}))
+
+
+def test_messages_are_a_line(tmp_path):
+    pth = Pth()
+    name = "\x1b[2J\n" + "x" * 10_000
+    path = pth.write(tmp_path / "x.pth", {name: pth.tensor(np.zeros(1, np.float32))})
+    with pytest.raises(PretrainedError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(f"{path}: holds \\x1b[2J\\nxxx")
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_only_regular_files_are_read(tmp_path, suffix):
+    """Devices and pipes may never end."""
+    path = tmp_path / f"x{suffix}"
+    program = f"""
+import resource
+from pathlib import Path
+from dvmsr_jax.pretrained import PretrainedError, load_model
+resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
+try:
+    load_model(Path({str(path)!r}))
+except PretrainedError as error:
+    print(error)
+"""
+
+    def problem():
+        command = [sys.executable, "-c", program]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr[-1000:]
+        return done.stdout
+
+    path.symlink_to("/dev/zero")
+    assert problem() == f"{path}: not a regular file\n"
+    path.unlink()
+    os.mkfifo(path)
+    assert problem() == f"{path}: not a regular file\n"
+    path.unlink()
+    path.touch()
+    os.truncate(path, 2**40)  # sparse: it takes no room on the disk
+    assert problem().startswith(f"{path}: has 1,099,511,627,776 bytes, more than the ")
 
 
 @pytest.mark.parametrize(
@@ -269,11 +379,11 @@ HUGE = 10**9
     [
         ({"shape": (4, 4)}, "larger than its storage"),
         ({"offset": 1}, "larger than its storage"),
-        ({"offset": 10**30}, "larger than its storage"),
+        ({"offset": 10**30}, "impossible shape"),
         ({"strides": (8, 1)}, "larger than its storage"),
         ({"shape": (HUGE, HUGE), "strides": (0, 0)}, "larger than its storage"),
         ({"shape": (HUGE,), "strides": (0,)}, "larger than its storage"),
-        ({"shape": (2**64, 2**64), "strides": (0, 0)}, "larger than its storage"),
+        ({"shape": (2**64, 2**64), "strides": (0, 0)}, "impossible shape"),
         ({"shape": (HUGE, HUGE)}, "larger than its storage"),
         ({"shape": (-1, 4)}, "impossible shape"),
         ({"strides": (-4, 1)}, "impossible shape"),
@@ -281,12 +391,13 @@ HUGE = 10**9
         ({"shape": (3.0, 4)}, "impossible shape"),
         ({"shape": (3, 4, 1)}, "impossible shape"),
         ({"shape": (True, 4)}, "impossible shape"),
-        ({"shape": 12}, "damaged"),
-        ({"shape": None}, "damaged"),
-        ({"shape": (0, 2**70)}, "damaged"),
-        ({"shape": (1,) * 100, "strides": (1,) * 100}, "damaged"),
+        ({"shape": 12}, "impossible shape"),
+        ({"shape": None}, "impossible shape"),
+        ({"shape": (0, 2**70)}, "impossible shape"),
+        ({"shape": (1,) * 100, "strides": (1,) * 100}, "impossible shape"),
         ({"size": 13}, "holds 12 numbers instead of 13"),
-        ({"size": "12"}, "holds 12 numbers instead of 12"),
+        ({"size": "12"}, "unknown kind of storage"),
+        ({"size": 12.0}, "unknown kind of storage"),
         ({"storage": "HalfStorage"}, "holds 24 numbers instead of 12"),
         ({"storage": "UntypedStorage"}, "it names torch.UntypedStorage"),
         ({"key": "1"}, "damaged"),
@@ -312,7 +423,6 @@ def test_tensors_are_together_no_larger_than_the_file(tmp_path):
 @pytest.mark.parametrize(
     "bomb",
     [
-        ("LONG_BINPUT", b"Nr\xff\xff\xff\x1f"),  # CPython 3.11 would allocate 8 GiB
         ("PUT", b"Np500000000\n"),
         ("BYTEARRAY8", b"\x96" + struct.pack("<Q", 8) + bytes(8)),
         ("BINBYTES8", b"\x8e" + struct.pack("<Q", 8) + bytes(8)),
@@ -323,6 +433,12 @@ def test_the_pickle_cannot_claim_memory(tmp_path, bomb):
     name, opcodes = bomb
     with pytest.raises(PthError, match=f"does not write such a {name}$"):
         read_pth(Pth().write(tmp_path / "x.pth", Raw(opcodes)))
+
+
+def test_a_memo_of_any_number(tmp_path):
+    """CPython 3.11's unpickler would allocate 8 GiB."""
+    path = Pth().write(tmp_path / "x.pth", Raw(pickled("x") + b"r\xff\xff\xff\x1f"))
+    assert limited(path) == "<class 'str'>\n"
 
 
 def test_other_archives(tmp_path):
@@ -459,6 +575,36 @@ def test_weights_that_do_not_fit(tmp_path, unchecked, name, shape, problem):
         tensors[name] = np.zeros(shape, np.float32)
     path = write_published(tmp_path / "x.pth", tensors)
     with pytest.raises(PretrainedError, match=f"^{re.escape(str(path))}: .*{re.escape(problem)}"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("kind", ["published", "safetensors", "checkpoint"])
+def test_numbers_that_are_not_finite(tmp_path, kind, value):
+    parameters = weights()
+    parameters["rssbs.0.conv.kernel"][0, 1, 2, 3] = value
+    if kind == "published":
+        path = write_published(tmp_path / "x.pth", published(parameters))
+    elif kind == "safetensors":
+        path = tmp_path / "x.safetensors"
+        safetensors.numpy.save_file(
+            parameters, path, {"config": json.dumps(dataclasses.asdict(CONFIG))}
+        )
+    else:
+        checkpoints = Checkpoints(TrainConfig(workdir=tmp_path, model=CONFIG))
+        checkpoints.save(1, Best(), jax.tree.map(jnp.asarray, parameters), {"step": jnp.ones(())})
+        checkpoints.close()
+        path = tmp_path / "student"
+    problem = f"^{re.escape(str(path))}: rssbs.0.conv.kernel holds numbers that are not finite$"
+    with pytest.raises(PretrainedError, match=problem):
+        load_model(path)
+
+
+def test_numbers_that_float32_cannot_hold(tmp_path):
+    path = tmp_path / "x.safetensors"
+    large = weights() | {"conv_first.bias": np.full(8, 1e300)}
+    safetensors.numpy.save_file(large, path, {"config": json.dumps(dataclasses.asdict(CONFIG))})
+    with pytest.raises(PretrainedError, match="bias holds numbers that are not finite"):
         load_model(path)
 
 

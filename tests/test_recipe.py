@@ -13,10 +13,11 @@ from flax import nnx
 from dvmsr_jax import images, metrics, parallel
 from dvmsr_jax.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, TrainConfig
 from dvmsr_jax.data import Records, load_records
+from dvmsr_jax.errors import StoppedError
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.training import phases, report, step
+from dvmsr_jax.training import loop, report, step
 from dvmsr_jax.training.validation import Validator
 
 SMALL = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
@@ -205,7 +206,7 @@ def test_validation_scores_the_pictures_kept_apart(config):
 
 
 def test_validation_is_of_the_averaged_weights(run_config):
-    directory = phases.train(run_config)
+    directory = loop.train(run_config)
     lines = report.read_metrics(directory / "metrics.jsonl")
     (logged,) = [x["val_psnr_y"] for x in lines if x["step"] == 6 and "val_psnr_y" in x]
     validate = Validator(run_config, load_records(run_config.data, 4), None)
@@ -216,7 +217,7 @@ def test_validation_is_of_the_averaged_weights(run_config):
 def test_logged_values_are_means(run_config, tmp_path):
     each, mean = (
         report.read_metrics(
-            phases.train(dataclasses.replace(run_config, workdir=tmp_path / str(n), log_every=n))
+            loop.train(dataclasses.replace(run_config, workdir=tmp_path / str(n), log_every=n))
             / "metrics.jsonl"
         )
         for n in (1, 3)
@@ -249,9 +250,9 @@ def test_the_best_validation_is_kept(run_config, interrupted, monkeypatch, capsy
 
         with monkeypatch.context() as patch:
             patch.setattr(report.Log, "scalars", spy)
-            with pytest.raises(phases.StoppedError):
-                phases.train(run_config)
-    directory = phases.train(run_config)
+            with pytest.raises(StoppedError):
+                loop.train(run_config)
+    directory = loop.train(run_config)
     kept = {path.name for path in (directory / "checkpoints").iterdir()}
     assert kept == {"3", "6"}  # the newest one and the best
     assert "the best validation was 30.00 dB at step 3" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import gzip
 import json
+import math
 import os
 import re
 import shutil
@@ -27,11 +28,11 @@ from dvmsr_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from dvmsr_jax.data import load_records, targets
+from dvmsr_jax.data import load_records
 from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import convert, load_model, training_facts
-from dvmsr_jax.training import phases, report, step
+from dvmsr_jax.training import loop, report, run, step, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ModelConfig(channels=12, rssbs=2, vimms_per_rssb=1, states=4)
@@ -184,29 +185,29 @@ def interrupt_at(step, monkeypatch, number):
 
 
 def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkeypatch, capsys):
-    whole = parameters_of(phases.train(config))
+    whole = parameters_of(loop.train(config))
     cut = dataclasses.replace(config, workdir=tmp_path / "cut")
     with monkeypatch.context() as patch:
         interrupt_at(3, patch, signal.SIGTERM)
         with pytest.raises(StoppedError, match="after step 4; the same command resumes"):
-            phases.train(cut)
+            loop.train(cut)
     directory = cut.workdir / "teacher"
     logged = [line["step"] for line in report.read_metrics(directory / "metrics.jsonl")]
     assert max(logged) == 4  # the step under way when the signal came is finished
     with pytest.raises(UserError, match=r"teacher in .* has 2 steps to go; .*--distill\.teacher"):
-        phases.load_teacher(student_of(cut))
-    assert phases.load_teacher(student_of(cut, teacher=directory)) is not None
-    phases.train(cut)
+        run.load_teacher(student_of(cut))
+    assert run.load_teacher(student_of(cut, teacher=directory)) is not None
+    loop.train(cut)
     for name, value in parameters_of(directory).items():
         np.testing.assert_array_equal(value, whole[name], err_msg=name)
     assert "steps 4 to 6" in capsys.readouterr().out
 
 
 def test_both_phases_leave_what_they_promise(config, monkeypatch, tmp_path):
-    teacher_directory = phases.train(config)
+    teacher_directory = loop.train(config)
     before = parameters_of(teacher_directory)
     student = student_of(config)
-    directory = phases.train(student)
+    directory = loop.train(student)
     assert directory == config.workdir / "student"
     assert load_model(directory).config == STUDENT
     convert(directory, tmp_path / "student.safetensors")
@@ -228,13 +229,13 @@ def test_both_phases_leave_what_they_promise(config, monkeypatch, tmp_path):
     assert sample.shape[1] > 3 * 300
     assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == ["3", "4", "6"]
 
-    phases.train(student)  # finished: nothing happens
+    loop.train(student)  # finished: nothing happens
     with pytest.raises(UserError, match=r"optim\.b1: 0\.9 there, 0\.8 now"):
-        phases.train(dataclasses.replace(student, optim=OptimConfig(learning_rate=5e-3, b1=0.8)))
+        loop.train(dataclasses.replace(student, optim=OptimConfig(learning_rate=5e-3, b1=0.8)))
 
 
 def test_dry_run_tells_the_cost_and_leaves_nothing(config, capsys):
-    phases.dry_run(config)
+    loop.dry_run(config)
     printed = capsys.readouterr().out
     for pattern in (
         r"12,324 parameters, 6 steps of 2 crops",
@@ -247,7 +248,7 @@ def test_dry_run_tells_the_cost_and_leaves_nothing(config, capsys):
 
 
 def test_profile_and_pictures(config):
-    directory = phases.train(dataclasses.replace(config, steps=8, val_every=8), profile=1)
+    directory = loop.train(dataclasses.replace(config, steps=8, val_every=8), profile=1)
     (trace,) = directory.glob("profile/**/perfetto_trace.json.gz")
     assert b"train_step" in gzip.decompress(trace.read_bytes())
     assert images.read_rgb(directory / "curves.png").std() > 0
@@ -255,7 +256,7 @@ def test_profile_and_pictures(config):
 
 def test_precomputed_targets_distil_like_the_teacher_itself(config):
     """The first step's losses differ by the rounding to 8 bits only."""
-    phases.train(config)
+    loop.train(config)
     online = dataclasses.replace(student_of(config), steps=1)
     precomputed = dataclasses.replace(
         student_of(config, targets="precomputed"), steps=1, workdir=config.workdir / "other"
@@ -267,12 +268,12 @@ def test_precomputed_targets_distil_like_the_teacher_itself(config):
         data=dataclasses.replace(config.data, lr_crop=80),
     )
     online = dataclasses.replace(online, data=precomputed.data)
-    with pytest.raises(UserError, match=r"dvmsr_jax\.data distill"):
-        phases.train(precomputed)
+    with pytest.raises(UserError, match=r"dvmsr_jax\.training distill"):
+        loop.train(precomputed)
     records = load_records(config.data, 4)
     targets.distill(config.workdir / "teacher", records.folder, self_ensemble=False, batch_size=1)
     losses = [
-        report.read_metrics(phases.train(run) / "metrics.jsonl")[0] for run in (online, precomputed)
+        report.read_metrics(loop.train(run) / "metrics.jsonl")[0] for run in (online, precomputed)
     ]
     assert losses[0]["pixel_loss"] == pytest.approx(losses[1]["pixel_loss"], rel=1e-5)
     assert losses[0]["distill_loss"] == pytest.approx(losses[1]["distill_loss"], abs=1 / 255)
@@ -282,41 +283,36 @@ def test_precomputed_targets_distil_like_the_teacher_itself(config):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"level": "mid", "targets": "precomputed"}, r"targets is for distill\.level=output only"),
-        ({"level": "mid", "self_ensemble": True}, r"ensemble is for distill\.level=output only"),
-        ({"rssbs": ((0, 0),)}, r"distill\.rssbs is for distill\.level=mid only"),
+        (
+            {"level": "mid", "targets": "precomputed"},
+            r"targets is for --distill\.level=output only",
+        ),
+        ({"level": "mid", "self_ensemble": True}, r"ensemble is for --distill\.level=output only"),
+        ({"rssbs": ((0, 0),)}, r"--distill\.rssbs is for --distill\.level=mid only"),
     ],
 )
 def test_options_of_distillation_that_exclude_each_other(config, options, message):
     with pytest.raises(UserError, match=message):
-        phases.train(student_of(config, **options))
+        student_of(config, **options)
 
 
 @pytest.mark.parametrize("options", [{"weight": 0.5}, {"teacher": Path("x")}, {"level": "mid"}])
 def test_a_teacher_has_nothing_to_distil(config, options):
     (name,) = options
-    with pytest.raises(UserError, match=f"--distill.{name} is for --phase=student only"):
-        phases.train(dataclasses.replace(config, distill=DistillConfig(**options)))
-
-
-def test_an_impossible_model_is_refused_before_anything_is_prepared(config):
-    data = dataclasses.replace(config.data, data_dir=config.workdir / "records")
-    model = dataclasses.replace(TEACHER, channels=0)
-    with pytest.raises(UserError, match="channels is 0"):
-        phases.train(dataclasses.replace(config, model=model, data=data))
-    assert not config.workdir.exists()
+    with pytest.raises(UserError, match=f"^--distill.{name}: for --phase=student only"):
+        dataclasses.replace(config, distill=DistillConfig(**options))
 
 
 def test_student_without_teacher_says_what_to_do(config):
     with pytest.raises(UserError, match=r"no teacher in .*--distill\.teacher"):
-        phases.train(student_of(config))
+        loop.train(student_of(config))
 
 
 def test_teacher_of_another_scale_is_refused(config):
     teacher = dataclasses.replace(config, model=dataclasses.replace(TEACHER, scale=2), steps=1)
-    directory = phases.train(teacher)
+    directory = loop.train(teacher)
     with pytest.raises(UserError, match="teacher for x2, the student is to be x4"):
-        phases.train(student_of(config, teacher=directory))
+        loop.train(student_of(config, teacher=directory))
 
 
 def test_rssb_pairs():
@@ -335,10 +331,10 @@ def test_rssb_pairs():
 
 def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     """The message names the step and the last checkpoint, and no later one is written."""
-    run = step.TrainStep.__call__
+    take_step = step.TrainStep.__call__
 
     def poisoned(self, state, batch):
-        state, parts = run(self, state, batch)
+        state, parts = take_step(self, state, batch)
         return state, parts | {"loss": jnp.where(state.step == 4, jnp.nan, parts["loss"])}
 
     monkeypatch.setattr(step.TrainStep, "__call__", poisoned)
@@ -346,7 +342,7 @@ def test_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     with pytest.raises(
         UserError, match=r"loss is nan at step 4; the last good checkpoint is .*/2\."
     ):
-        phases.train(config)
+        loop.train(config)
     steps = [p.name for p in (config.workdir / "teacher" / "checkpoints").iterdir()]
     assert steps == ["2"]
 
@@ -357,13 +353,13 @@ def test_weights_that_are_not_finite_are_not_saved(config):
         config, optim=OptimConfig(learning_rate=1e38), checkpoint_every=1, log_every=6
     )
     with pytest.raises(UserError, match=r"norm of the weights is inf at step 1; .* not written"):
-        phases.train(config)
+        loop.train(config)
     assert not list((config.workdir / "teacher" / "checkpoints").iterdir())
 
 
 def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
     """Of data and options; a run that diverged can go on with a lower learning rate."""
-    phases.train(dataclasses.replace(config, steps=2))
+    loop.train(dataclasses.replace(config, steps=2))
     fewer = tmp_path / "fewer"
     shutil.copytree(photos, fewer)
     (fewer / "0.png").unlink()
@@ -374,19 +370,19 @@ def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
         optim=OptimConfig(learning_rate=1e-3),
     )
     with pytest.raises(UserError) as caught:
-        phases.train(changed)
+        loop.train(changed)
     differing = re.findall(r"^  (.*): .* there, .* now$", str(caught.value), re.MULTILINE)
     assert differing == ["model.drop_path", "optim.learning_rate", "sources.data", "steps"]
     assert "--allow-changes" in str(caught.value)
     capsys.readouterr()
-    phases.train(changed, allow_changes=True)
+    loop.train(changed, allow_changes=True)
     printed = capsys.readouterr()
     assert "learning_rate: 0.005 there, 0.001 now" in printed.err
     assert "steps 2 to 6" in printed.out
-    phases.train(changed)  # the changes are the run's own now
+    loop.train(changed)  # the changes are the run's own now
     other = dataclasses.replace(changed, model=STUDENT)
     with pytest.raises(UserError, match=r"rssbs: 2 there, 1 now\n.*another --workdir\.$"):
-        phases.train(other, allow_changes=True)
+        loop.train(other, allow_changes=True)
 
 
 def test_the_best_validation_counts_on_its_own_pictures_only(config, photos, tmp_path, capsys):
@@ -395,14 +391,14 @@ def test_the_best_validation_counts_on_its_own_pictures_only(config, photos, tmp
     for i in range(3):
         images.write_png(flat / f"{i}.png", np.full((72, 80, 3), 90 + i, np.uint8))
     data = dataclasses.replace(config.data, hr_dirs=(flat,), data_dir=tmp_path / "records")
-    directory = phases.train(dataclasses.replace(config, data=data, steps=3))
+    directory = loop.train(dataclasses.replace(config, data=data, steps=3))
 
     def best_of(step):
         path = directory / "checkpoints" / str(step) / "best" / "metadata"
         return json.loads(path.read_text())
 
     before = best_of(3)
-    phases.train(dataclasses.replace(config, steps=9, val_every=2), allow_changes=True)
+    loop.train(dataclasses.replace(config, steps=9, val_every=2), allow_changes=True)
     assert f"{before['psnr_y']:.2f} dB at step 3, no longer counts" in capsys.readouterr().err
     after = best_of(9)
     assert after["step"] > 3
@@ -413,10 +409,10 @@ def test_the_best_validation_counts_on_its_own_pictures_only(config, photos, tmp
 
 @pytest.mark.parametrize("wrong", [{"more": 1}, {"psnr_y": None}, {"step": None}, {"step": "3"}])
 def test_a_best_validation_of_other_content_is_damage(config, wrong, capsys):
-    directory = phases.train(dataclasses.replace(config, steps=4))
+    directory = loop.train(dataclasses.replace(config, steps=4))
     path = directory / "checkpoints" / "4" / "best" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
-    phases.train(dataclasses.replace(config, steps=4))
+    loop.train(dataclasses.replace(config, steps=4))
     assert re.search(r"warning: .*/4: cannot be read .*not a validation", capsys.readouterr().err)
 
 
@@ -426,7 +422,7 @@ def test_one_run_at_a_time(config):
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=f"another run is writing to {folder}"):
-            phases.train(config)
+            loop.train(config)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +435,7 @@ def test_metrics_of_other_content_are_refused(config, content):
     path.parent.mkdir(parents=True)
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=rf"{path}: line 1 is not one of metrics"):
-        phases.train(config)
+        loop.train(config)
     assert path.read_bytes() == content.encode("latin-1")
 
 
@@ -451,20 +447,33 @@ def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
         assert [line["step"] for line in report.read_metrics(path)] == [1]
 
 
-def test_numbers_out_of_range(config):
-    wrong = dataclasses.replace(
-        config, steps=0, seed=-1, optim=OptimConfig(warmup=1.5, learning_rate=float("nan"))
-    )
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (TrainConfig, {"steps": 0}, "--steps is 0, not a whole number from 1 up"),
+        (TrainConfig, {"seed": -1}, "--seed is -1, not within [0, 4294967296)"),
+        (DataConfig, {"batch_size": 0}, "--data.batch-size is 0, not a whole number from 1 up"),
+        (TrainConfig, {"log_every": 0}, "--log-every is 0, not a whole number from 1 up"),
+        (
+            ModelConfig,
+            {"channels": 0},
+            "there is no such model: channels is 0, not a whole number from 1 up",
+        ),
+        (OptimConfig, {"warmup": 1.5}, "--optim.warmup is 1.5, not within [0, 1)"),
+        (OptimConfig, {"b1": math.nan}, "--optim.b1 is nan, not within [0, 1)"),
+        (OptimConfig, {"clip": math.inf}, "--optim.clip is inf, not a number from 0 up"),
+        (
+            OptimConfig,
+            {"learning_rate": math.nan, "accumulate": 0},
+            "--optim.learning-rate is nan, not a number from 0 up; "
+            "--optim.accumulate is 0, not a whole number from 1 up",
+        ),
+    ],
+)
+def test_values_out_of_range(kind, options, message):
     with pytest.raises(UserError) as caught:
-        phases.train(wrong)
-    assert str(caught.value).split("; ") == [
-        "steps is 0, expected from 1 up",
-        "seed is -1, expected from 0 up and below 4294967296",
-        "optim.learning_rate is nan, expected from 0 up",
-        "optim.warmup is 1.5, expected from 0 up and below 1",
-    ]
-    with pytest.raises(UserError, match="batch_size is 0"):
-        phases.dry_run(dataclasses.replace(config, data=DataConfig(batch_size=0)))
+        kind(**options)
+    assert str(caught.value) == message
 
 
 def test_bfloat16_learns_alike(config):

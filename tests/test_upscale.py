@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -418,6 +419,10 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         (["a.png", "--ckpt", weights, "--scale", "400"], "scale is 400"),
         (["a.png", "--ckpt", weights, "-o", "x.xyz"], "written as .png"),
         (["a.png", "--ckpt", weights, "--tile", "4"], "overlap"),
+        (["a.png", "--ckpt", weights, "--overlap", "4"], "--tile"),
+        (["a.png", "--ckpt", weights, "--quality", "80"], "add --format"),
+        (["a.png", "--ckpt", weights, "--quality", "80", "--format", "png"], "add --format"),
+        (["a.png", "--ckpt", weights, "--quality", "80", "-o", "x.png"], "add --format"),
         *(
             (
                 ["a.png", "--ckpt", weights, "--max-megapixels", value],
@@ -431,6 +436,42 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         assert message.startswith("error: ")
         assert reason in message
         assert "\n" not in message
+
+
+def test_file_names_are_printed_without_commands_to_the_terminal(weights, monkeypatch, capsys):
+    """Neither escape codes, nor line breaks that look like another message."""
+    good, bad = "\x1b[2Jgood\n0 failed.png", "\x1b[2Jbad\n0 failed.png"
+    make(good)
+    Path(bad).write_text("no picture")
+    assert run_main(monkeypatch, ".", "--ckpt", weights) == 1
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed
+    lines = printed.splitlines()
+    assert r"\x1b[2Jgood\n0 failed.png -> \x1b[2Jgood\n0 failed_x4.png" in lines
+    assert r"  failed: \x1b[2Jbad\n0 failed.png: is not a PNG" in lines[-1]
+    message = run_main(monkeypatch, ".", "-o", "\x1b[2J.xyz", "--ckpt", weights)
+    assert message.startswith(r"error: \x1b[2J.xyz: pictures are written as")
+
+
+def test_a_full_folder_for_temporary_files_is_named(upscaler, monkeypatch, tmp_path):
+    def write(path, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    make("a.png")
+    monkeypatch.setattr(formats, "write", write)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(batch.DiskFullError, match=rf"^{tmp_path}/.*: No space.*TMPDIR"):
+        run(upscaler, "a.png", output="-")
+    assert os.listdir() == ["a.png"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_behind_standard_output(upscaler, monkeypatch):
+    make("a.png")
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr("sys.stdout", types.SimpleNamespace(buffer=full))
+        with pytest.raises(batch.DiskFullError, match=r"^standard output: No space left"):
+            run(upscaler, "a.png", output="-")
 
 
 @pytest.fixture

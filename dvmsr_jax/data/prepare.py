@@ -18,6 +18,7 @@ from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
 from dvmsr_jax.data.records import DataError, Records
 from dvmsr_jax.data.sources import Source, find_sources
+from dvmsr_jax.errors import printable
 from dvmsr_jax.files import checksum, lock, replacing, write_json
 
 PICTURES_PER_SHARD = 16
@@ -189,7 +190,7 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, d
             for future in as_completed(futures):
                 info = kept[futures[future]] = future.result()
                 for reason in info["left_out"]:
-                    bar.write(f"left out: {reason}")
+                    bar.write(printable(f"left out: {reason}"))
                 _check_bad(kept, total)
         finally:
             stop.set()

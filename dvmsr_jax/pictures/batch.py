@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 from tqdm import tqdm
 
 from dvmsr_jax import files, images
-from dvmsr_jax.errors import UserError, is_out_of_memory
+from dvmsr_jax.errors import UserError, is_out_of_memory, printable
 from dvmsr_jax.pictures import formats, reading
 from dvmsr_jax.pictures.reading import BandedFrame, Picture
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
@@ -86,7 +86,7 @@ def plan(
     found: dict[str, tuple[Path, Path]] = {}
 
     def fail(path: Path, error: UserError) -> None:
-        jobs.append(Outcome(path, "failed", str(error).removeprefix(f"{path}: ")))
+        jobs.append(Outcome(path, "failed", printable(error).removeprefix(f"{printable(path)}: ")))
 
     unusable = 0
     for name in inputs:
@@ -177,7 +177,8 @@ def run(
             raise
         except UserError as error:
             name = "standard input" if job.source == STANDARD else job.source
-            outcome = Outcome(job.source, "failed", str(error).removeprefix(f"{name}: "))
+            why = printable(error).removeprefix(f"{printable(name)}: ")
+            outcome = Outcome(job.source, "failed", why)
         except Exception as error:
             why = _OUT_OF_MEMORY if is_out_of_memory(error) else _unexpected(error)
             outcome = Outcome(job.source, "failed", why)
@@ -214,18 +215,19 @@ def _do(
             if there in named:
                 raise UserError(f"would overwrite {target}, which is named as an input too")
     formats.check_holds(form, picture)
-    label = str(job.source)[-40:]
+    label = printable(job.source)[-40:]
     frames = (_computed(upscaler.enlarge(frame), label) for frame in picture.frames())
+    name = "standard output" if target == STANDARD else target
     try:
         with _destination(target) as path:
             formats.write(path, form, frames, picture, scale=upscaler.scale, quality=quality)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise DiskFullError(
-                f"{target}: {error.strerror}. Make room or choose another --output; the same"
-                " command goes on from here"
+                f"{name}: {error.strerror}. Make room or choose another --output; the same"
+                " command resumes from here"
             ) from error
-        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{name} cannot be written ({error.strerror or error})") from error
     return Outcome(job.source, "done", str(target))
 
 
@@ -238,7 +240,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     """How many are done, skipped and failed, and why."""
     lines: dict[str, list[str]] = {"done": [], "skipped": [], "failed": []}
     for source, status, what in outcomes:
-        lines[status].append(f"  {status}: {source}: {what}")
+        lines[status].append(printable(f"  {status}: {source}: {what}"))
     shown = lines["failed"] + lines["skipped"][:SKIPPED_SHOWN]
     if (more := len(lines["skipped"]) - SKIPPED_SHOWN) > 0:
         shown.append(f"  skipped: {more} more")
@@ -329,6 +331,9 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def _destination(target: Path) -> Iterator[Path]:
     """Where to write what shall be in the target, which then is there completely or not at all."""
@@ -338,7 +343,15 @@ def _destination(target: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture"
-        yield path
+        try:
+            yield path
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise DiskFullError(
+                f"{folder}: {error.strerror}. A picture for standard output is first written there:"
+                " make room, or set TMPDIR to a folder that has it"
+            ) from error
         with open(path, "rb") as file:
             shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()

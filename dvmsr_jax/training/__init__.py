@@ -1,1 +1,1 @@
-"""The teacher and student phases: what a step computes, and the run around it."""
+"""The teacher and student phases: the step, a run's parts, and the loop around them."""

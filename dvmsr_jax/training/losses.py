@@ -7,14 +7,14 @@ from jaxtyping import Array, Float
 
 
 def pixel(output: Float[Array, "*shape"], hr: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """Of the upscaled crops against the pictures they come from: L1, as in the paper."""
+    """L1 between the upscaled crops and their HR pictures, as in the paper."""
     return _l1(output, hr)
 
 
 def output_level(
     output: Float[Array, "*shape"], target: Float[Array, "*shape"]
 ) -> Float[Array, ""]:
-    """Of the student's upscaled crops against the teacher's: L1, as in the paper (section 3.3)."""
+    """L1 between the student's upscaled crops and the teacher's, as in the paper (section 3.3)."""
     return _l1(output, target)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, sample pictures and curves."""
+"""A run's log: metrics.jsonl, TensorBoard, sample pictures and curves."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from dvmsr_jax.errors import UserError
 
 
 class Log:
-    """Writes what a phase tells into its directory.
+    """The log of a phase, in its directory.
 
     TensorBoard's events are written at once, not by tensorboardX's thread, in which a full disk
     would go unnoticed. Raises UserError, naming the directory, if something cannot be written.

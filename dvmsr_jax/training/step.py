@@ -1,4 +1,4 @@
-"""What one training step computes, in both phases: state, losses, gradients, update.
+"""The training step of both phases: state, losses, gradients, update.
 
 teacher: L1 to the HR pictures. student: that plus lambda times L1 to a frozen teacher, at the
 output or at chosen RSSBs (arXiv 2405.03008, section 3.3). Both minimise with Adam under the paper's
@@ -32,7 +32,7 @@ _SPARING = {
     "xla_disable_hlo_passes": "cse_barrier_expander",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
-# For what runs once, on CPUs: optimising it takes longer than anything.
+# On CPUs, for programs that run once: optimising them would take longer than running them.
 _HASTY = {"xla_backend_optimization_level": 0}
 
 # The paper halves the learning rate at 250, 400, 450 and 475 of 500 thousand steps.
@@ -40,7 +40,7 @@ HALVINGS = (0.5, 0.8, 0.9, 0.95)
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. Random keys and batches are functions of the seed and the step."""
+    """Everything a step changes. Random keys and batches are functions of the seed and the step."""
 
     step: Array
     params: dict[str, dict[str, Array]]
@@ -162,8 +162,8 @@ class TrainStep:
 
     Loss and gradients are computed under `shard_map`, each device on its share of the batch, so
     that kernels which XLA cannot partition stay local; their means over the devices update the
-    parameters. The result depends on the global batch and not on how many devices and
-    accumulated parts share it, but for rounding.
+    parameters. The number of devices, of processes and of accumulated parts changes the result,
+    but only by rounding.
     """
 
     def __init__(
@@ -210,7 +210,8 @@ class TrainStep:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             # Early averages would remember the random start: let the memory grow with the run (as
-            # TensorFlow's ExponentialMovingAverage does if it is told the step).
+            # TensorFlow's ExponentialMovingAverage does, given the step). Not by way of
+            # optax.incremental_update, which takes 1 - decay and rounds otherwise in early steps.
             t = state.step.astype(jnp.float32)
             decay = jnp.minimum(config.optim.ema_decay, (1 + t) / (10 + t))
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params["model"])
@@ -238,7 +239,7 @@ class TrainStep:
         return self._step(state, self._constants, batch)
 
     def compile(self, state: TrainState, batch: dict[str, Array]) -> jax.stages.Compiled:
-        """Compiles it for such a batch, and gives the program, which tells what it costs."""
+        """Compiles the step for batches like this one and returns the program, for its cost."""
         self._step = self._step.lower(state, self._constants, batch).compile()
         return self._step
 

@@ -1,4 +1,4 @@
-"""Scores of weights in training, on the pictures kept apart."""
+"""Scores of the weights during training, on the validation pictures."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,6 @@
-"""The two training phases from beginning to end: feed, step, validate, log, save, stop, go on."""
+"""The training loop of both phases: steps, logs, validations, checkpoints, stop and resume."""
 
 import contextlib
-import functools
 import signal
 import sys
 import time
@@ -15,94 +14,29 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from dvmsr_jax import data, files, parallel
-from dvmsr_jax.checkpoint import Best, Checkpoints, load_facts, phase_directory
-from dvmsr_jax.config import TrainConfig, check
+from dvmsr_jax.checkpoint import Best, Checkpoints, phase_directory
+from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import StoppedError, UserError
-from dvmsr_jax.model import named_parameters
-from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.training import report
-from dvmsr_jax.training.step import Teacher, TrainState, TrainStep, init_state, memory_of
+from dvmsr_jax.training.run import Run
+from dvmsr_jax.training.step import TrainState, memory_of
 from dvmsr_jax.training.validation import Validator
-from dvmsr_jax.vimm import check_scan
 
 # Steps before those of a profile, for the program to be compiled and the queues to fill.
 BEFORE_PROFILE = 5
 
 
 class TrainingError(UserError):
-    """The run cannot go on; the message says why and from where it can be taken up."""
-
-
-class Run:
-    """What a phase is made of. What takes long, or much memory, is made when it is asked for."""
-
-    def __init__(self, config: TrainConfig):
-        """Raises UserError if the configuration, the data or the teacher cannot be used."""
-        check(config)
-        check_scan(config.compute)
-        self.config = config
-        self.mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
-        self.teacher = load_teacher(config)
-        self.records = data.load_records(config.data, config.model.scale)
-
-    def initial_state(self) -> TrainState:
-        """The state before the first step, on the devices."""
-        return parallel.replicate(init_state(self.config, self.teacher), self.mesh)
-
-    def make_step(self) -> TrainStep:
-        """The step. Raises UserError if it needs a teacher's outputs that are not there."""
-        targets = self._targets  # at once, whoever reads them
-        cached = self.config.data.cache == "device"
-        cache = data.load_cache(self.records.train, targets) if cached else None
-        return TrainStep(self.config, self.mesh, self.teacher, cache)
-
-    def batches(self, start: int) -> Iterator[Any]:
-        """Those from step `start` to the end, on the devices. Raises as `make_step`."""
-        config = self.config
-        span: dict[str, Any] = {
-            "seed": config.seed,
-            "start": start,
-            "stop": config.steps,
-            "shard": (jax.process_index(), jax.process_count()),
-        }
-        if config.data.cache == "device":
-            source = data.plans(self.records.train, config.data, **span)
-        else:
-            scale, targets = config.model.scale, self._targets
-            source = data.batches(
-                self.records.train, config.data, scale=scale, targets=targets, **span
-            )
-        return parallel.prefetch(source, self.mesh)
-
-    @property
-    def devices(self) -> str:
-        """How many of what kind."""
-        return f"{self.mesh.size} x {self.mesh.devices[0].device_kind}"
-
-    @functools.cached_property
-    def teacher_id(self) -> str | None:
-        """See `data.teacher_id`."""
-        return self.teacher and data.teacher_id(self.teacher.config, self.teacher.parameters)
-
-    @functools.cached_property
-    def _targets(self) -> data.Targets | None:
-        if self.teacher_id is None or self.config.distill.targets == "online":
-            return None
-        return data.load_targets(
-            self.records.folder,
-            self.teacher_id,
-            self_ensemble=self.config.distill.self_ensemble,
-            ckpt=teacher_path(self.config),
-        )
+    """The run cannot continue; the message says why, and where to resume it from."""
 
 
 def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False) -> Path:
     """Runs a phase from its newest checkpoint, or from the start, to `config.steps`.
 
     SIGINT and SIGTERM, in any of the processes, end it after the step under way, with a checkpoint.
-    With `profile`, a trace of so many steps is left in the phase's directory. With `allow_changes`,
-    configuration, data and teacher may be others than the checkpoint's, where that is possible.
+    `profile` steps are traced, into the phase's directory. With `allow_changes`, the configuration,
+    data and teacher may differ from the checkpoint's, except for the shapes of the weights.
 
     Returns:
         The phase's directory, which `load_model` takes.
@@ -152,7 +86,7 @@ def _take_steps(
     stop: "_StopSignals",
     trace: "_Trace",
 ) -> tuple[int, Best]:
-    """Feeds, steps, logs, validates, saves: (the last step that it took, the best validation)."""
+    """Runs the loop; returns (the last step taken, the best validation)."""
     config, start = run.config, int(state.step)
     train_step = run.make_step()
     validate = Validator(config, run.records, run.teacher)
@@ -204,7 +138,7 @@ def _take_steps(
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Builds everything, takes two steps, and prints what the run will cost; leaves no trace but
+    """Builds everything, takes two steps, and prints the cost of the run. Writes nothing except
     the prepared data.
 
     Raises:
@@ -233,43 +167,6 @@ def dry_run(config: TrainConfig) -> None:
     )
 
 
-def teacher_path(config: TrainConfig) -> Path:
-    """The checkpoint that the student phase learns from."""
-    if config.distill.teacher is not None:
-        return config.distill.teacher.expanduser()
-    return config.workdir.expanduser() / "teacher"
-
-
-def load_teacher(config: TrainConfig) -> Teacher | None:
-    """The frozen teacher that the student phase is to learn from; None in the teacher phase.
-
-    Raises:
-        UserError: there is none, or it is not finished, or its scale is not the student's.
-    """
-    if config.phase == "teacher":
-        return None
-    path = teacher_path(config)
-    if config.distill.teacher is None:
-        if not (path / "checkpoints").is_dir():
-            raise UserError(
-                f"there is no teacher in {path}; run the teacher phase under the same --workdir, "
-                "or pass a checkpoint with --distill.teacher PATH"
-            )
-        facts = load_facts(path)
-        if (left := facts["steps"] - facts["step"]) > 0:
-            raise UserError(
-                f"the teacher in {path} has {left} steps to go; finish it, or pass it as it is "
-                f"with --distill.teacher {path}"
-            )
-    teacher = load_model(path)
-    if teacher.config.scale != config.model.scale:
-        raise UserError(
-            f"{path} is a teacher for x{teacher.config.scale}, the student is to be "
-            f"x{config.model.scale}"
-        )
-    return Teacher(teacher.config, named_parameters(teacher))
-
-
 class _Recent:
     """The metrics of the steps since the last line of the log, and the time that they took."""
 
@@ -278,19 +175,19 @@ class _Recent:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was, and starts the clock."""
+        """Clears the metrics and restarts the clock."""
         self._pending: list[dict[str, Array]] = []  # not yet fetched from the device
         self._waited, self._begin = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts what is done within as waiting for data."""
+        """Counts the time spent inside as waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     def add(self, parts: dict[str, Array]) -> None:
-        """The metrics of one more step."""
+        """Adds the metrics of a step."""
         self._pending.append(parts)
         self._step += 1
 
@@ -309,7 +206,7 @@ class _Recent:
                         f"the {what} is {parts[name]} at step {step}; "
                         f"the last good checkpoint is {checkpoints.newest() or 'not written yet'}. "
                         "A lower --optim.learning-rate or --optim.clip may help, together with "
-                        "--allow-changes to go on from there."
+                        "--allow-changes to resume from there."
                     )
         seconds = time.perf_counter() - self._begin
         means = {name: float(np.mean([parts[name] for parts in fetched])) for name in fetched[0]}
@@ -348,7 +245,7 @@ class _Trace:
 
 @contextlib.contextmanager
 def _sole_use(directory: Path) -> Iterator[None]:
-    """While entered, no other run can have the directory."""
+    """Holds the directory: no other run can write to it."""
     if not parallel.is_first():
         yield
         return

@@ -1,0 +1,117 @@
+"""A run's parts: devices, data, teacher, first state, step and batches."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dvmsr_jax import data, parallel
+from dvmsr_jax.checkpoint import load_facts
+from dvmsr_jax.config import TrainConfig
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.model import named_parameters
+from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.training.step import Teacher, TrainState, TrainStep, init_state
+from dvmsr_jax.training.targets import Targets, load_targets, teacher_id
+from dvmsr_jax.vimm import check_scan
+
+
+class Run:
+    """The parts of a phase. Whatever takes long, or much memory, is made only when asked for."""
+
+    def __init__(self, config: TrainConfig):
+        """Raises UserError if the devices, the data or the teacher cannot be used."""
+        check_scan(config.compute)
+        self.config = config
+        self.mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
+        self.teacher = load_teacher(config)
+        self.records = data.load_records(config.data, config.model.scale)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, on the devices."""
+        return parallel.replicate(init_state(self.config, self.teacher), self.mesh)
+
+    def make_step(self) -> TrainStep:
+        """The step. Raises UserError if it needs a teacher's outputs and there are none."""
+        targets = self._targets  # fails at once if they are missing
+        cached = self.config.data.cache == "device"
+        cache = data.load_cache(self.records.train, targets) if cached else None
+        return TrainStep(self.config, self.mesh, self.teacher, cache)
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """Those from step `start` to the end, on the devices. Raises as `make_step`."""
+        config = self.config
+        span: dict[str, Any] = {
+            "seed": config.seed,
+            "start": start,
+            "stop": config.steps,
+            "shard": (jax.process_index(), jax.process_count()),
+        }
+        if config.data.cache == "device":
+            source = data.plans(self.records.train, config.data, **span)
+        else:
+            scale, targets = config.model.scale, self._targets
+            source = data.batches(
+                self.records.train, config.data, scale=scale, targets=targets, **span
+            )
+        return parallel.prefetch(source, self.mesh)
+
+    @property
+    def devices(self) -> str:
+        """Number and kind of the devices."""
+        return f"{self.mesh.size} x {self.mesh.devices[0].device_kind}"
+
+    @functools.cached_property
+    def teacher_id(self) -> str | None:
+        """See `targets.teacher_id`."""
+        return self.teacher and teacher_id(self.teacher.config, self.teacher.parameters)
+
+    @functools.cached_property
+    def _targets(self) -> Targets | None:
+        if self.teacher_id is None or self.config.distill.targets == "online":
+            return None
+        return load_targets(
+            self.records.folder,
+            self.teacher_id,
+            self_ensemble=self.config.distill.self_ensemble,
+            ckpt=teacher_path(self.config),
+        )
+
+
+def teacher_path(config: TrainConfig) -> Path:
+    """The checkpoint that the student phase learns from."""
+    if config.distill.teacher is not None:
+        return config.distill.teacher.expanduser()
+    return config.workdir.expanduser() / "teacher"
+
+
+def load_teacher(config: TrainConfig) -> Teacher | None:
+    """The frozen teacher of the student phase; None in the teacher phase.
+
+    Raises:
+        UserError: there is none, or it is not finished, or its scale is not the student's.
+    """
+    if config.phase == "teacher":
+        return None
+    path = teacher_path(config)
+    if config.distill.teacher is None:
+        if not (path / "checkpoints").is_dir():
+            raise UserError(
+                f"there is no teacher in {path}; run the teacher phase under the same --workdir, "
+                "or pass a checkpoint with --distill.teacher PATH"
+            )
+        facts = load_facts(path)
+        if (left := facts["steps"] - facts["step"]) > 0:
+            raise UserError(
+                f"the teacher in {path} has {left} steps to go; finish it, or pass it as it is "
+                f"with --distill.teacher {path}"
+            )
+    teacher = load_model(path)
+    if teacher.config.scale != config.model.scale:
+        raise UserError(
+            f"{path} is a teacher for x{teacher.config.scale}, the student is to be "
+            f"x{config.model.scale}"
+        )
+    return Teacher(teacher.config, named_parameters(teacher))
