@@ -29,11 +29,11 @@ from configs import PRESETS
 from dvmsr_jax import data, images
 from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
 from dvmsr_jax.cost import cost
-from dvmsr_jax.data.targets import distill
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
 from dvmsr_jax.training.phases import Run
 from dvmsr_jax.training.step import memory_of
+from dvmsr_jax.training.targets import distill
 
 COLUMNS = ("step", "batch", "steps/s", "crops/s", "time", "waits for data", "TFLOP/s", "memory")
 # Parts of a step in the rows that accumulate.

@@ -44,6 +44,7 @@ FREE_FIELDS = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "data.hr_dirs",  # what lies there counts, which is among the sources
+        "data.dataset",
         "data.prepared",
         "data.val_images",
         "data.data_dir",

@@ -74,9 +74,12 @@ class DataConfig:
     """Where the training pictures come from and how batches are cut from them."""
 
     hr_dirs: tuple[Path, ...] = ()
-    """Folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K."""
+    """Folders of high-resolution pictures, searched recursively. None: `dataset`."""
+    dataset: Literal["div2k", "df2k"] = "div2k"
+    """Pictures to download, without `hr_dirs` and `prepared`. div2k: DIV2K (4 GB). df2k: DIV2K and
+    Flickr2K, as in the paper; its archive also contains low-resolution pictures."""
     data_dir: Path = Path("~/tensorflow_datasets")
-    """Where pictures are prepared once, and TFDS keeps its downloads."""
+    """Where pictures are downloaded to and prepared, once."""
     prepared: Path | None = None
     """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
     val_images: int = 20
@@ -127,7 +130,7 @@ class DistillConfig:
     """For level mid: (student's, teacher's) RSSBs to pair, counted from 0. None: evenly."""
     targets: Literal["online", "precomputed"] = "online"
     """For level output. online: run the teacher on each batch. precomputed: crop its outputs for
-    the whole sub-images, which `python -m dvmsr_jax.data distill` makes once."""
+    the whole sub-images, which `python -m dvmsr_jax.training distill` makes once."""
     self_ensemble: bool = False
     """For level output: average the teacher over the eight flips and turns, a better one."""
 

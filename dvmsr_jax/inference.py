@@ -193,8 +193,8 @@ def _tiles_along(
 
     The tiles overlap by at least `overlap`; the weights of the tiles at any pixel add up to 1.
     """
+    count = 1 if size <= tile else math.ceil((size - overlap) / (tile - overlap))
     tile = min(tile, size)
-    count = max(math.ceil((size - overlap) / (tile - overlap)), 1)
     starts = np.linspace(0, size - tile, count).round().astype(int).tolist()
     from_start = np.arange(tile * scale) + 0.5
     from_border = np.minimum(from_start, from_start[::-1])

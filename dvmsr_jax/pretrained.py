@@ -22,7 +22,7 @@ from dvmsr_jax.program import told_in_a_line
 from dvmsr_jax.vimm import ScanError
 
 # The project's own.
-DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "dvmsr_x4.safetensors"
+DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "x4.safetensors"
 
 
 class PretrainedError(UserError):

@@ -314,6 +314,7 @@ def test_every_free_field_may_differ(config):
         "data": dataclasses.replace(
             config.data,
             hr_dirs=(Path("photos"),),
+            dataset="df2k",
             prepared=Path("records"),
             val_images=3,
             data_dir=Path("elsewhere"),

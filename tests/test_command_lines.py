@@ -28,6 +28,7 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
+from dvmsr_jax.training import __main__ as training_commands
 from kernels.selective_scan import native, triton_scan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,8 +63,9 @@ def test_documented_commands_parse(command, monkeypatch):
     elif program.startswith("benchmarks."):
         main = importlib.import_module(program).main
         assert tyro.cli(parse_only(main), args=arguments)
-    elif program == "dvmsr_jax.data":
-        commands = {name: parse_only(command) for name, command in data_commands.COMMANDS.items()}
+    elif program in ("dvmsr_jax.data", "dvmsr_jax.training"):
+        module = importlib.import_module(f"{program}.__main__")
+        commands = {name: parse_only(command) for name, command in module.COMMANDS.items()}
         assert tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
     else:
         assert program == "dvmsr_jax.pretrained"
@@ -204,17 +206,17 @@ def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
     assert "2 for train, 1 for val sub-images of 3 pictures (0 left out)" in capsys.readouterr().out
     run_main(data_commands, monkeypatch, "check", records)
     assert "no problems" in capsys.readouterr().out
-    run_main(data_commands, monkeypatch, "distill", "--ckpt", weights, "--data", records)
+    run_main(training_commands, monkeypatch, "distill", "--ckpt", weights, "--data", records)
     assert str(records / "targets") in capsys.readouterr().out
     (target,) = (records / "targets").glob("*/00000.npy")
 
     target.write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
-        run_main(data_commands, monkeypatch, "check", records)
+        run_main(training_commands, monkeypatch, "check", records)
     assert stop.value.code == "error: 1 problems"
     assert f"{target}: is damaged" in capsys.readouterr().out
     target.unlink()
-    run_main(data_commands, monkeypatch, "check", records)
+    run_main(training_commands, monkeypatch, "check", records)
     output = capsys.readouterr().out
     assert "0 of the 1 files" in output
     assert f"distill --ckpt {weights} --data {records}" in output

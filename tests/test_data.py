@@ -7,8 +7,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,9 +22,11 @@ from dvmsr_jax import data, images
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import prepare
 from dvmsr_jax.data.check import check
-from dvmsr_jax.data.records import ShardWriter, open_records, open_shard
+from dvmsr_jax.data.records import ShardWriter, open_records, open_shard, sub_images
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def aligned_pair(height, width, scale):
@@ -46,6 +51,17 @@ def aligned_records(count, side, scale):
     """Records of equal sizes and different pixels."""
     lr, hr = aligned_pair(side, side, scale)
     return [{"lr": np.roll(lr, i, 0), "hr": np.roll(hr, scale * i, 0)} for i in range(count)]
+
+
+@pytest.mark.parametrize("module", ["dvmsr_jax.data", "dvmsr_jax.data.__main__"])
+def test_data_stands_below_the_network(module):
+    program = f"import sys, {module}; print(*sys.modules)"
+    imported = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert module in imported
+    above = ("model", "vimm", "inference", "pretrained", "checkpoint", "training")
+    assert not {f"dvmsr_jax.{name}" for name in above} & set(imported)
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
@@ -121,7 +137,7 @@ def test_processes_share_the_same_batches(parts):
 @pytest.mark.parametrize(("height", "width"), [(80, 80), (81, 200), (30, 90), (7, 5)])
 def test_sub_images_cover_the_picture(height, width):
     lr, hr = aligned_pair(height, width, 4)
-    squares = list(data.sub_images(lr, hr, 320, 4))
+    squares = list(sub_images(lr, hr, 320, 4))
     for lr_square, hr_square in squares:
         assert lr_square.shape == (80, 80, 3)
         np.testing.assert_array_equal(hr_square[::4, ::4], lr_square)
@@ -189,7 +205,7 @@ def files_of(folder):
 def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at):
     """And the records depend neither on that nor on the number of cores."""
     monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 2)
-    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=2), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=2))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     with monkeypatch.context() as patch:
         patch.setattr("os.cpu_count", lambda: 3)
@@ -221,7 +237,7 @@ def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypa
 
 
 def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
-    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     read_rgb, read, waiting = images.read_rgb, [], threading.Event()
     monkeypatch.setattr("builtins.print", lambda *words, **_: waiting.set())
 
@@ -261,7 +277,7 @@ def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch,
 
 def test_mended_pictures_are_read_again(photos, tmp_path):
     """Though their names, sizes and middles are what they were."""
-    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     path = photos / "3.png"
     content = path.read_bytes()
     path.write_bytes(b"overwrit" + content[8:])
@@ -304,50 +320,15 @@ def test_another_set_leaves_an_interrupted_one_alone(photos, tmp_path, monkeypat
     ],
 )
 def test_unusable_settings_are_named(photos, tmp_path, change, message):
-    from pathlib import Path
-
     change = {k: tuple(map(Path, v)) if k == "hr_dirs" else v for k, v in change.items()}
     config = {"hr_dirs": (photos,), "data_dir": tmp_path, "lr_crop": 8} | change
     with pytest.raises(UserError, match=message):
         data.load_records(DataConfig(**config), 4)
 
 
-def test_without_folders_and_download_it_says_what_to_pass(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
-    with pytest.raises(UserError, match=r"no network.*--data\.hr-dirs"):
-        data.load_records(DataConfig(data_dir=tmp_path), 4)
-
-
-def test_div2k_goes_through_the_same_preparation(tmp_path, monkeypatch):
-    """With a stand-in for TFDS's builder, which downloads: its LR files are used."""
-    lr, hr = aligned_pair(90, 80, 4)
-
-    class Builder:
-        version = "2.0.0"
-
-        def download_and_prepare(self):
-            pass
-
-        def as_data_source(self, split):
-            return [{"lr": lr, "hr": hr}] * {"train": 3, "validation": 5}[split]
-
-    def builder(name, **kwargs):
-        assert name == "div2k/bicubic_x4"
-        return Builder()
-
-    monkeypatch.setattr(tfds, "builder", builder)
-    records = data.load_records(DataConfig(data_dir=tmp_path, val_images=2), 4)
-    assert len(records.train) == 3 * 2
-    assert len(records.val) == 2
-    np.testing.assert_array_equal(records.train[0]["lr"], lr[:80])
-
-
 def test_records_are_a_tfds_dataset(photos, tmp_path):
     """TFDS reads what our own reader does."""
-    prepare.prepare(find_sources(DataConfig(hr_dirs=(photos,), val_images=2), 4), 4, tmp_path / "r")
+    prepare.prepare(find_sources(DataConfig(hr_dirs=(photos,), val_images=2)), 4, tmp_path / "r")
     records = data.load_records(DataConfig(prepared=tmp_path / "r"), 4)
     source = tfds.builder_from_directory(tmp_path / "r").as_data_source("train")
     assert len(source) == len(records.train)
@@ -363,7 +344,7 @@ def test_an_explicit_folder(photos, tmp_path):
     config = DataConfig(prepared=folder)
     with pytest.raises(UserError, match=rf"prepare --hr-dirs DIR .* --out {folder}"):
         data.load_records(config, 4)
-    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     prepare.prepare(pictures, 4, folder)
     assert len(data.load_records(config, 4).train) == 5
     with pytest.raises(UserError, match="was prepared for x4, the model is to be x2"):
@@ -394,7 +375,7 @@ def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
 
 def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeypatch):
     def identity(folder, name, *, scale=4, val_images=1):
-        splits = find_sources(DataConfig(hr_dirs=(folder,), val_images=val_images), scale)
+        splits = find_sources(DataConfig(hr_dirs=(folder,), val_images=val_images))
         prepare.prepare(splits, scale, tmp_path / name)
         return data.identity(tmp_path / name)
 
@@ -427,7 +408,7 @@ def prepared(photos, tmp_path):
     """A folder with a file of three pictures and one of two, and a picture for validation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "PICTURES_PER_SHARD", 3)
-        pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1), 4)
+        pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
         prepare.prepare(pictures, 4, tmp_path / "prepared")
     return tmp_path / "prepared"
 

@@ -1,5 +1,6 @@
 """What is written is read back: pixels, frames, pages and what belongs to them."""
 
+import struct
 import tracemalloc
 
 import numpy as np
@@ -162,6 +163,101 @@ def test_exif_too_long_for_jpeg_is_left_out(write):
     pixels = np.zeros((8, 8, 3), np.uint8)
     assert only_frame(write(JPEG, pixels, metadata=metadata)).metadata.exif == {}
     assert only_frame(write(PNG, pixels, metadata=metadata)).metadata == metadata
+
+
+def profile_of(channels, gamma=1.0):
+    """A minimal ICC profile with sRGB's primaries, or of grey, and a power curve."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    white, *primaries = (
+        b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 2**16) for value in xyz))
+        for xyz in (
+            *((0.9642, 1, 0.8249), (0.4361, 0.2225, 0.0139)),
+            *((0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)),
+        )
+    )
+    tags = {b"wtpt": white}
+    if channels == 1:
+        tags[b"kTRC"] = curve
+    else:
+        for name, primary in zip((b"r", b"g", b"b"), primaries, strict=True):
+            tags |= {name + b"XYZ": primary, name + b"TRC": curve}
+    place = 128 + 4 + 12 * len(tags)
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += name + struct.pack(">2I", place + len(data), len(value))
+        data += value
+    header = bytearray(128)
+    header[:4], header[8:12] = struct.pack(">I", place + len(data)), b"\x02\x40\0\0"
+    header[12:24] = b"mntr" + (b"GRAY" if channels == 1 else b"RGB ") + b"XYZ "
+    header[36:40], header[68:80] = b"acsp", white[8:]
+    return bytes(header) + table + data
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("form", [BMP, GIF, WEBP])
+def test_colours_are_converted_where_their_profile_is_lost(write, form, channels):
+    """A linear one, in which middle grey is 55 rather than 128."""
+    colour = np.array([55, 55, 55, 255][:channels], np.uint8)
+    metadata = Metadata(icc=profile_of(channels))
+    frame = only_frame(write(form, np.tile(colour, (16, 16, 1)), metadata=metadata, quality=100))
+    if form is WEBP and channels > 1:  # which has room for it
+        assert frame.metadata.icc == metadata.icc
+        assert np.abs(frame.pixels[:, :, :3].astype(int) - 55).max() <= 1
+    else:
+        assert frame.metadata.icc is None
+        assert np.abs(frame.pixels[:, :, :3].astype(int) - 128).max() <= 1
+    # PNG keeps it.
+    assert (
+        only_frame(write(PNG, np.tile(colour, (4, 4, 1)), metadata=metadata)).metadata == metadata
+    )
+
+
+FLICKER = [np.full((8, 8, 3), [200 * (i % 2), 100, 0], np.uint8) for i in range(30)]
+
+
+@pytest.mark.parametrize("form", [PNG, WEBP, GIF])
+@pytest.mark.parametrize("duration", [1000 / 60, 33, 1001 / 24, 40, 105])
+def test_an_animation_lasts_as_long_as_before(write, form, duration):
+    path = write(form, *FLICKER, metadata=Metadata(duration=float(duration)))
+    durations = [frame.metadata.duration for frame in Picture(path).frames()]
+    assert len(durations) == 30
+    unit = {PNG: 1e-3, WEBP: 1, GIF: 10}[form]
+    assert max(abs(one - duration) for one in durations) < unit
+    assert sum(durations) == pytest.approx(30 * duration, abs=unit / 2 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("form", "seconds"),
+    [(PNG, 65.536), (PNG, 70.001), (PNG, 65_535), (WEBP, 16_777), (GIF, 655.35)],
+)
+def test_frames_that_are_shown_long(write, form, seconds):
+    path = write(form, *FLICKER[:2], metadata=Metadata(duration=1000.0 * seconds))
+    for frame in Picture(path).frames():
+        assert frame.metadata.duration == pytest.approx(1000 * seconds, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "seconds", "remedy"),
+    [(GIF, 700, "webp or png"), (WEBP, 20_000, "--format png"), (PNG, 70_000, "ends at 65535")],
+)
+def test_frames_that_are_shown_too_long(write, form, seconds, remedy):
+    with pytest.raises(FormatError, match=rf"a frame for {seconds} seconds, and .*{remedy}"):
+        write(form, *FLICKER[:2], metadata=Metadata(duration=1000.0 * seconds))
+
+
+@pytest.mark.parametrize("form", [GIF, WEBP])
+def test_animations_that_last_too_long_in_all(write, form):
+    """Pillow joins equal frames of GIFs, and counts WebP's milliseconds in 32 bits."""
+    count, seconds = (2, 600.0) if form is GIF else (200, 16_000.0)
+    frames = [FLICKER[0]] * count + [FLICKER[1]] if form is GIF else (FLICKER * 7)[:count]
+    with pytest.raises(FormatError, match="cannot be written as"):
+        write(form, *frames, metadata=Metadata(duration=1000.0 * seconds))
+
+
+@pytest.mark.parametrize(("form", "most"), [(PNG, 2**31 - 1), (WEBP, 2**16 - 1), (GIF, 2**16)])
+def test_more_plays_than_a_format_counts(write, form, most):
+    for plays, written in ((most, most), (most + 1, most), (2**32 - 1, most)):
+        assert Picture(write(form, *FLICKER[:2], plays=plays)).plays == written
 
 
 @pytest.mark.parametrize("plays", [0, 1, 3])

@@ -197,7 +197,7 @@ def pixelwise_model(config):
 
 @pytest.mark.parametrize(
     ("h", "w", "tile", "overlap"),
-    [(20, 31, 8, 3), (9, 8, 8, 7), (5, 17, 8, 0)],
+    [(20, 31, 8, 3), (9, 8, 8, 7), (5, 17, 8, 0), (3, 20, 8, 3)],
 )
 def test_tiles_cover_and_their_weights_add_up(h, w, tile, overlap):
     model = pixelwise_model(dataclasses.replace(TINY, rssbs=1))
@@ -206,11 +206,13 @@ def test_tiles_cover_and_their_weights_add_up(h, w, tile, overlap):
     np.testing.assert_allclose(tiled, nnx.jit(model)(image[None])[0], atol=1e-5, rtol=0)
 
 
-def test_one_tile_is_the_whole_image():
+@pytest.mark.parametrize(("h", "w"), [(7, 9), (4, 9), (4, 4), (3, 1)])
+def test_one_tile_is_the_whole_image(h, w):
+    """Also of sides that equal the overlap, or are shorter."""
     config = dataclasses.replace(TINY, bidirectional=True)
-    image = random_image(7, 9)
+    image = random_image(h, w)
     tiled = np.concatenate(list(make_tiler(random_model(config), tile=9, overlap=4)(image)))
-    np.testing.assert_allclose(tiled, whole(config, 7, 9), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(tiled, whole(config, h, w), atol=1e-5, rtol=0)
 
 
 def test_tiles_differ_from_the_whole_image_within_bounds(shared):

@@ -15,11 +15,10 @@ from flax import nnx
 
 from dvmsr_jax import data, images, inference
 from dvmsr_jax.config import DataConfig, ModelConfig
-from dvmsr_jax.data import targets
-from dvmsr_jax.data.check import check_targets
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import load_model, save_safetensors
+from dvmsr_jax.training import targets
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ModelConfig(channels=4, rssbs=1, vimms_per_rssb=1, states=2)
@@ -47,18 +46,18 @@ def teacher(tmp_path, request):
 
 def id_of(teacher):
     model = load_model(teacher)
-    return data.teacher_id(model.config, named_parameters(model))
+    return targets.teacher_id(model.config, named_parameters(model))
 
 
 def load(records, teacher, self_ensemble=False):
-    return data.load_targets(
+    return targets.load_targets(
         records.folder, id_of(teacher), self_ensemble=self_ensemble, ckpt=teacher
     )
 
 
 def problems_of(path):
     """What `check` says of this folder of targets; other tests' lie beside it."""
-    return [line for line in check_targets(path.parents[1]) if str(path) in line]
+    return [line for line in targets.check(path.parents[1]) if str(path) in line]
 
 
 def unfinished_of(path):
@@ -183,7 +182,7 @@ def test_devices_change_no_target(records, teacher):
     program = f"""
 import jax
 from pathlib import Path
-from dvmsr_jax.data.targets import distill
+from dvmsr_jax.training.targets import distill
 assert jax.device_count() == 2
 distill(Path({str(teacher)!r}), Path({str(records.folder)!r}), self_ensemble=False, batch_size=3)
 """
@@ -214,6 +213,6 @@ def test_another_scale_is_refused(records, tmp_path):
 
 def test_other_weights_are_another_teacher():
     parameters = named_parameters(DVMSR(TEACHER, rngs=nnx.Rngs(0)))
-    first = data.teacher_id(TEACHER, parameters)
-    assert first == data.teacher_id(TEACHER, dict(reversed(parameters.items())))
-    assert first != data.teacher_id(TEACHER, parameters | {"conv_last.bias": jnp.ones(4)})
+    first = targets.teacher_id(TEACHER, parameters)
+    assert first == targets.teacher_id(TEACHER, dict(reversed(parameters.items())))
+    assert first != targets.teacher_id(TEACHER, parameters | {"conv_last.bias": jnp.ones(4)})

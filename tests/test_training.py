@@ -27,11 +27,11 @@ from dvmsr_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from dvmsr_jax.data import load_records, targets
+from dvmsr_jax.data import load_records
 from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.model import DVMSR, named_parameters
 from dvmsr_jax.pretrained import convert, load_model, training_facts
-from dvmsr_jax.training import phases, report, step
+from dvmsr_jax.training import phases, report, step, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ModelConfig(channels=12, rssbs=2, vimms_per_rssb=1, states=4)
@@ -267,7 +267,7 @@ def test_precomputed_targets_distil_like_the_teacher_itself(config):
         data=dataclasses.replace(config.data, lr_crop=80),
     )
     online = dataclasses.replace(online, data=precomputed.data)
-    with pytest.raises(UserError, match=r"dvmsr_jax\.data distill"):
+    with pytest.raises(UserError, match=r"dvmsr_jax\.training distill"):
         phases.train(precomputed)
     records = load_records(config.data, 4)
     targets.distill(config.workdir / "teacher", records.folder, self_ensemble=False, batch_size=1)

@@ -111,6 +111,39 @@ def test_what_is_no_picture_is_refused(doubling):
             PictureUpscaler(doubling, 2, scale=scale)
 
 
+def test_subclasses_of_arrays(doubling):
+    """np.matrix stays two-dimensional when sliced, which used to corrupt the heap."""
+    upscale = PictureUpscaler(doubling, 2)
+    pixels = np.ascontiguousarray(DEEP[:, :, 0])
+    enlarged = upscale(pixels.view(np.matrix))
+    assert type(enlarged) is np.ndarray
+    np.testing.assert_array_equal(enlarged, upscale(pixels))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_values_out_of_range_are_refused(doubling, dtype):
+    upscale = PictureUpscaler(doubling, 2)
+    for low, high in ((0, 255), (-1, 1), (0, 1.5)):
+        with pytest.raises(UserError, match=rf"from {low} to {high}, .* lie in \[0, 1\]: divide"):
+            upscale(np.array([[low, high]], dtype))
+    for value in (np.nan, np.inf, -np.inf):
+        pixels = np.full((9, 6, 3), 0.5, dtype)
+        pixels[4, 3, 1] = value
+        with pytest.raises(UserError, match="not finite"):
+            upscale(pixels)
+    edge = np.array([[0, 1]], dtype) + np.array([[-1e-4, 1e-4]], dtype)  # by arithmetic before
+    assert upscale(edge).max() == 1
+
+
+def test_empty_pictures_are_refused(doubling):
+    upscale = PictureUpscaler(doubling, 2)
+    for empty in (np.zeros((0, 0)), np.zeros((0, 4, 3), np.uint8), np.zeros((0, 0, 3))):
+        with pytest.raises(UserError, match="shape"):
+            upscale(empty)
+    with pytest.raises(UserError, match="no pixels"):
+        upscale(Image.new("RGB", (0, 0)))
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [

@@ -3,27 +3,21 @@
 Pictures are decoded once, cut into equal sub-images with their LR by bicubic, and written as a
 TFDS dataset of raw pixels in ArrayRecord files. Batch i is a function of the seed and i alone: a
 plan says which crops it holds, and they are cut from the records by the host or from a copy of all
-of them by the device. A teacher's outputs for the sub-images can be kept beside them.
+of them by the device.
 
-`python -m dvmsr_jax.data --help` lists the commands that prepare, check and distil.
+`python -m dvmsr_jax.data --help` lists the commands that prepare and check.
 """
 
 from dvmsr_jax.data.batches import batches, cut, load_cache, plans
 from dvmsr_jax.data.prepare import load_records
-from dvmsr_jax.data.records import DataError, Records, identity, sub_images
-from dvmsr_jax.data.targets import Targets, load_targets, teacher_id
+from dvmsr_jax.data.records import Records, identity
 
 __all__ = [
-    "DataError",
     "Records",
-    "Targets",
     "batches",
     "cut",
     "identity",
     "load_cache",
     "load_records",
-    "load_targets",
     "plans",
-    "sub_images",
-    "teacher_id",
 ]

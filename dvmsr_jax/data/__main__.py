@@ -1,10 +1,10 @@
-"""Prepares training data, checks it, and computes a teacher's outputs for it.
+"""Prepares training data and checks it.
 
 python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
+python -m dvmsr_jax.data prepare --dataset df2k --out DIR
 python -m dvmsr_jax.data check DIR
-python -m dvmsr_jax.data distill --ckpt TEACHER --data DIR
 
-The first and the last can be stopped at any time; the same command goes on where it was.
+`prepare` can be stopped at any time; the same command resumes it.
 """
 
 import sys
@@ -15,9 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from dvmsr_jax.config import DataConfig
-from dvmsr_jax.data import targets
 from dvmsr_jax.data.check import check as find_problems
-from dvmsr_jax.data.check import check_targets
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
 from dvmsr_jax.data.records import read_counts, read_preparation
 from dvmsr_jax.data.sources import find_sources
@@ -30,6 +28,7 @@ _SHOWN = 20
 def prepare(
     out: Path,
     hr_dirs: tuple[Path, ...] = (),
+    dataset: Literal["div2k", "df2k"] = DataConfig.dataset,
     scale: Literal[2, 3, 4] = 4,
     val_images: int = DataConfig.val_images,
     data_dir: Path = DataConfig.data_dir,
@@ -38,54 +37,37 @@ def prepare(
 
     Args:
         out: the folder to make.
-        hr_dirs: folders of high-resolution pictures, searched recursively. None: TFDS's DIV2K.
+        hr_dirs: folders of high-resolution pictures, searched recursively. None: `dataset`.
+        dataset: pictures to download, without hr_dirs. div2k: DIV2K. df2k: DIV2K and Flickr2K.
         scale: upscaling factor.
         val_images: pictures kept apart from training for validation.
-        data_dir: where TFDS keeps its downloads.
+        data_dir: where pictures are downloaded to.
     """
-    config = DataConfig(hr_dirs=hr_dirs, val_images=val_images, data_dir=data_dir)
-    prepare_pictures(find_sources(config, scale), scale, out.expanduser())
+    config = DataConfig(hr_dirs=hr_dirs, dataset=dataset, val_images=val_images, data_dir=data_dir)
+    prepare_pictures(find_sources(config), scale, out.expanduser())
     print(_summary(out.expanduser()))
 
 
 def check(folder: tyro.conf.Positional[Path]) -> None:
     """Checks a prepared folder: counts, sizes, checksums, and that each LR belongs to its HR.
 
-    And the teachers' outputs in it, as far as they were computed.
+    `python -m dvmsr_jax.training check` checks the teachers' outputs that may lie in it.
 
     Args:
         folder: what `prepare` made.
     """
     folder = folder.expanduser()
-    in_records, in_targets = find_problems(folder), check_targets(folder)
+    problems = find_problems(folder)
     print(_summary(folder))
-    for line in targets.find_unfinished(folder):
-        print(line)
-    problems = in_records + in_targets
     if problems:
         print("\n".join(problems[:_SHOWN]))
         more = f", the first {_SHOWN} above" if len(problems) > _SHOWN else ""
-        remedy = "; remove the folder and prepare it anew" if in_records else ""
-        sys.exit(f"error: {len(problems)} problems{more}{remedy}")
+        remedy = "remove the folder and prepare it anew"
+        sys.exit(f"error: {len(problems)} problems{more}; {remedy}")
     print("no problems")
 
 
-def distill(ckpt: Path, data: Path, self_ensemble: bool = False, batch_size: int = 16) -> None:
-    """Computes a teacher's outputs for prepared sub-images, for --distill.targets=precomputed.
-
-    Args:
-        ckpt: the teacher: a checkpoint directory, a .safetensors file or a published .pth file.
-        data: what `prepare` made; the outputs go into its folder `targets`.
-        self_ensemble: average over the eight flips and turns; a better teacher, eight times slower.
-        batch_size: sub-images at a time, or more for all devices to share them evenly.
-    """
-    folder = targets.distill(
-        ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size
-    )
-    print(f"the teacher's outputs are in {folder}")
-
-
-COMMANDS: dict[str, Callable[..., Any]] = {"prepare": prepare, "check": check, "distill": distill}
+COMMANDS: dict[str, Callable[..., Any]] = {"prepare": prepare, "check": check}
 
 
 def _summary(folder: Path) -> str:
@@ -100,10 +82,7 @@ def _summary(folder: Path) -> str:
 
 def main() -> None:
     """Does what the command line says."""
-    with told_in_a_line(
-        out_of_memory="try a smaller --batch-size",
-        interrupted="stopped; the same command goes on from there",
-    ):
+    with told_in_a_line(interrupted="stopped; the same command resumes"):
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="python -m dvmsr_jax.data", description=__doc__
         )

@@ -1,4 +1,4 @@
-"""Whether prepared records, and teachers' outputs for them, are whole and right."""
+"""Checks of prepared records: whole files, and LR that belongs to its HR."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from dvmsr_jax import bicubic
-from dvmsr_jax.data import records, targets
+from dvmsr_jax.data import records
 from dvmsr_jax.files import checksum
 
 # Pixels from the border of a sub-image that see what lies outside when the picture is shrunk.
@@ -40,39 +40,6 @@ def check(folder: Path) -> list[str]:
         for found in tqdm(checked, total=len(shards), desc="checking", unit="file"):
             problems += found
     return problems
-
-
-def check_targets(folder: Path) -> list[str]:
-    """What is wrong with the teachers' outputs beside a folder of records, a line each.
-
-    Compares shapes and checksums of the files that are there; `targets.find_unfinished` tells of
-    others.
-
-    Raises:
-        DataError: it is no folder of prepared records.
-    """
-    shards = [
-        (path, shape, targets.read_info(parent)["sha256"].get(path.name))
-        for parent in targets.target_folders(folder)
-        for path, shape in targets.shard_shapes(parent).items()
-        if path.exists()
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = pool.map(lambda shard: _check_targets(*shard), shards)
-        bar = tqdm(checked, total=len(shards), desc="checking targets", unit="file")
-        return [problem for problem in bar if problem is not None]
-
-
-def _check_targets(path: Path, shape: tuple[int, ...], expected: str | None) -> str | None:
-    try:
-        targets.open_shard(path, shape)
-    except records.DataError as error:
-        return str(error)
-    if expected is None:
-        return f"{path}: has no checksum; distil again to have it written"
-    if checksum(path) != expected:
-        return f"{path}: is damaged, its checksum is another one; remove it and distil again"
-    return None
 
 
 def _check_counts(folder: Path, shards: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -43,19 +43,20 @@ def load_records(config: DataConfig, scale: int) -> Records:
             f"data.lr_crop is {config.lr_crop}, at most {side // scale} fit the prepared sub-images"
         )
     if config.prepared is None:
-        splits = find_sources(config, scale)
+        splits = find_sources(config)
         parent = config.data_dir.expanduser() / records.NAME
         apart = f"{config.val_images} apart"
         folder = parent / _key(splits["train"] + splits["val"], scale, apart)
         # By the folders: what is finished is still of use when pictures were mended or removed.
-        sources = _hash(
-            f"x{scale}", apart, *(str(path.expanduser().resolve()) for path in config.hr_dirs)
-        )
+        folders = [str(path.expanduser().resolve()) for path in config.hr_dirs]
+        sources = _hash(f"x{scale}", apart, *(folders or [config.dataset]))
         prepare(splits, scale, folder, parent / f".incomplete-{sources}")
     else:
         folder = config.prepared.expanduser()
         if config.hr_dirs:
             raise DataError("data.prepared and data.hr_dirs exclude each other; pass one of them")
+        if config.dataset != DataConfig.dataset:
+            raise DataError("data.prepared and data.dataset exclude each other; pass one of them")
         there = records.read_preparation(folder)["scale"]
         if there != scale:
             raise DataError(f"{folder}: was prepared for x{there}, the model is to be x{scale}")
@@ -219,14 +220,12 @@ def _write_shard(
     ):
         for picture in shard.pictures:
             try:
-                hr, lr = picture.load()
-                hr = bicubic.modcrop(hr, scale)
+                hr = bicubic.modcrop(picture.load(), scale)
             except ValueError as error:
                 reason = str(error)
                 left_out.append(reason if picture.name in reason else f"{picture.name}: {reason}")
             else:
-                if lr is None:
-                    lr = bicubic.downscale(hr, scale)
+                lr = bicubic.downscale(hr, scale)
                 squares = list(records.sub_images(lr, hr, records.hr_side(scale), scale))
                 if shard.split == "val":
                     squares = [squares[len(squares) // 2]]

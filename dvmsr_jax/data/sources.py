@@ -1,51 +1,59 @@
-"""Where training pictures come from: folders, or DIV2K by TFDS."""
+"""Where training pictures come from: folders, or data sets that are downloaded."""
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from dvmsr_jax import images
 from dvmsr_jax.config import DataConfig
+from dvmsr_jax.data import download
 from dvmsr_jax.data.records import DataError
+from dvmsr_jax.files import checksum
 
-# Bytes from the middle of a file that tell it from others of the same name and size.
+PICTURES = "pictures"
+"""Folder under `DataConfig.data_dir` that data sets are downloaded to."""
+
+# Bytes in the middle of a file that distinguish it from others of the same name and size.
 _SAMPLE = 4096
 
 
 class Source(NamedTuple):
-    """A source picture: `load` gives (HR, LR or None)."""
+    """A high-resolution picture."""
 
     name: str
     fingerprint: str
-    """Another one for another picture, the same wherever and whenever its file was copied."""
-    load: Callable[[], tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "h w 3"] | None]]
+    """Differs between pictures, but not between copies of a file under the same relative path."""
+    load: Callable[[], UInt8[np.ndarray, "H W 3"]]
+    """Reads it. Raises images.ImageError."""
 
 
-def find_sources(config: DataConfig, scale: int) -> dict[str, list[Source]]:
+def find_sources(config: DataConfig) -> dict[str, list[Source]]:
     """The pictures to train on ("train") and those kept apart ("val").
 
-    `config.val_images` pictures are kept apart, spread evenly over the sorted names (with DIV2K,
-    taken from its validation split).
+    Without `config.hr_dirs`, `config.dataset` is downloaded unless it was before; the first
+    `config.val_images` pictures of DIV2K's validation set are kept apart. Of the pictures in
+    `config.hr_dirs`, that many are kept apart, spread evenly over the sorted names; repetitions
+    and copies are dropped first.
 
     Raises:
-        DataError: there are too few pictures, or DIV2K cannot be had.
+        DataError: there are too few pictures, or the data set cannot be downloaded.
         images.ImageError: a folder is missing or holds no pictures.
     """
+    if config.hr_dirs and config.dataset != DataConfig.dataset:
+        raise DataError("data.dataset and data.hr_dirs exclude each other; pass one of them")
     if config.val_images < 1:
         raise DataError(f"data.val_images is {config.val_images}, expected at least 1")
-    return _in_folders(config) if config.hr_dirs else _div2k(config, scale)
+    return _in_folders(config) if config.hr_dirs else _downloaded(config)
 
 
 def _in_folders(config: DataConfig) -> dict[str, list[Source]]:
-    pictures = []
-    for folder in (folder.expanduser() for folder in config.hr_dirs):
-        found = images.find_images(folder, on_error=lambda _, error: print(f"left out: {error}"))
-        pictures += [_source(path, folder) for path in found]
+    pictures = [file.source() for file in _distinct(_list_files(config.hr_dirs))]
     if len(pictures) <= config.val_images:
         raise DataError(
             f"data.hr_dirs hold {len(pictures)} pictures, of which data.val_images = "
@@ -58,40 +66,59 @@ def _in_folders(config: DataConfig) -> dict[str, list[Source]]:
     }
 
 
-def _source(path: Path, folder: Path) -> Source:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(size - _SAMPLE, 0) // 2)
-        sample = hashlib.sha256(file.read(_SAMPLE)).hexdigest()[:16]
-    fingerprint = f"{path.relative_to(folder)} {size} {sample}"
-    return Source(str(path), fingerprint, lambda: (images.read_rgb(path), None))
+class _File(NamedTuple):
+    """A picture, and the folder in which it was found."""
+
+    path: Path
+    folder: Path
+    size: int
+    sample: str
+
+    def source(self) -> Source:
+        """Its fingerprint does not depend on where the folder is."""
+        fingerprint = f"{self.path.relative_to(self.folder)} {self.size} {self.sample}"
+        return Source(str(self.path), fingerprint, lambda: images.read_rgb(self.path))
 
 
-def _div2k(config: DataConfig, scale: int) -> dict[str, list[Source]]:
-    try:
-        builder = tfds.builder(
-            f"div2k/bicubic_x{scale}",
-            data_dir=config.data_dir.expanduser(),
-            file_format="array_record",
-        )
-        builder.download_and_prepare()
-    except Exception as error:  # a failed download can surface as almost anything
+def _list_files(folders: Iterable[Path]) -> list[_File]:
+    files = []
+    for folder in (folder.expanduser() for folder in folders):
+        found = images.find_images(folder, on_error=lambda _, error: print(f"left out: {error}"))
+        for path in found:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(max(size - _SAMPLE, 0) // 2)
+                sample = hashlib.sha256(file.read(_SAMPLE)).hexdigest()[:16]
+            files.append(_File(path, folder, size, sample))
+    return files
+
+
+def _distinct(files: list[_File]) -> list[_File]:
+    """The files without repetitions and copies, of which the first stays."""
+    by_path: dict[str, _File] = {}
+    for file in files:
+        by_path.setdefault(os.path.realpath(file.path), file)
+    alike = Counter((file.size, file.sample) for file in by_path.values())
+    by_content: dict[object, _File] = {}
+    for file in by_path.values():
+        key = (file.size, file.sample)
+        # Whole files are read only where size and sample agree, which is rare but for copies.
+        by_content.setdefault(key if alike[key] == 1 else checksum(file.path), file)
+    if len(by_content) < len(files):
+        dropped = len(files) - len(by_content)
+        print(f"dropped {dropped} of {len(files)} pictures, which were listed twice or are copies")
+    return list(by_content.values())
+
+
+def _downloaded(config: DataConfig) -> dict[str, list[Source]]:
+    parent = config.data_dir.expanduser() / PICTURES
+    splits: dict[str, list[Source]] = {}
+    for split, archives in download.DATASETS[config.dataset].items():
+        folders = [download.fetch(archive, parent) for archive in archives]
+        splits[split] = [file.source() for file in _list_files(folders)]
+    if len(splits["val"]) < config.val_images:
         raise DataError(
-            f"DIV2K, the default training data, could not be prepared ({type(error).__name__}: "
-            f"{error}); pass folders of high-resolution pictures with --data.hr-dirs DIR [DIR ...]"
-        ) from error
-
-    def pictures(split):
-        source = builder.as_data_source(split)
-
-        def picture(i):
-            def load():
-                record = source[i]
-                return record["hr"], record["lr"]
-
-            name = f"{split}{i}"
-            return Source(name, f"div2k {builder.version} {name}", load)
-
-        return [picture(i) for i in range(len(source))]
-
-    return {"train": pictures("train"), "val": pictures("validation")[: config.val_images]}
+            f"data.val_images is {config.val_images}, but {config.dataset} has only "
+            f"{len(splits['val'])} pictures for validation"
+        )
+    return splits | {"val": splits["val"][: config.val_images]}

@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import os
+import struct
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, TiffTags
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.pictures import png
 from dvmsr_jax.pictures.metadata import MAIN, Metadata
-from dvmsr_jax.pictures.reading import BandedFrame, Picture, Pixels, to_pillow
+from dvmsr_jax.pictures.reading import BandedFrame, Picture, Pixels, to_pillow, to_srgb
 
 
 class FormatError(UserError):
@@ -38,21 +39,54 @@ class Format:
     max_side: int
     """Largest height and width in pixels."""
     animations: bool = False
+    max_seconds: float = math.inf
+    """Longest time that a frame of an animation can be shown."""
+    max_plays: int = 0
+    """Largest number of times that an animation can be played, besides forever."""
     pages: bool = False
     alpha: bool = True
     grey: bool = True
     deep: bool = False
     """Samples of 16 bits."""
+    profiles: bool = True
+    """ICC profiles."""
     max_bytes: int = sys.maxsize
     """Largest size, if it is that of the pixels."""
 
 
-PNG = Format("PNG", 2**31 - 1, animations=True, deep=True)
-TIFF = Format("TIFF", 2**31 - 1, animations=True, pages=True, deep=True)
-WEBP = Format("WEBP", 16_383, animations=True, grey=False)
-GIF = Format("GIF", 65_535, animations=True)
+PNG = Format(
+    name="PNG",
+    max_side=2**31 - 1,
+    animations=True,
+    max_seconds=65_535.0,
+    max_plays=2**31 - 1,
+    deep=True,
+)
+TIFF = Format("TIFF", 2**31 - 1, animations=True, pages=True, deep=True)  # frames become pages
+WEBP = Format(
+    name="WEBP",
+    max_side=16_383,
+    animations=True,
+    max_seconds=16_777.215,
+    max_plays=65_535,
+    grey=False,
+)
+GIF = Format(
+    name="GIF",
+    max_side=65_535,
+    animations=True,
+    max_seconds=655.35,
+    max_plays=65_536,  # it counts repetitions
+    profiles=False,  # Pillow writes none
+)
 JPEG = Format("JPEG", 65_500, alpha=False)
-BMP = Format("BMP", 2**31 - 1, alpha=False, max_bytes=2**32 - 2**11)  # with a header
+BMP = Format(
+    name="BMP",
+    max_side=2**31 - 1,
+    alpha=False,
+    profiles=False,
+    max_bytes=2**32 - 2**11,  # with a header
+)
 
 CLASSIC_TIFF = int(0.98 * 2**32)
 """Bytes of pixels up to which a TIFF is none with 64-bit offsets, which fewer programs read."""
@@ -96,14 +130,16 @@ def write(
 ) -> None:
     """Writes the frames of a picture, enlarged by `scale`.
 
-    What the format cannot hold is made to fit: 16 bits become 8, alpha is put on white, and grey
-    becomes RGB. `quality`, 1 to 100, is JPEG's and WebP's. Raises FormatError if a frame is too
-    large for the format.
+    What the format cannot hold is made to fit: 16 bits become 8, alpha is put on white, grey
+    becomes RGB, and colours are converted to sRGB where their profile is lost. Durations are
+    rounded so that an animation lasts as long as before, and too many plays become the most that
+    the format can count. `quality`, 1 to 100, is JPEG's and WebP's. Raises FormatError if a frame
+    is too large for the format, or shown too long.
     """
     fitted = (_fit(form, frame) for frame in frames)
     if form is PNG:
         with open(path, "wb") as file:
-            png.write(file, fitted, len(picture), picture.plays)
+            png.write(file, fitted, len(picture), min(picture.plays, form.max_plays))
     elif form is TIFF:
         first = next(fitted)
         size: float = math.prod(first.shape) * first.dtype.itemsize
@@ -122,10 +158,17 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
             f"{width}x{height} pixels are too many for {form.name}, which holds at most"
             f" {form.max_side:,} a side: choose --format png or tiff"
         )
+    seconds = frame.metadata.duration / 1000
+    if seconds > form.max_seconds:
+        raise FormatError(
+            f"shows a frame for {seconds:g} seconds, and {form.name} ends at {form.max_seconds:g}:"
+            f" choose --format {'webp or ' * (form is GIF)}png"
+        )
     flatten = channels in (2, 4) and not form.alpha
     colour = channels < 3 and not form.grey
     channels += 2 * colour - flatten
     dtype = frame.dtype if form.deep else np.dtype(np.uint8)
+    lost = None if form.profiles and not colour else frame.metadata.icc  # a profile of grey, or any
     if height * (width * channels + 3) > form.max_bytes:  # lines are padded
         raise FormatError(
             f"is too large for {form.name}, which ends at 4 GB: choose --format png or tiff"
@@ -139,14 +182,33 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
             band = np.rint(band[:, :, :-1] * alpha + white).astype(band.dtype)
         if band.dtype != dtype:
             band = np.rint(band / np.float32(257)).astype(dtype)
+        if lost is not None:
+            band = _to_srgb(band, lost)
         if colour:
             grey = np.repeat(band[:, :, :1], 3, axis=2)
             band = np.concatenate([grey, band[:, :, 1:]], axis=2)
         return band
 
     bands = map(fit, frame.bands)
-    metadata = replace(frame.metadata, icc=None) if colour else frame.metadata  # a profile of grey
+    metadata = frame.metadata if lost is None else replace(frame.metadata, icc=None)
     return BandedFrame((height, width, channels), dtype, bands, metadata)
+
+
+def _to_srgb(pixels: Pixels, icc: bytes) -> Pixels:
+    """Converts 8-bit pixels from their profile; alpha is kept, and grey stays grey."""
+    count = 3 if pixels.shape[2] > 2 else 1  # without alpha
+    image = to_pillow(np.ascontiguousarray(pixels[:, :, :count]))
+    image.info["icc_profile"] = icc
+    colours = np.asarray(to_srgb(image))[:, :, :count]
+    return np.concatenate([colours, pixels[:, :, count:]], axis=2)
+
+
+def _whole_durations(metadata: Iterable[Metadata], unit: int) -> list[int]:
+    """The frames' durations in whole units of milliseconds, none of which adds up to an error."""
+    ends = itertools.accumulate((one.duration for one in metadata), initial=0.0)
+    return [
+        unit * (round(end / unit) - round(start / unit)) for start, end in itertools.pairwise(ends)
+    ]
 
 
 def _write_tiff(path: Path, frames: Iterator[BandedFrame], *, big: bool) -> None:
@@ -250,17 +312,18 @@ def _write_with_pillow(
         options |= {"quality": quality, "method": 4}
     if len(held) > 1:
         options |= {"save_all": True, "append_images": held[1:]}
-        options["duration"] = [round(one.duration) for one in metadata]
+        options["duration"] = _whole_durations(metadata, 10 if form is GIF else 1)
+        plays = min(picture.plays, form.max_plays)
         if form is WEBP:
-            options["loop"] = picture.plays
-        elif picture.plays != 1:
-            options["loop"] = max(picture.plays - 1, 0)
+            options["loop"] = plays
+        elif plays != 1:
+            options["loop"] = max(plays - 1, 0)
         if form is GIF:
             options["disposal"] = 2 if any("transparency" in one.info for one in held) else 1
     encoded = io.BytesIO()  # because Pillow does not tell why it cannot write to a file
     try:
         held[0].save(encoded, form.name, **options)
-    except (OSError, ValueError, RuntimeError, SystemError) as error:
+    except (OSError, ValueError, RuntimeError, SystemError, ArithmeticError, struct.error) as error:
         raise FormatError(f"cannot be written as {form.name} ({error})") from error
     path.write_bytes(encoded.getbuffer())
 

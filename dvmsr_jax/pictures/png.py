@@ -4,9 +4,11 @@ Pillow needs the whole picture, and writes no 16-bit colour.
 """
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,7 +28,7 @@ def write(file: io.BufferedIOBase, frames: Iterator[BandedFrame], count: int, pl
 
     Args:
         file: need not be seekable.
-        frames: of one shape and type.
+        frames: of one shape and type, none shown for more than 65,535 seconds.
         count: number of frames.
         plays: how often an animation is shown; 0: forever.
     """
@@ -42,8 +44,8 @@ def write(file: io.BufferedIOBase, frames: Iterator[BandedFrame], count: int, pl
             if count > 1:
                 _chunk(file, b"acTL", struct.pack(">2I", count, plays))
         if count > 1:
-            milliseconds = min(round(frame.metadata.duration), 2**16 - 1)
-            control = (sequence, width, height, 0, 0, milliseconds, 1000, 0, 0)
+            delay = _seconds(frame.metadata.duration).as_integer_ratio()
+            control = (sequence, width, height, 0, 0, *delay, 0, 0)
             _chunk(file, b"fcTL", struct.pack(">5I2H2B", *control))
             sequence += 1
         for data in _compress(frame):
@@ -53,6 +55,13 @@ def write(file: io.BufferedIOBase, frames: Iterator[BandedFrame], count: int, pl
                 _chunk(file, b"fdAT", struct.pack(">I", sequence) + data)
                 sequence += 1
     _chunk(file, b"IEND", b"")
+
+
+def _seconds(milliseconds: float) -> Fraction:
+    """The duration as the closest ratio of two numbers of 16 bits."""
+    seconds = Fraction(milliseconds / 1000)
+    largest = 2**16 - 1  # of the numerator as of the denominator
+    return seconds.limit_denominator(max(1, largest // max(1, math.ceil(seconds))))
 
 
 def _chunk(file: io.BufferedIOBase, kind: bytes, data: bytes) -> None:

@@ -369,7 +369,7 @@ def _pixels(image: Image.Image, rawmode: str, white_is_zero: bool = False) -> Pi
     if mode == "RGB":
         return _transparent_colour(_converted(image, "RGB"), key)
     if mode in ("CMYK", "LAB"):
-        return np.array(_to_srgb(image))
+        return np.array(to_srgb(image))
     if mode in ("LA", "La"):
         return _converted(image, "LA")
     alpha = image.has_transparency_data or mode in ("RGBA", "RGBa", "PA")
@@ -403,7 +403,7 @@ def _transparent_colour(pixels: Pixels, colour: Any) -> Pixels:
     return np.concatenate([pixels, alpha.astype(pixels.dtype)], axis=2)
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
+def to_srgb(image: Image.Image) -> Image.Image:
     """Converts by the image's profile, or by Pillow's formula if it has none that is intact."""
     srgb = ImageCms.createProfile("sRGB")
     try:

@@ -64,9 +64,7 @@ class PictureUpscaler:
         Args:
             picture: a Pillow image of any mode with 8 bits or 16 grey ones (its current frame,
                 turned upright by its EXIF orientation), or an array of (h, w), grey, or (h, w, c),
-                c being 1 grey, 2 grey and alpha, 3 RGB or 4 RGB and alpha; uint8, uint16 or
-                floating point in [0, 1].
-
+                XX
         Returns:
             A Pillow image, of mode L, LA, RGB, RGBA or I;16 and with ICC profile, DPI and EXIF in
             `info`; or an array of the same type and number of axes.
@@ -85,12 +83,14 @@ class PictureUpscaler:
         if not isinstance(picture, np.ndarray):
             kind = type(picture).__name__
             raise UserError(f"a {kind} is no picture: expected a Pillow image or a NumPy array")
+        picture = np.asarray(picture)  # np.matrix and the like have two axes whatever is asked for
         pixels = picture[:, :, None] if picture.ndim == 2 else picture
         if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or 0 in pixels.shape:
             raise UserError(
                 f"an array of shape {picture.shape} is no picture: expected (h, w) or (h, w, c) "
                 "with c from 1 to 4"
             )
+        _check_values(pixels)
         shape = (*self._enlarged(*pixels.shape[:2]), pixels.shape[2])
         enlarged = _joined(self._bands(pixels), shape, pixels.dtype)
         return enlarged[:, :, 0] if picture.ndim == 2 else enlarged
@@ -109,8 +109,6 @@ class PictureUpscaler:
     def _bands(self, pixels: np.ndarray) -> Iterator[np.ndarray]:
         """Of the enlarged pixels, in their own type."""
         dtype = pixels.dtype
-        if not (dtype.kind == "f" or (dtype.kind == "u" and dtype.itemsize <= 2)):
-            raise UserError(f"pixels of type {dtype}: expected uint8, uint16 or floating point")
         for band in self._enlarge_values(pixels):
             band = np.clip(band, 0, 1)
             if dtype.kind == "u":
@@ -232,6 +230,24 @@ class Upscaler(PictureUpscaler):
     ) -> "Upscaler":
         """`Upscaler(path, **options)`, by the name that says what it does."""
         return cls(path, **options)
+
+
+def _check_values(pixels: np.ndarray) -> None:
+    """Raises UserError for pixels of a type or range that is not upscaled."""
+    dtype = pixels.dtype
+    if not (dtype.kind == "f" or (dtype.kind == "u" and dtype.itemsize <= 2)):
+        raise UserError(f"pixels of type {dtype}: expected uint8, uint16 or floating point")
+    lowest, highest = pixels.min(), pixels.max()
+    if not (np.isfinite(lowest) and np.isfinite(highest)):  # both are NaN if any value is
+        raise UserError("the array has values that are not finite: replace NaN and infinity first")
+    if dtype.kind == "f" and not (lowest >= -_ROUNDING and highest <= 1 + _ROUNDING):
+        raise UserError(
+            f"floating-point values reach from {lowest:g} to {highest:g}, and must lie in [0, 1]:"
+            " divide them by the value of white, or clip them"
+        )
+
+
+_ROUNDING = 1e-3  # by which values in [0, 1] may miss it, in float16 too
 
 
 def _values(pixels: np.ndarray) -> np.ndarray:

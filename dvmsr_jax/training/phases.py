@@ -23,6 +23,7 @@ from dvmsr_jax.model import named_parameters
 from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.training import report
 from dvmsr_jax.training.step import Teacher, TrainState, TrainStep, init_state, memory_of
+from dvmsr_jax.training.targets import Targets, load_targets, teacher_id
 from dvmsr_jax.training.validation import Validator
 from dvmsr_jax.vimm import check_scan
 
@@ -82,14 +83,14 @@ class Run:
 
     @functools.cached_property
     def teacher_id(self) -> str | None:
-        """See `data.teacher_id`."""
-        return self.teacher and data.teacher_id(self.teacher.config, self.teacher.parameters)
+        """See `targets.teacher_id`."""
+        return self.teacher and teacher_id(self.teacher.config, self.teacher.parameters)
 
     @functools.cached_property
-    def _targets(self) -> data.Targets | None:
+    def _targets(self) -> Targets | None:
         if self.teacher_id is None or self.config.distill.targets == "online":
             return None
-        return data.load_targets(
+        return load_targets(
             self.records.folder,
             self.teacher_id,
             self_ensemble=self.config.distill.self_ensemble,

@@ -8,7 +8,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,39 @@ def find_unfinished(folder: Path) -> list[str]:
     return [line for line in missing if line is not None]
 
 
+def check(folder: Path) -> list[str]:
+    """What is wrong with the teachers' outputs beside a folder of records, a line each.
+
+    Compares shapes and checksums of the files that are there; `find_unfinished` tells of
+    others.
+
+    Raises:
+        DataError: it is no folder of prepared records.
+    """
+    shards = [
+        (path, shape, read_info(parent)["sha256"].get(path.name))
+        for parent in target_folders(folder)
+        for path, shape in shard_shapes(parent).items()
+        if path.exists()
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checked = pool.map(lambda shard: _check_shard(*shard), shards)
+        bar = tqdm(checked, total=len(shards), desc="checking targets", unit="file")
+        return [problem for problem in bar if problem is not None]
+
+
+def _check_shard(path: Path, shape: tuple[int, ...], expected: str | None) -> str | None:
+    try:
+        open_shard(path, shape)
+    except DataError as error:
+        return str(error)
+    if expected is None:
+        return f"{path}: has no checksum; distil again to have it written"
+    if checksum(path) != expected:
+        return f"{path}: is damaged, its checksum is another one; remove it and distil again"
+    return None
+
+
 def _name(teacher: str, self_ensemble: bool) -> str:
     return f"{teacher}{_ENSEMBLE}" if self_ensemble else teacher
 
@@ -132,7 +167,7 @@ def _missing(path: Path, ckpt: Path | str) -> str | None:
     return (
         f"{path}: {there} of the {len(shards)} files of the teacher's outputs are there; this "
         "makes the others:\n"
-        f"  python -m dvmsr_jax.data distill --ckpt {ckpt} --data {path.parents[1]}{option}"
+        f"  python -m dvmsr_jax.training distill --ckpt {ckpt} --data {path.parents[1]}{option}"
     )
 
 
