@@ -22,7 +22,7 @@ import tyro
 
 from configs import PRESETS
 from dvmsr_jax import parallel
-from dvmsr_jax.config import Cluster, TrainConfig
+from dvmsr_jax.config import Cluster, TrainConfig, Within, check_fields
 from dvmsr_jax.program import told_in_a_line
 from dvmsr_jax.training.phases import dry_run, train
 
@@ -38,8 +38,11 @@ class Arguments:
     allow_changes: bool = False
     """Go on from a checkpoint although configuration, data or teacher were others; the shapes of
     the weights cannot change."""
-    profile: int = 0
+    profile: Annotated[int, Within(0)] = 0
     """Record a trace of so many steps, for TensorBoard or Perfetto, in WORKDIR/PHASE/profile."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
 
 def parse(arguments: Sequence[str]) -> Arguments:

@@ -29,37 +29,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dvmsr_jax import files, parallel
-from dvmsr_jax.config import ModelConfig, TrainConfig
+from dvmsr_jax.config import Effect, ModelConfig, TrainConfig, effects
 from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.model import check_finite
 
-# Fields that may change between a run and its continuation, because they change no result.
-FREE_FIELDS = frozenset(
-    [
-        "workdir",
-        "compute.scan",
-        "remat",
-        "log_every",
-        "val_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "data.hr_dirs",  # what lies there counts, which is among the sources
-        "data.dataset",
-        "data.prepared",
-        "data.val_images",
-        "data.data_dir",
-        "data.workers",
-        "data.cache",
-        "optim.accumulate",
-        "distill.teacher",
-    ]
-)
+_EFFECTS = effects(TrainConfig)
 # What the score of given weights depends on, besides the scale: validations before and after one of
 # these changed cannot be compared.
 _VALIDATED_ON = ("sources.data", "compute.precision")
-# Fields that the shapes of the weights depend on, but for one: they cannot change, allowed or not.
-_SHAPING = ("phase", "model.", "distill.level", "distill.rssbs")
-_SHAPELESS = "model.drop_path"
 _ITEMS = ("config", "best", "ema", "state")
 # In the folder of a checkpoint: SHA-256 of each of its items' files, by path, as JSON.
 CHECKSUMS = "checksums.json"
@@ -250,8 +227,10 @@ class Checkpoints:
         if not differing:
             return set()
         lines = "\n".join(f"  {n}: {stored.get(n)} there, {current.get(n)} now" for n in differing)
-        shaping = [*_SHAPING, *(["sources.teacher"] if self.config.distill.level == "mid" else [])]
-        fixed = any(n.startswith(tuple(shaping)) and n != _SHAPELESS for n in differing)
+        shaping = {name for name, effect in _EFFECTS.items() if effect is Effect.SHAPES}
+        if self.config.distill.level == "mid":
+            shaping.add("sources.teacher")
+        fixed = not shaping.isdisjoint(differing)
         if fixed or not self._allow_changes:
             remedy = "" if fixed else ", or go on all the same with --allow-changes"
             raise CheckpointError(
@@ -401,7 +380,7 @@ def flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in description.items():
         if isinstance(value, dict):
             fields |= flat(value, f"{prefix}{key}.")
-        elif prefix + key not in FREE_FIELDS:
+        elif _EFFECTS.get(prefix + key) is not Effect.NOTHING:
             fields[prefix + key] = value
     return fields
 

@@ -1,11 +1,13 @@
 """Every setting of a model and of a training run, as frozen dataclasses; `configs/` fills them."""
 
 import dataclasses
+import enum
+import functools
 import math
-import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -14,27 +16,58 @@ from kernels.selective_scan import Implementation
 
 
 @dataclass(frozen=True)
+class Within:
+    """Says of a field in which range its number has to be: from `low` up, and below `below`."""
+
+    low: int | float
+    below: int | float = math.inf
+
+
+@dataclass(frozen=True)
+class ForLevel:
+    """Says of a field of DistillConfig that it has a use at this level only."""
+
+    level: str
+
+
+class Effect(enum.Enum):
+    """Says of a field, and of those in it that say nothing themselves, what depends on it."""
+
+    RESULT = "the result"
+    """The default: it can change during a run only with --allow-changes."""
+    SHAPES = "the shapes of the weights"
+    """It cannot change during a run."""
+    NOTHING = "nothing but speed, or where files are"
+    """It can change during a run."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """What the weights belong to. The defaults are the paper's student."""
+    """The network that weights belong to. The defaults are the paper's student."""
 
     scale: Literal[2, 3, 4] = 4
     """Upscaling factor."""
-    channels: int = 60
+    channels: Annotated[int, Within(1)] = 60
     """Width c of the residual stream."""
-    rssbs: int = 4
+    rssbs: Annotated[int, Within(1)] = 4
     """Number of RSSBs (residual state-space blocks)."""
-    vimms_per_rssb: int = 2
+    vimms_per_rssb: Annotated[int, Within(1)] = 2
     """ViMMs (Vision-Mamba modules) in each RSSB."""
-    states: int = 16
+    states: Annotated[int, Within(1)] = 16
     """Scan states n of each inner channel."""
-    expand: int = 2
+    expand: Annotated[int, Within(1)] = 2
     """Inner channels d of a ViMM, as a multiple of c."""
-    conv_width: int = 4
+    conv_width: Annotated[int, Within(1)] = 4
     """Taps of the ViMM's causal convolution."""
     bidirectional: bool = False
     """Scan the tokens in both directions, as Vision Mamba does; the published DVMSR does not."""
-    drop_path: float = 0.1
+    drop_path: Annotated[float, Within(0, 1), Effect.RESULT] = 0.1
     """Chance of dropping the last ViMM's input in training; it grows linearly from 0 over depth."""
+
+    def __post_init__(self) -> None:
+        # From a file, the values may be of any type.
+        if problems := list(_problems(self)):
+            raise UserError("there is no such model: " + "; ".join(problems))
 
     @property
     def inner_channels(self) -> int:
@@ -56,7 +89,7 @@ class ModelConfig:
 class Compute:
     """How a network is computed. Changes time and memory, and the result by rounding only."""
 
-    scan: Implementation = "auto"
+    scan: Annotated[Implementation, Effect.NOTHING] = "auto"
     """Implementation of the selective scan; see kernels/selective_scan."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of convolutions and projections. Parameters, norms, residuals and the scan's state are
@@ -73,95 +106,124 @@ class Compute:
 class DataConfig:
     """Where the training pictures come from and how batches are cut from them."""
 
-    hr_dirs: tuple[Path, ...] = ()
+    # The pictures matter, not where they are: checkpoints name them among the sources.
+    hr_dirs: Annotated[tuple[Path, ...], Effect.NOTHING] = ()
     """Folders of high-resolution pictures, searched recursively. None: `dataset`."""
-    dataset: Literal["div2k", "df2k"] = "div2k"
+    dataset: Annotated[Literal["div2k", "df2k"], Effect.NOTHING] = "div2k"
     """Pictures to download, without `hr_dirs` and `prepared`. div2k: DIV2K (4 GB). df2k: DIV2K and
     Flickr2K, as in the paper; its archive also contains low-resolution pictures."""
-    data_dir: Path = Path("~/tensorflow_datasets")
+    data_dir: Annotated[Path, Effect.NOTHING] = Path("~/tensorflow_datasets")
     """Where pictures are downloaded to and prepared, once."""
-    prepared: Path | None = None
+    prepared: Annotated[Path | None, Effect.NOTHING] = None
     """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
-    val_images: int = 20
+    val_images: Annotated[int, Within(1), Effect.NOTHING] = 20
     """Pictures kept apart from training for validation, if they are prepared now."""
-    lr_crop: int = 64
+    lr_crop: Annotated[int, Within(1)] = 64
     """Side of the square low-resolution training crops, in pixels."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Within(1)] = 128
     """Crops a step, over all devices."""
-    workers: int = 2
+    workers: Annotated[int, Within(0), Effect.NOTHING] = 2
     """Threads that load and augment ahead of the training step."""
-    cache: Literal["none", "device"] = "none"
+    cache: Annotated[Literal["none", "device"], Effect.NOTHING] = "none"
     """none: stream crops from disk. device: keep all sub-images in device memory and crop there."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--data.")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Adam, its learning rate over time, and the average of the weights."""
 
-    learning_rate: float = 2e-4
+    learning_rate: Annotated[float, Within(0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["halving", "cosine"] = "halving"
     """halving: the paper's, at 50, 80, 90 and 95% of the steps. cosine: to zero at the end."""
-    warmup: float = 0.0
+    warmup: Annotated[float, Within(0, 1)] = 0.0
     """Share of the steps in which the learning rate rises from zero."""
-    b1: float = 0.9
+    b1: Annotated[float, Within(0, 1)] = 0.9
     """Adam's decay of the gradient's mean."""
-    b2: float = 0.99
+    b2: Annotated[float, Within(0, 1)] = 0.99
     """Adam's decay of its square's."""
-    clip: float = 1.0
+    clip: Annotated[float, Within(0)] = 1.0
     """Largest global norm of a gradient; larger ones are scaled down to it. 0: no clipping."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Within(1), Effect.NOTHING] = 1
     """Parts of a batch that follow one another, to save memory; the result is that of the whole."""
-    ema_decay: float = 0.999
+    ema_decay: Annotated[float, Within(0, 1)] = 0.999
     """Decay of the weights' moving average, which validation and export use."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--optim.")
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """The student phase's second loss: L1 between student and teacher."""
 
-    teacher: Path | None = None
+    teacher: Annotated[Path | None, Effect.NOTHING] = None
     """Teacher checkpoint. None: the teacher phase's under the same workdir."""
-    weight: float = 1.0
+    weight: Annotated[float, Within(0)] = 1.0
     """Factor lambda of the distillation loss."""
-    level: Literal["output", "mid"] = "output"
+    level: Annotated[Literal["output", "mid"], Effect.SHAPES] = "output"
     """output: compare the pictures. mid: compare the outputs of `rssbs`, projected to fit."""
-    rssbs: tuple[tuple[int, int], ...] = ()
+    rssbs: Annotated[tuple[tuple[int, int], ...], ForLevel("mid"), Effect.SHAPES] = ()
     """For level mid: (student's, teacher's) RSSBs to pair, counted from 0. None: evenly."""
-    targets: Literal["online", "precomputed"] = "online"
+    targets: Annotated[Literal["online", "precomputed"], ForLevel("output")] = "online"
     """For level output. online: run the teacher on each batch. precomputed: crop its outputs for
     the whole sub-images, which `python -m dvmsr_jax.training distill` makes once."""
-    self_ensemble: bool = False
+    self_ensemble: Annotated[bool, ForLevel("output")] = False
     """For level output: average the teacher over the eight flips and turns, a better one."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--distill.")
+        for name, (_, *marks) in _annotations(DistillConfig).items():
+            for mark in marks:
+                if isinstance(mark, ForLevel) and mark.level != self.level and self._given(name):
+                    raise UserError(
+                        f"--distill.{_option(name)} is for --distill.level={mark.level} only"
+                    )
+
+    def given(self) -> list[str]:
+        """The options that differ from their defaults."""
+        names = _annotations(DistillConfig)
+        return [f"--distill.{_option(name)}" for name in names if self._given(name)]
+
+    def _given(self, name: str) -> bool:
+        return getattr(self, name) != getattr(DistillConfig, name)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training phase."""
 
-    phase: Literal["teacher", "student"] = "student"
+    phase: Annotated[Literal["teacher", "student"], Effect.SHAPES] = "student"
     """teacher: L1 to the HR pictures. student: the same plus distillation."""
-    workdir: Path = Path("runs/dvmsr")
+    workdir: Annotated[Path, Effect.NOTHING] = Path("runs/dvmsr")
     """Checkpoints, metrics and samples go to WORKDIR/PHASE."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: Annotated[ModelConfig, Effect.SHAPES] = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
-    steps: int = 500_000
+    steps: Annotated[int, Within(1)] = 500_000
     """Optimizer steps; learning-rate milestones scale with it."""
-    seed: int = 0
+    seed: Annotated[int, Within(0, 2**32)] = 0
     """Seed of the initial weights, the batches and drop-path."""
     compute: Annotated[Compute, tyro.conf.arg(name="")] = field(default_factory=Compute)
-    remat: bool = False
+    remat: Annotated[bool, Effect.NOTHING] = False
     """Keep no activations inside RSSBs, but compute them again in the backward pass."""
-    log_every: int = 100
+    log_every: Annotated[int, Within(1), Effect.NOTHING] = 100
     """Steps between lines of metrics."""
-    val_every: int = 5_000
+    val_every: Annotated[int, Within(1), Effect.NOTHING] = 5_000
     """Steps between validations, each with a checkpoint."""
-    checkpoint_every: int = 5_000
+    checkpoint_every: Annotated[int, Within(1), Effect.NOTHING] = 5_000
     """Steps between checkpoints."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Annotated[int, Within(1), Effect.NOTHING] = 3
     """How many of the newest checkpoints to keep, besides the best by validation."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
+        if self.phase == "teacher" and (given := self.distill.given()):
+            raise UserError(f"{', '.join(given)}: for --phase=student only")
 
 
 @dataclass(frozen=True)
@@ -179,74 +241,67 @@ class Cluster:
     """Seconds to wait for the others."""
 
 
-# What a run's numbers have to lie within: from the first up, and below the second.
-_LIMITS = {
-    "steps": (1, math.inf),
-    "seed": (0, 2**32),
-    "log_every": (1, math.inf),
-    "val_every": (1, math.inf),
-    "checkpoint_every": (1, math.inf),
-    "keep_checkpoints": (1, math.inf),
-    "data.val_images": (1, math.inf),
-    "data.lr_crop": (1, math.inf),
-    "data.batch_size": (1, math.inf),
-    "data.workers": (0, math.inf),
-    "optim.learning_rate": (0, math.inf),
-    "optim.warmup": (0, 1),
-    "optim.b1": (0, 1),
-    "optim.b2": (0, 1),
-    "optim.clip": (0, math.inf),
-    "optim.accumulate": (1, math.inf),
-    "optim.ema_decay": (0, 1),
-    "distill.weight": (0, math.inf),
-}
+def check_fields(config: Any, prefix: str) -> None:
+    """Raises UserError if a field's value is not of its type or range, naming options by `prefix`.
 
-
-# Options that other options leave without a use: (level, which they are for, their names).
-_OF_LEVEL = (("output", ("targets", "self_ensemble")), ("mid", ("rssbs",)))
-
-
-def check(config: TrainConfig) -> None:
-    """Raises UserError, naming them, if options are out of range or exclude each other."""
-    check_model(config.model)
-    problems = []
-    for name, (low, high) in _LIMITS.items():
-        value = operator.attrgetter(name)(config)
-        if not low <= value < high:
-            below = "" if high == math.inf else f" and below {high}"
-            problems.append(f"{name} is {value}, expected from {low} up{below}")
-    if config.phase == "teacher":
-        problems += [
-            f"--distill.{field.name.replace('_', '-')} is for --phase=student only"
-            for field in dataclasses.fields(DistillConfig)
-            if getattr(config.distill, field.name) != field.default
-        ]
-    for level, names in _OF_LEVEL:
-        for name in names:
-            given = getattr(config.distill, name) != getattr(DistillConfig, name)
-            if given and config.distill.level != level:
-                problems.append(f"distill.{name} is for distill.level={level} only")
-    if problems:
+    Only numbers, truth values and choices are checked.
+    """
+    if problems := list(_problems(config, lambda name: prefix + _option(name))):
         raise UserError("; ".join(problems))
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raises UserError, naming what is wrong, if there is no such model.
+def effects(config: type, inherited: Effect = Effect.RESULT, prefix: str = "") -> dict[str, Effect]:
+    """What depends on each field, by names like "optim.schedule"."""
+    found: dict[str, Effect] = {}
+    for name, (kind, *marks) in _annotations(config).items():
+        effect = next((mark for mark in marks if isinstance(mark, Effect)), inherited)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            found |= effects(kind, effect, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = effect
+    return found
 
-    Of any types, because a configuration may come from a file.
-    """
-    sizes = dataclasses.asdict(config)
-    bidirectional, drop_path = sizes.pop("bidirectional"), sizes.pop("drop_path")
-    problems = [
-        f"{name} is {size!r}, not a whole number from 1 up"
-        for name, size in sizes.items()
-        if type(size) is not int or size < 1
-    ]
-    if not problems and config.scale not in (2, 3, 4):
-        problems.append(f"scale is {config.scale!r}, not 2, 3 or 4")
-    if type(bidirectional) is not bool:
-        problems.append(f"bidirectional is {bidirectional!r}, not true or false")
-    if not isinstance(drop_path, int | float) or not 0 <= drop_path < 1:
-        problems.append(f"drop_path is {drop_path!r}, not within [0, 1)")
-    if problems:
-        raise UserError("there is no such model: " + "; ".join(problems))
+
+def _problems(config: Any, label: Callable[[str], str] = str) -> Iterator[str]:
+    for name, (kind, *marks) in _annotations(config.__class__).items():
+        value = getattr(config, name)
+        limits = next((mark for mark in marks if isinstance(mark, Within)), Within(-math.inf))
+        if not _allowed(value, kind, limits):
+            yield f"{label(name)} is {value!r}, not {_expected(kind, limits)}"
+
+
+def _allowed(value: Any, kind: Any, limits: Within) -> bool:
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
+    if kind is bool:
+        return type(value) is bool
+    if kind is int or kind is float:
+        right = type(value) is int or (kind is float and isinstance(value, float))
+        return right and limits.low <= value < limits.below
+    return True
+
+
+def _expected(kind: Any, limits: Within) -> str:
+    if get_origin(kind) is Literal:
+        *others, last = map(str, get_args(kind))
+        return f"{', '.join(others)} or {last}"
+    if kind is bool:
+        return "true or false"
+    if limits.below < math.inf:
+        return f"within [{limits.low}, {limits.below})"
+    return f"a {'whole ' if kind is int else ''}number from {limits.low} up"
+
+
+@functools.cache
+def _annotations(config: Any) -> dict[str, tuple[Any, ...]]:
+    """For each field, its type and the marks beside it."""
+    hints = get_type_hints(config, include_extras=True)
+    names = [field.name for field in dataclasses.fields(config)]
+    return {
+        name: get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        for name in names
+    }
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")

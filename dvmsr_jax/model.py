@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.bands import WHOLE, Band, Whole
-from dvmsr_jax.config import Compute, ModelConfig, check_model
+from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
 
 # Mean colour of DIV2K, taken off before the first convolution and added after the last.
@@ -81,13 +81,9 @@ class RSSB(nnx.Module):
 
 
 class DVMSR(nnx.Module):
-    """The network.
-
-    Raises UserError if the configuration, which may come from a file, is of no possible network.
-    """
+    """The network."""
 
     def __init__(self, config: ModelConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs):
-        check_model(config)
         c, s = config.channels, config.scale
         self.config = config
         self.conv_first = Conv3x3(3, c, compute, rngs=rngs)
@@ -162,7 +158,6 @@ def model_from_parameters(
     Raises:
         ValueError: parameters are missing, left over, or of another shape than the model's.
     """
-    check_model(config)
     if config.vimms > len(parameters):  # an absurd depth would take ages
         raise ValueError(
             f"the weights do not fit the model: {len(parameters)} of them for {config.rssbs} RSSBs "

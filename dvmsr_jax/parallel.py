@@ -5,21 +5,36 @@ one alone writes to the terminal and the logs.
 """
 
 import collections
+import contextlib
 import itertools
+import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
+from tqdm import tqdm
 
 from dvmsr_jax.config import Cluster
 from dvmsr_jax.errors import UserError
 
 AXIS = "data"
+
+# Where JAX's coordinator keeps the line of the process that failed first, and how often each
+# process looks for it, in seconds.
+_FAILURE = "dvmsr/failure"
+_POLL = 1.0
+# Where each process counts those times, and for how many seconds it may fail to. JAX aborts all
+# processes 100 s after the end of one.
+_BEATS = "dvmsr/beats/"
+_SILENCE = 60.0
 
 
 def start(cluster: Cluster) -> None:
@@ -29,7 +44,8 @@ def start(cluster: Cluster) -> None:
     the only one, as it is if their number, 1, is all that is given.
 
     Raises:
-        UserError: only some of the addresses are otherwise given, or the others cannot be reached.
+        UserError: only some of the addresses are otherwise given, the others cannot be reached, or
+            they have other numbers of devices.
     """
     given = [cluster.coordinator_address, cluster.num_processes, cluster.process_id]
     if given == [None, 1, None]:
@@ -43,12 +59,15 @@ def start(cluster: Cluster) -> None:
         _wait_for(cluster.coordinator_address, cluster.timeout)
     # It would swallow a SIGTERM that comes before the training loop, which has its own way to stop.
     jax.config.update("jax_enable_preemption_service", False)
+    late = threading.Timer(cluster.timeout, _give_up, [cluster.timeout])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             cluster.coordinator_address,
             cluster.num_processes,
             cluster.process_id,
-            initialization_timeout=cluster.timeout,
+            initialization_timeout=cluster.timeout + 60,  # when JAX aborts the process itself
             # Under SLURM, looking for what is not given would leave each process a single GPU.
             cluster_detection_method=None if None in given else "deactivate",
         )
@@ -61,6 +80,11 @@ def start(cluster: Cluster) -> None:
             f"the processes of the cluster did not find each other ({error}); "
             "if there is only one, pass --cluster.num-processes 1"
         ) from error
+    else:
+        _failures.watch()
+        _check_even()
+    finally:
+        late.cancel()
 
 
 def is_first() -> bool:
@@ -68,7 +92,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def say(line: str, file: TextIO | None = None) -> None:
+def say(line: str, file: Any = None) -> None:
     """Prints a line, in the first process only."""
     if is_first():
         print(line, file=file, flush=True)
@@ -130,6 +154,116 @@ def prefetch(batches: Iterable[Any], mesh: Mesh, ahead: int = 2) -> Iterator[Any
     while queue:
         yield queue.popleft()
         queue.extend(itertools.islice(batches, 1))
+
+
+def joined() -> bool:
+    """Whether this is one of several processes."""
+    return _failures.watching
+
+
+def is_disconnection(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process did not answer."""
+    return joined() and any(word in str(error) for word in ("Gloo", "NCCL", "oordination"))
+
+
+def end_all(line: str) -> None:
+    """Ends all processes, with this line on stderr in each; returns if this is the only one.
+
+    For an error in one process: the others would wait for it in collective operations, until JAX
+    aborts them.
+    """
+    _failures.end_all(line)
+
+
+class _Failures:
+    """The way in which a process that fails ends the others."""
+
+    def __init__(self) -> None:
+        self._client: Any = None
+        self._ending = threading.Lock()  # taken once, by the thread that ends this process
+
+    @property
+    def watching(self) -> bool:
+        """Whether there are others."""
+        return self._client is not None
+
+    def watch(self) -> None:
+        """Ends this process when another has failed."""
+        self._client = multihost.get_jax_distributed_client()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def end_all(self, line: str) -> None:
+        """See the function."""
+        if not self.watching:
+            return
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()  # the watching thread is about to end the process
+        try:
+            self._client.key_value_set(_FAILURE, line)
+        except Exception:  # another process failed first, which may be why this one did
+            line = self._found() or line
+        self._end(line, linger=2 * _POLL)
+
+    def _watch(self) -> None:
+        last: dict[str, tuple[str, float]] = {}  # process -> its count, and since when that stands
+        for beat in itertools.count():
+            time.sleep(_POLL)
+            if (line := self._found()) and self._ending.acquire(blocking=False):
+                self._end(line, linger=0)
+            now = time.monotonic()
+            with contextlib.suppress(Exception):  # JAX is shutting down
+                self._client.key_value_set(
+                    f"{_BEATS}{jax.process_index()}", str(beat), allow_overwrite=True
+                )
+                if not is_first():
+                    continue
+                for key, count in self._client.key_value_dir_get(_BEATS):
+                    if last.get(key, ("", now))[0] != count:
+                        last[key] = count, now
+                    elif now - last[key][1] > _SILENCE:
+                        self.end_all(
+                            f"error: process {key.rpartition('/')[2]} of the run has ended or does "
+                            "not answer; start all of them again to resume"
+                        )
+
+    def _found(self) -> str | None:
+        try:
+            return self._client.key_value_try_get(_FAILURE)
+        except Exception:  # there is none, or JAX is shutting down
+            return None
+
+    def _end(self, line: str, linger: float) -> None:
+        sys.stdout.flush()
+        tqdm.write(line, file=sys.stderr)  # on a line of its own, whatever bar there is
+        # The others lose their connections when this process ends, and the coordinator with the
+        # first one: it goes last.
+        time.sleep(linger + (2 * _POLL if is_first() else 0))
+        os._exit(1)  # sys.exit would wait for the others
+
+
+_failures = _Failures()
+
+
+def _give_up(timeout: int) -> None:
+    """Ends this process, which JAX keeps waiting in a call that nothing else interrupts."""
+    print(
+        f"error: not all processes of the cluster started within {timeout} s: start the others, or "
+        "raise --cluster.timeout",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def _check_even() -> None:
+    """Raises UserError, in all processes alike, if they have different numbers of devices."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        numbers = ", ".join(str(counts[i]) for i in sorted(counts))
+        raise UserError(
+            f"the processes have different numbers of devices ({numbers}): give each the same (for "
+            "GPUs, with CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def _wait_for(address: str, timeout: int) -> None:

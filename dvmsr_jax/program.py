@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 
 import jax
@@ -25,6 +26,8 @@ def told_in_a_line(
     `out_of_memory`, which says what to try; or `interrupted`, after Ctrl-C. A StoppedError's
     message goes to standard output. Any other exception is a defect and keeps its traceback.
 
+    With several processes, it ends all of them, with the line in each.
+
     A program may leave SIGINT at its default while it imports, so that Ctrl-C ends it without a
     traceback; from here on it raises KeyboardInterrupt again.
     """
@@ -32,21 +35,39 @@ def told_in_a_line(
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
     except StoppedError as stopped:
         parallel.say(str(stopped))
         sys.exit(INTERRUPTED)  # so that nothing takes the work for done
     except KeyboardInterrupt:
+        parallel.end_all(interrupted)
         print(interrupted, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        if reason.startswith("Unable to initialize backend"):
-            sys.exit(f"error: {reason}")
-        if not is_out_of_memory(error):
-            raise
-        sys.exit(f"error: out of memory ({reason or 'in main memory'}); {out_of_memory}")
+        line = _line(error, out_of_memory)
+        if line is not None:
+            parallel.end_all(f"error: {line}")
+            sys.exit(f"error: {line}")
+        if parallel.joined():  # or else JAX, on exit, waits for the others
+            traceback.print_exc()
+            parallel.end_all("error: a process of the run has failed unexpectedly")
+        raise
+
+
+def _line(error: Exception, out_of_memory: str) -> str | None:
+    """The line that tells of an error; None if it is a defect."""
+    reason = str(error).partition("\n")[0]
+    if parallel.is_disconnection(error):  # which may be the reason of a UserError
+        return (
+            f"another process of the run has ended or does not answer ({reason}); start all of "
+            "them again to resume"
+        )
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if reason.startswith("Unable to initialize backend"):
+        return reason
+    if is_out_of_memory(error):
+        return f"out of memory ({reason or 'in main memory'}); {out_of_memory}"
+    return None
 
 
 def keep_compiled_programs() -> None:

@@ -98,6 +98,8 @@ def test_phase_and_preset_choose_the_defaults():
         (["--distill.level", "input"], "mid"),
         (["--scan", "fast"], "chunked"),
         (["--phase=students"], "student"),
+        (["--profile=-3"], "--profile is -3"),
+        (["--optim.warmup=2"], "--optim.warmup is 2"),
     ],
 )
 def test_mistakes_are_answered(arguments, answer, capsys):
@@ -121,6 +123,8 @@ def test_errors_are_one_line(monkeypatch, weights, tmp_path):
     monkeypatch.setattr(parallel, "start", lambda cluster: None)  # JAX is running already
     message = error_of(evaluate, "--ckpt", tmp_path / "nothing.pth")
     assert re.match(r"error: .*nothing\.pth: no such file", message)
+    message = error_of(train, "--phase=teacher", "--distill.weight=2")
+    assert message == "error: --distill.weight: for --phase=student only"
     message = error_of(train, "--phase=student", "--workdir", tmp_path)
     assert message.startswith("error: there is no teacher in")
     folders = ("--workdir", tmp_path / "run", "--data.hr-dirs", tmp_path / "none")

@@ -1,5 +1,6 @@
 """Runs of whole processes: several of them together, killed ones, and full disks."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -102,14 +103,15 @@ def finish(*processes, status=0):
     return outputs
 
 
-def pair(start, phase, name, *options):
-    """Two processes of two devices each."""
+def pair(start, phase, name, *options, devices=(2, 2)):
+    """Two processes of so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     addresses = ["--cluster.coordinator-address", f"localhost:{port}", "--cluster.num-processes=2"]
     return [
-        start(phase, name, 2, *options, *addresses, f"--cluster.process-id={i}") for i in range(2)
+        start(phase, name, count, *options, *addresses, f"--cluster.process-id={i}")
+        for i, count in enumerate(devices)
     ]
 
 
@@ -152,6 +154,47 @@ def test_two_processes_are_like_one(start, tmp_path):
         assert_same_run(*runs, rtol=1e-5, atol=1e-5)
 
 
+def errors_of(outputs):
+    """The lines of errors in each; none of them a traceback or an abortion of JAX's."""
+    for output in outputs:
+        assert not re.search("Traceback|stack trace", output), output
+    return [re.findall("^error: .*", output, re.MULTILINE) for output in outputs]
+
+
+def test_an_error_in_one_process_ends_all(start, tmp_path):
+    """With one line in each: here the first one alone finds the folder taken."""
+    folder = tmp_path / "taken" / "teacher"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outputs = finish(*pair(start, "teacher", "taken"), status=1)
+    expected = f"error: another run is writing to {folder}; stop it, or use another --workdir"
+    assert errors_of(outputs) == [[expected]] * 2
+
+
+def test_uneven_processes(start):
+    outputs = finish(*pair(start, "teacher", "uneven", devices=(1, 3)), status=1)
+    for (line,) in errors_of(outputs):
+        assert line.startswith("error: the processes have different numbers of devices (1, 3)")
+
+
+def test_a_lost_process_ends_the_others(start, tmp_path):
+    first, second = pair(start, "teacher", "lost", "--steps=100000")
+    while not read_metrics(tmp_path / "lost/teacher/metrics.jsonl"):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    second.kill()
+    (line,) = errors_of(finish(first, status=1))[0]
+    assert re.match(r"error: (another process|process 1) of the run has ended or does not", line)
+
+
+def test_a_late_process_is_not_waited_for(start):
+    addresses = ["--cluster.coordinator-address=localhost:0", "--cluster.num-processes=2"]
+    alone = start("teacher", "late", 1, *addresses, "--cluster.process-id=0", "--cluster.timeout=2")
+    (line,) = errors_of(finish(alone, status=1))[0]
+    assert line.startswith("error: not all processes of the cluster started within 2 s")
+
+
 def test_cluster_that_is_not_there():
     """An error in time, where JAX would abort the process, or take it for the only one."""
     with pytest.raises(UserError, match="localhost:1: no answer"):
@@ -186,6 +229,7 @@ def test_what_is_given_is_not_looked_for(monkeypatch):
         found.append(cluster_detection_method)
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(parallel._failures, "watch", lambda: None)
     parallel.start(Cluster())
     parallel.start(Cluster("localhost:1", num_processes=2, process_id=0))
     assert found == [None, "deactivate"]

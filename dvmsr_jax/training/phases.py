@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dvmsr_jax import data, files, parallel
 from dvmsr_jax.checkpoint import Best, Checkpoints, load_facts, phase_directory
-from dvmsr_jax.config import TrainConfig, check
+from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.model import named_parameters
@@ -39,8 +39,7 @@ class Run:
     """What a phase is made of. What takes long, or much memory, is made when it is asked for."""
 
     def __init__(self, config: TrainConfig):
-        """Raises UserError if the configuration, the data or the teacher cannot be used."""
-        check(config)
+        """Raises UserError if the devices, the data or the teacher cannot be used."""
         check_scan(config.compute)
         self.config = config
         self.mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
