@@ -19,10 +19,10 @@ from dvmsr_jax.checkpoint import Best, Checkpoints, load_facts, phase_directory
 from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import StoppedError, UserError
-from dvmsr_jax.model import named_parameters
-from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.model import Weights
+from dvmsr_jax.pretrained import load_weights
 from dvmsr_jax.training import report
-from dvmsr_jax.training.step import Teacher, TrainState, TrainStep, init_state, memory_of
+from dvmsr_jax.training.step import TrainState, TrainStep, init_state, memory_of
 from dvmsr_jax.training.targets import Targets, load_targets, teacher_id
 from dvmsr_jax.training.validation import Validator
 from dvmsr_jax.vimm import check_scan
@@ -83,7 +83,7 @@ class Run:
     @functools.cached_property
     def teacher_id(self) -> str | None:
         """See `targets.teacher_id`."""
-        return self.teacher and teacher_id(self.teacher.config, self.teacher.parameters)
+        return None if self.teacher is None else teacher_id(self.teacher)
 
     @functools.cached_property
     def _targets(self) -> Targets | None:
@@ -185,7 +185,7 @@ def _take_steps(
                     log.scalars(step, values)
                 recent.restart()
             if validate_now:
-                psnr_y, sample = validate(state.ema)
+                psnr_y, sample = validate(Weights(config.model, state.ema))
                 psnr_y = parallel.from_first(psnr_y)
                 best = max(best, Best(step, psnr_y), key=lambda best: best.psnr_y)
                 if log:
@@ -240,7 +240,7 @@ def teacher_path(config: TrainConfig) -> Path:
     return config.workdir.expanduser() / "teacher"
 
 
-def load_teacher(config: TrainConfig) -> Teacher | None:
+def load_teacher(config: TrainConfig) -> Weights | None:
     """The frozen teacher that the student phase is to learn from; None in the teacher phase.
 
     Raises:
@@ -261,13 +261,13 @@ def load_teacher(config: TrainConfig) -> Teacher | None:
                 f"the teacher in {path} has {left} steps to go; finish it, or pass it as it is "
                 f"with --distill.teacher {path}"
             )
-    teacher = load_model(path)
+    teacher = load_weights(path)
     if teacher.config.scale != config.model.scale:
         raise UserError(
             f"{path} is a teacher for x{teacher.config.scale}, the student is to be "
             f"x{config.model.scale}"
         )
-    return Teacher(teacher.config, named_parameters(teacher))
+    return teacher
 
 
 class _Recent:
