@@ -21,7 +21,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,14 +91,18 @@ class Checkpoints:
         sources: Mapping[str, str | None] | None = None,
         *,
         allow_changes: bool = False,
+        describe_data: Callable[[str], str] = lambda identity: "",
     ):
         """`sources` names what the run is made from; a run made from others is not gone on with.
 
         With `allow_changes` it is all the same, and with another configuration, where possible.
+        `describe_data` returns how the data differ from those of another "data" source, for the
+        messages.
         """
         self.config = config
         self._description = to_json(config) | {"sources": dict(sources or {})}
         self._allow_changes = allow_changes
+        self._describe_data = describe_data
         self.directory = phase_directory(config) / "checkpoints"
         self._keep_best = _KeepBest()
         self._saving: int | None = None
@@ -228,6 +232,8 @@ class Checkpoints:
         if not differing:
             return set()
         lines = "\n".join(f"  {n}: {stored.get(n)} there, {current.get(n)} now" for n in differing)
+        if "sources.data" in differing and stored.get("sources.data") is not None:
+            lines += f"\n  ({self._describe_data(stored['sources.data'])})"
         shaping = {name for name, effect in _EFFECTS.items() if effect is Effect.SHAPES}
         if self.config.distill.level == "mid":
             shaping.add("sources.teacher")

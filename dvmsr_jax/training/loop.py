@@ -1,6 +1,7 @@
 """The training loop of both phases: steps, logs, validations, checkpoints, stop and resume."""
 
 import contextlib
+import functools
 import signal
 import sys
 import time
@@ -57,7 +58,12 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
         _sole_use(directory),
         _StopSignals() as stop,
         contextlib.closing(
-            Checkpoints(config, sources, allow_changes=allow_changes)
+            Checkpoints(
+                config,
+                sources,
+                allow_changes=allow_changes,
+                describe_data=functools.partial(data.describe_change, run.records.folder),
+            )
         ) as checkpoints,
     ):
         state, best = run.initial_state(), Best()

@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from dvmsr_jax import images, parallel
-from dvmsr_jax.data.records import DataError, hr_side, open_records, read_preparation
+from dvmsr_jax.data.records import DataError, Preparation, hr_side, open_records
 from dvmsr_jax.files import checksum, replacing, write_json
 from dvmsr_jax.inference import upscale_batch
 from dvmsr_jax.model import Weights
@@ -82,10 +82,9 @@ def target_folders(folder: Path) -> list[Path]:
 
 def shard_shapes(path: Path) -> dict[Path, tuple[int, ...]]:
     """The files that a folder of targets is to hold, and the shapes of their arrays."""
-    preparation = read_preparation(path.parents[1])
-    shards = preparation["shards"].values()
-    count = sum(shard["records"] for shard in shards if shard["split"] == "train")
-    side = hr_side(preparation["scale"])
+    preparation = Preparation.read(path.parents[1])
+    count = sum(shard.records for shard in preparation.of_split("train").values())
+    side = hr_side(preparation.scale)
     return {
         path / f"{start // PER_SHARD:05}.npy": (min(PER_SHARD, count - start), side, side, 3)
         for start in range(0, count, PER_SHARD)
@@ -183,7 +182,7 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, expected at least 1")
     weights = load_weights(ckpt)
-    scale = read_preparation(folder)["scale"]
+    scale = Preparation.read(folder).scale
     if weights.config.scale != scale:
         raise DataError(
             f"{ckpt} is a teacher for x{weights.config.scale}, {folder} was prepared for x{scale}"
