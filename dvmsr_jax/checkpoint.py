@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from dvmsr_jax import files, parallel
 from dvmsr_jax.config import Effect, ModelConfig, TrainConfig, effects
 from dvmsr_jax.errors import UserError, is_out_of_memory
-from dvmsr_jax.model import check_finite
+from dvmsr_jax.model import Weights, check_finite
 
 _EFFECTS = effects(TrainConfig)
 # What the score of given weights depends on, besides the scale: validations before and after one of
@@ -274,18 +274,23 @@ def phase_directory(config: TrainConfig) -> Path:
     return config.workdir.expanduser() / config.phase
 
 
-def load_weights(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """Configuration and averaged weights of a run's newest checkpoint, or of a given one.
+def load_weights(path: Path) -> Weights:
+    """The averaged weights of a run's newest checkpoint, or of a given one.
 
     Args:
         path: WORKDIR/PHASE, its `checkpoints`, or one STEP in there.
 
     Raises:
-        CheckpointError: there is no readable checkpoint at `path`.
+        CheckpointError: there is no readable checkpoint at `path`, or its weights are not finite.
     """
-    step = find_step(path).absolute()
+    step = find_step(path)
     with _reading(step, ("config", "ema")):
-        return ModelConfig(**_read_json(step, "config")["model"]), read_arrays(step / "ema")
+        config = ModelConfig(**_read_json(step, "config")["model"])
+        parameters = read_arrays(step / "ema")
+    try:
+        return Weights.from_file(config, parameters)
+    except ValueError as error:
+        raise CheckpointError(f"{step}: {error}") from error
 
 
 def load_facts(path: Path) -> dict[str, Any]:
@@ -297,13 +302,14 @@ def load_facts(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no readable checkpoint at `path`.
     """
-    step = find_step(path).absolute()
+    step = find_step(path)
     with _reading(step, ("config",)):
         return {"step": int(step.name), **_read_json(step, "config")}
 
 
 def read_arrays(item: Path) -> Any:
     """An item of a checkpoint as NumPy arrays: the devices that they were on need not be here."""
+    item = item.absolute()
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         as_numpy = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).tree

@@ -19,6 +19,7 @@ from dvmsr_jax.checkpoint import Best, Checkpoints, phase_directory
 from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import StoppedError, UserError
+from dvmsr_jax.model import Weights
 from dvmsr_jax.training import report
 from dvmsr_jax.training.run import Run
 from dvmsr_jax.training.step import TrainState, memory_of
@@ -125,7 +126,7 @@ def _take_steps(
                     log.scalars(step, values)
                 recent.restart()
             if validate_now:
-                psnr_y, sample = validate(state.ema)
+                psnr_y, sample = validate(Weights(config.model, state.ema))
                 psnr_y = parallel.from_first(psnr_y)
                 best = max(best, Best(step, psnr_y), key=lambda best: best.psnr_y)
                 if log:
