@@ -116,18 +116,17 @@ def main(
 
         for threads in workers:
             config = DataConfig(lr_crop=lr_crop, batch_size=batch_size, workers=threads)
-            stream = data.batches(train, config, scale=SCALE, **span)
-            show(f"from disk, {threads} workers", stream)
+            feed = data.make_feed(train, config, scale=SCALE)
+            show(f"from disk, {threads} workers", feed.inputs(**span))
 
-        show("plans alone", data.plans(train, config, **span))
-        cache = jax.device_put(data.load_cache(train))
-        cut = jax.jit(data.cut, static_argnums=(2, 3))
-        plans = data.plans(train, config, **span)
-        show("from device memory", (cut(cache, plan, lr_crop, SCALE) for plan in plans))
+        config = DataConfig(lr_crop=lr_crop, batch_size=batch_size, cache="device")
+        feed = data.make_feed(train, config, scale=SCALE)
+        show("plans alone", feed.inputs(**span))
+        cache, crops = jax.device_put(feed.load_cache()), jax.jit(feed.crops)
+        show("from device memory", (crops(cache, plan) for plan in feed.inputs(**span)))
 
         config = DataConfig(lr_crop=lr_crop, batch_size=step_batch_size)
-        (plan,) = data.plans(train, config, seed=0, start=0, stop=1)
-        batch = cut(cache, plan, lr_crop, SCALE)
+        (batch,) = data.make_feed(train, config, scale=SCALE).inputs(seed=0, start=0, stop=1)
         for name, model in models.items():
             step = make_step(model)
             show(name, (step(batch) for _ in range(1 + steps)), step_batch_size, 1)

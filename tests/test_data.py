@@ -105,13 +105,18 @@ def test_device_cuts_the_same_batches(with_targets):
     targets = [255 - record["hr"] for record in records] if with_targets else None
     config = DataConfig(lr_crop=6, batch_size=32)
     span = {"seed": 3, "start": 1, "stop": 3}
-    cache = jax.device_put(data.load_cache(records, targets))
+    host, device = (
+        data.make_feed(records, dataclasses.replace(config, cache=cache), scale=4, targets=targets)
+        for cache in ("none", "device")
+    )
+    assert host.load_cache() == {}
+    cache = jax.device_put(device.load_cache())
     assert cache.keys() == ({"lr", "hr", "target"} if with_targets else {"lr", "hr"})
-    cut = jax.jit(data.cut, static_argnums=(2, 3))
-    batches = data.batches(records, config, scale=4, targets=targets, **span)
+    cut = jax.jit(device.crops)
     symmetries = set()
-    for batch, plan in zip(batches, data.plans(records, config, **span), strict=True):
-        result = cut(cache, plan, 6, 4)
+    for batch, plan in zip(host.inputs(**span), device.inputs(**span), strict=True):
+        assert host.crops({}, batch) is batch
+        result = cut(cache, plan)
         assert result.keys() == batch.keys()
         for name in batch:
             np.testing.assert_array_equal(result[name], batch[name])

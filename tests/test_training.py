@@ -528,23 +528,18 @@ records["hr"] = records["lr"].repeat(4, 1).repeat(4, 2)
 records = [{name: x[i] for name, x in records.items()} for i in range(9)]
 teacher = Weights.of(DVMSR(TEACHER, rngs=nnx.Rngs(1)))
 
-def run(phase, cached=False, **changes):
+def run(phase, cache="none", **changes):
     optim = OptimConfig(learning_rate=1e-3, accumulate=changes.pop("accumulate", 1))
     config = TrainConfig(
-        phase=phase, model=SMALL, data=DataConfig(lr_crop=6, batch_size=8), optim=optim, steps=5,
-        **changes,
+        phase=phase, model=SMALL, data=DataConfig(lr_crop=6, batch_size=8, cache=cache),
+        optim=optim, steps=5, **changes,
     )
     mesh = parallel.make_mesh(8, optim.accumulate)
     frozen = teacher if phase == "student" else None
     state = parallel.replicate(step.init_state(config, frozen), mesh)
-    cache = data.load_cache(records) if cached else None
-    train_step = step.TrainStep(config, mesh, frozen, cache)
-    span = {"seed": 0, "start": 0, "stop": 5}
-    batches = (
-        data.plans(records, config.data, **span)
-        if cached else data.batches(records, config.data, scale=4, **span)
-    )
-    for batch in parallel.prefetch(batches, mesh):
+    feed = data.make_feed(records, config.data, scale=4)
+    train_step = step.TrainStep(config, mesh, frozen, feed)
+    for batch in parallel.prefetch(feed.inputs(seed=0, start=0, stop=5), mesh):
         state, metrics = train_step(state, batch)
     return {"loss": metrics["loss"], **state.params["model"]}
 
@@ -552,7 +547,7 @@ results = {"teacher": run("teacher"), "student": run("student")}
 if jax.device_count() == 2:
     results["student, accumulated"] = run("student", accumulate=4)
     results["student, rematerialised"] = run("student", remat=True)
-    results["student, cached"] = run("student", cached=True)
+    results["student, cached"] = run("student", cache="device")
     print(*(len(x.sharding.device_set) for x in results["student"].values()))
 np.savez(sys.argv[1], **{f"{k}/{n}": x for k, v in results.items() for n, x in v.items()})
 """

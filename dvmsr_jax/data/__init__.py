@@ -8,17 +8,18 @@ of them by the device.
 `python -m dvmsr_jax.data --help` lists the commands that prepare and check.
 """
 
-from dvmsr_jax.data.batches import batches, cut, load_cache, plans
+from dvmsr_jax.data.batches import batches, plans
+from dvmsr_jax.data.feed import Feed, make_feed
 from dvmsr_jax.data.prepare import load_records
 from dvmsr_jax.data.records import Records, describe_change, identity
 
 __all__ = [
+    "Feed",
     "Records",
     "batches",
-    "cut",
     "describe_change",
     "identity",
-    "load_cache",
     "load_records",
+    "make_feed",
     "plans",
 ]

@@ -35,28 +35,17 @@ class Run:
 
     def make_step(self) -> TrainStep:
         """The step. Raises UserError if it needs a teacher's outputs and there are none."""
-        targets = self._targets  # fails at once if they are missing
-        cached = self.config.data.cache == "device"
-        cache = data.load_cache(self.records.train, targets) if cached else None
-        return TrainStep(self.config, self.mesh, self.teacher, cache)
+        return TrainStep(self.config, self.mesh, self.teacher, self._feed)
 
     def batches(self, start: int) -> Iterator[Any]:
         """Those from step `start` to the end, on the devices. Raises as `make_step`."""
-        config = self.config
-        span: dict[str, Any] = {
-            "seed": config.seed,
-            "start": start,
-            "stop": config.steps,
-            "shard": (jax.process_index(), jax.process_count()),
-        }
-        if config.data.cache == "device":
-            source = data.plans(self.records.train, config.data, **span)
-        else:
-            scale, targets = config.model.scale, self._targets
-            source = data.batches(
-                self.records.train, config.data, scale=scale, targets=targets, **span
-            )
-        return parallel.prefetch(source, self.mesh)
+        inputs = self._feed.inputs(
+            seed=self.config.seed,
+            start=start,
+            stop=self.config.steps,
+            shard=(jax.process_index(), jax.process_count()),
+        )
+        return parallel.prefetch(inputs, self.mesh)
 
     @property
     def devices(self) -> str:
@@ -69,7 +58,15 @@ class Run:
         return None if self.teacher is None else teacher_id(self.teacher)
 
     @functools.cached_property
-    def _targets(self) -> Targets | None:
+    def _feed(self) -> data.Feed:
+        return data.make_feed(
+            self.records.train,
+            self.config.data,
+            scale=self.config.model.scale,
+            targets=self._load_targets(),
+        )
+
+    def _load_targets(self) -> Targets | None:
         if self.teacher_id is None or self.config.distill.targets == "online":
             return None
         return load_targets(

@@ -7,12 +7,10 @@ schedule and average the weights; validation, export and distillation use the av
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
@@ -150,8 +148,8 @@ def loss_function(
 class TrainStep:
     """step(state, batch) -> (state, metrics), compiled once; donates the state.
 
-    A batch is of uint8 crops, {"lr", "hr"[, "target"]}, or, with a `cache` of the whole sub-images
-    on the devices, a plan of them (`data.plans`); it is sharded over the mesh, all else replicated.
+    A batch is an input of `feed` or, without one, uint8 crops {"lr", "hr"[, "target"]}; it is
+    sharded over the mesh, all else replicated.
 
     Loss and gradients are computed under `shard_map`, each device on its share of the batch, so
     that kernels which XLA cannot partition stay local; their means over the devices update the
@@ -164,12 +162,11 @@ class TrainStep:
         config: TrainConfig,
         mesh: Mesh,
         teacher: Weights | None = None,
-        cache: Mapping[str, Array | np.ndarray] | None = None,
+        feed: data.Feed | None = None,
     ):
         optimizer = make_optimizer(config.optim, config.steps)
         schedule = learning_rate(config.optim, config.steps)
         replicated, sharded = PartitionSpec(), PartitionSpec(parallel.AXIS)
-        cached = cache is not None  # the arrays themselves are not to be kept on the host
 
         @functools.partial(
             jax.shard_map,
@@ -179,8 +176,8 @@ class TrainStep:
             check_vma=False,  # the means below are explicit, and custom VJPs stay simple
         )
         def gradients(params, constants, step, batch):
-            if cached:
-                batch = data.cut(constants["cache"], batch, config.data.lr_crop, config.model.scale)
+            if feed is not None:
+                batch = feed.crops(constants["cache"], batch)
             frozen = constants["teacher"]
             count = len(batch["lr"])
             key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -217,7 +214,8 @@ class TrainStep:
 
         self._step: Any = train_step
         # Arguments rather than constants, for XLA not to fold 7 million weights into the code.
-        self._constants = parallel.replicate({"teacher": teacher, "cache": cache or {}}, mesh)
+        cache = {} if feed is None else feed.load_cache()
+        self._constants = parallel.replicate({"teacher": teacher, "cache": cache}, mesh)
 
     def __call__(
         self, state: TrainState, batch: dict[str, Array]
