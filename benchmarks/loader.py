@@ -126,7 +126,10 @@ def main(
         show("from device memory", (crops(cache, plan) for plan in feed.inputs(**span)))
 
         config = DataConfig(lr_crop=lr_crop, batch_size=step_batch_size)
-        (batch,) = data.make_feed(train, config, scale=SCALE).inputs(seed=0, start=0, stop=1)
+        (crops_of_a_step,) = data.make_feed(train, config, scale=SCALE).inputs(
+            seed=0, start=0, stop=1
+        )
+        batch = jax.device_put(crops_of_a_step)
         for name, model in models.items():
             step = make_step(model)
             show(name, (step(batch) for _ in range(1 + steps)), step_batch_size, 1)
