@@ -217,6 +217,15 @@ def test_df2k_takes_only_high_resolution_pictures(server, config, folder, conten
     assert f"no checksum is published; its SHA-256 is {digest}" in capsys.readouterr().out
 
 
+def test_a_validation_picture_is_not_trained_on(server, config, capsys):
+    """Pictures of Flickr2K that are also in DIV2K, under other names."""
+    server.contents["Flickr2K.tar"] = make_tar([1, 801, 13])
+    records = data.load_records(dataclasses.replace(config, dataset="df2k"), 4)
+    assert names(records.train) == {f"000{i}.png" for i in range(1, 6)} | {"000013.png"}
+    assert names(records.val) == {"0801.png", "0802.png"}
+    assert "dropped 2 of 10 pictures" in capsys.readouterr().out
+
+
 def test_the_prepare_command_downloads(server, config, tmp_path, capsys):
     prepare_command(tmp_path / "out", dataset="df2k", val_images=1, data_dir=config.data_dir)
     records = data.load_records(DataConfig(prepared=tmp_path / "out"), 4)
