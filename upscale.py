@@ -4,7 +4,9 @@
     python upscale.py photos/ -o large/ --format webp  -> large/..., with the folders in photos/
     python upscale.py - < photo.jpg > photo_x4.png
 
-A result that exists is skipped, so a command that was interrupted can be given again.
+A result that exists is skipped, so a command that was interrupted can be given again. Where another
+picture of the same name lies beside photo.jpg, such as photo.png, results are named after the
+format too: photo_jpg_x4.png.
 """
 
 import signal
@@ -41,14 +43,16 @@ class Arguments:
     for standard input."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """A file, a folder (its name ends in /), or - for standard output. None: beside each input."""
-    format: Literal["png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif"] | None = None
-    """None: by the output's name, or else PNG. Animations and pages stay what they are."""
+    format: Literal["same", "png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif"] | None = None
+    """same: each input's own (PNG for AVIF and HEIC). None: by the output's name, or else PNG, but
+    animations and several pages keep their format."""
     scale: float | None = None
     """Factor. Another one than the model's is reached by resizing what it gives."""
     overwrite: bool = False
     """Replace results that exist. An input is never replaced."""
-    quality: int | None = None
-    """Of JPEG and WebP, 1 to 100. None: 95."""
+    quality: int | Literal["lossless"] | None = None
+    """Of JPEG and WebP, 1 to 100; WebP can be lossless. None: 95, or lossless for a WebP that was
+    lossless before."""
     self_ensemble: bool = False
     """Average over the eight flips and turns of a picture: slightly better, eight times slower."""
     ckpt: Path = DEFAULT_WEIGHTS
@@ -77,13 +81,12 @@ def run(arguments: Arguments) -> int:
     if not arguments.inputs:
         raise UserError("no pictures are named")
     if arguments.quality is not None:
-        if not 1 <= arguments.quality <= 100:
+        if isinstance(arguments.quality, int) and not 1 <= arguments.quality <= 100:
             raise UserError(f"--quality is {arguments.quality}, not within 1 .. 100")
         asked = f".{arguments.format}" if arguments.format else Path(arguments.output or "").suffix
-        if formats.BY_SUFFIX.get(asked.lower()) not in (formats.JPEG, formats.WEBP):
-            raise UserError(
-                "--quality has an effect on JPEG and WebP only: add --format jpg or webp"
-            )
+        lossy = formats.BY_SUFFIX.get(asked.lower()) in (formats.JPEG, formats.WEBP)
+        if not lossy and asked != formats.SAME:
+            raise UserError("--quality is for JPEG and WebP only: add --format jpg, webp or same")
     if not 0 < arguments.max_megapixels < math.inf:
         raise UserError(f"--max-megapixels is {arguments.max_megapixels:g}, not a positive number")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, the summary tells
@@ -116,7 +119,7 @@ def run(arguments: Arguments) -> int:
         upscaler,
         keep=arguments.inputs,
         overwrite=arguments.overwrite,
-        quality=95 if arguments.quality is None else arguments.quality,
+        quality=arguments.quality,
         max_pixels=int(arguments.max_megapixels * 1e6),
     )
     outcomes: list[batch.Outcome] = []

@@ -1,7 +1,9 @@
 """What is written is read back: pixels, frames, pages and what belongs to them."""
 
+import contextlib
 import struct
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import ExifTags, Image, ImageCms
 from dvmsr_jax.pictures import formats
 from dvmsr_jax.pictures.formats import BMP, GIF, JPEG, PNG, TIFF, WEBP, FormatError
 from dvmsr_jax.pictures.metadata import MAIN, Metadata
-from dvmsr_jax.pictures.reading import BandedFrame, Picture
+from dvmsr_jax.pictures.reading import BandedFrame, ImageError, Picture
 
 RNG = np.random.default_rng(0)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -28,7 +30,7 @@ NOTHING = Metadata()
 def write(tmp_path):
     """Writes arrays as the frames of a picture of some kind, and gives the file's path."""
 
-    def write(form, *frames, metadata=NOTHING, source="PNG", plays=0, quality=95, scale=1.0):
+    def write(form, *frames, metadata=NOTHING, source="PNG", plays=0, quality=None, scale=1.0):
         suffix = next(key for key, value in formats.BY_SUFFIX.items() if value is form)
         path = tmp_path / f"picture{suffix}"
         banded = (
@@ -45,6 +47,9 @@ def write(tmp_path):
 
 class Source(Picture):
     """Knows what is asked about the picture that was enlarged."""
+
+    def is_lossless_webp(self):
+        return False
 
     def __init__(self, frames, form, plays):
         self._frames, self.format, self.plays = frames, form, plays
@@ -90,6 +95,37 @@ def test_what_a_format_cannot_hold_is_made_to_fit(write):
     grey = (deep[:, :, :1] >> 8).astype(np.uint8)
     assert only_pixels(write(JPEG, grey)).shape[2] == 1
     assert only_pixels(write(WEBP, grey)).shape[2] == 3
+
+
+@pytest.mark.parametrize("plays", [1, 0])
+@pytest.mark.parametrize("quality", ["lossless", 100])
+@pytest.mark.parametrize("metadata", [NOTHING, Metadata(SRGB)])
+def test_lossless_webp(write, quality, plays, metadata):
+    """Plain, with a profile, and animated."""
+    pixels = (DEEP >> 8).astype(np.uint8)
+    pixels[:, :, 3] |= 1  # hidden pixels need not be kept
+    frames = [pixels, pixels[::-1].copy()][: 2 - plays]
+    picture = Picture(write(WEBP, *frames, quality=quality, metadata=metadata))
+    lossless = quality == "lossless"
+    assert picture.is_lossless_webp() == lossless
+    for frame, expected in zip(picture.frames(), frames, strict=True):
+        assert np.array_equal(frame.pixels, expected) == lossless
+    # Enlarged, such a picture stays what it was, if nothing else is asked for.
+    banded = [BandedFrame(x.shape, x.dtype, [x], NOTHING) for x in frames]
+    for asked, expected in ((None, lossless), (80, False), ("lossless", True)):
+        path = Path(picture._source).with_name("again.webp")
+        formats.write(path, WEBP, banded, picture, scale=1.0, quality=asked)
+        assert Picture(path).is_lossless_webp() == expected
+    formats.check_holds(WEBP, picture, "lossless")
+    with pytest.raises(FormatError, match="JPEG cannot be lossless"):
+        formats.check_holds(JPEG, Source(frames[:1], "PNG", 0), "lossless")
+
+
+def test_damaged_webp_is_not_lossless(write, tmp_path):
+    data = write(WEBP, (DEEP >> 8).astype(np.uint8), quality="lossless").read_bytes()
+    for damaged in (data.replace(b"VP8L", b"VP9L"), data[:12] + bytes(3)):
+        with contextlib.suppress(ImageError):
+            assert not Picture(damaged).is_lossless_webp()
 
 
 def test_gif(write):

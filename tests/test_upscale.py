@@ -22,7 +22,7 @@ import upscale
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR
-from dvmsr_jax.pictures import batch, formats
+from dvmsr_jax.pictures import batch, formats, reading
 from dvmsr_jax.pictures.batch import STANDARD, Job, Outcome
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 from dvmsr_jax.pretrained import save_safetensors
@@ -104,6 +104,61 @@ def test_names_that_would_coincide():
     assert set(targets(plan("cases")).values()) == {"cases/a_png_x4", "cases/A_png_x4"}
     in_one_folder = targets(plan("a.jpg", "other/A.webp", output="out/"))
     assert set(in_one_folder.values()) == {"out/a_jpg_x4", "out/A_webp_x4"}
+
+
+def test_a_name_does_not_depend_on_what_else_is_named(upscaler):
+    """Pictures of one stem, given one after the other or together, again and in any order."""
+    make("a.jpg", "a.png", "b.jpg", "c/a.bmp")
+    Path("b.png").symlink_to("b.jpg")
+    alone = {"a.jpg": "a_jpg_x4", "a.png": "a_png_x4", "b.jpg": "b_jpg_x4", "b.png": "b_png_x4"}
+    for name, target in alone.items():
+        assert targets(plan(name)) == {name: target}
+        assert targets(plan(name, output="out/")) == {name: f"out/{target}"}
+    del alone["b.png"]  # is b.jpg
+    assert targets(plan(".")) == {**alone, "c/a.bmp": "c/a_x4"}
+    assert [run(upscaler, name)[name].what for name in ("a.jpg", "a.png")] == [
+        *("a_jpg_x2.png", "a_png_x2.png")
+    ]
+    for inputs in (["."], ["a.png"], ["a.png", "a.jpg", "b.jpg"]):
+        outcomes = run(upscaler, *inputs)
+        assert outcomes["a.png"].what.startswith("a_png_x2.png exists")
+
+
+def test_a_name_does_not_change_with_the_results(upscaler):
+    """Which appear beside the inputs; nor with what is not read."""
+    make("a.jpg", "a_x2.jpg", ".a.png")
+    for name in ("a.txt", "a.nef"):
+        Path(name).touch()
+    for status in ("done", "skipped"):
+        for name, result in (("a_x2.jpg", "a_x2_x2.png"), ("a.jpg", "a_x2.png")):
+            (outcome,) = run(upscaler, name).values()
+            assert (outcome.status, outcome.what.split()[0]) == (status, result)
+    assert run(upscaler, "a.jpg", suffix=".webp")["a.jpg"].what == "a_x2.webp"
+
+
+def test_results_in_the_inputs_own_formats(upscaler):
+    """As the contents tell, not the name."""
+    formats_of = {"a.jpeg": "JPEG", "b.png": "PNG", "c.tiff": "TIFF", "d.webp": "WEBP"}
+    formats_of |= {"e.bmp": "BMP", "f.gif": "GIF", "g.avif": "AVIF"}
+    make(*formats_of, size=(40, 30))
+    Path("h.png").write_bytes(Path("a.jpeg").read_bytes())
+    Image.effect_noise((40, 30), 50).save("i.webp", lossless=True)
+    results = {
+        name: Path(one.what) for name, one in run(upscaler, ".", suffix=formats.SAME).items()
+    }
+    assert {path.name for path in results.values()} == {
+        *("a_x2.jpg", "b_x2.png", "c_x2.tif", "d_x2.webp", "e_x2.bmp", "f_x2.gif", "g_x2.png"),
+        *("h_x2.jpg", "i_x2.webp"),
+    }
+    for name, form in formats_of.items():
+        with Image.open(results[name]) as image:
+            assert (image.format, image.size) == (form.replace("AVIF", "PNG"), (80, 60))
+    assert reading.Picture("i_x2.webp").is_lossless_webp()
+    assert not reading.Picture("d_x2.webp").is_lossless_webp()
+    (job,) = plan("a.jpeg", output="-", suffix=formats.SAME)
+    assert job == Job(Path("a.jpeg"), STANDARD, formats.SAME)
+    with pytest.raises(UserError, match="--format same"):
+        plan("a.jpeg", output="x.jpg", suffix=formats.SAME)
 
 
 def test_results_of_earlier_runs_are_no_inputs():
@@ -408,6 +463,13 @@ def test_the_command(weights, monkeypatch, capsys):
     assert run_main(monkeypatch, "in/a.png", "--ckpt", weights, "--scale", "1.5") == 0
     with Image.open("in/a_x1.5.png") as image:
         assert image.size == (6, 4)
+    same = ("in/b.jpg", "--ckpt", weights, "--format", "same", "--quality", "90")
+    assert run_main(monkeypatch, *same) == 0
+    with Image.open("in/b_x4.jpg") as image:
+        assert image.format == "JPEG"
+    arguments = ("in/a.png", "-o", "a.webp", "--quality", "lossless", "--ckpt", weights)
+    assert run_main(monkeypatch, *arguments) == 0
+    assert reading.Picture("a.webp").is_lossless_webp()
 
 
 def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
@@ -423,6 +485,7 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         (["a.png", "--ckpt", weights, "--quality", "80"], "add --format"),
         (["a.png", "--ckpt", weights, "--quality", "80", "--format", "png"], "add --format"),
         (["a.png", "--ckpt", weights, "--quality", "80", "-o", "x.png"], "add --format"),
+        (["a.png", "--ckpt", weights, "--quality", "101", "--format", "same"], "--quality is 101"),
         *(
             (
                 ["a.png", "--ckpt", weights, "--max-megapixels", value],

@@ -20,6 +20,7 @@ import requests
 from tqdm import tqdm
 
 from dvmsr_jax.data.records import DataError
+from dvmsr_jax.errors import StoppedError
 from dvmsr_jax.files import checksum, lock, replacing
 
 MIRROR = "DVMSR_MIRROR"
@@ -93,6 +94,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
     Raises:
         DataError: the archive cannot be downloaded, is damaged or too large for the disk, or the
             folder of its pictures is incomplete.
+        StoppedError: Ctrl-C interrupted it.
     """
     pictures = folder / PurePosixPath(archive.folder).name
     try:
@@ -139,11 +141,9 @@ def _make(archive: Archive, folder: Path, pictures: Path) -> None:
             remedy = f"the download was removed; {_by_hand(archive, folder)}"
         raise DataError(f"{path}: {error}; {remedy}") from error
     except KeyboardInterrupt:
-        print(
-            f"{archive.name}: what was downloaded and unpacked so far is kept; "
-            f"{_by_hand(archive, folder)}"
-        )
-        raise
+        raise StoppedError(
+            f"stopped; what was downloaded and unpacked so far is kept; {_by_hand(archive, folder)}"
+        ) from None
     if path == download:
         download.unlink()
 

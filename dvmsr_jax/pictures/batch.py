@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import itertools
 import logging
@@ -10,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +53,7 @@ class Job:
     source: Path
     target: Path
     suffix: str | None
-    """What is to be added to the target; None: what suits the picture."""
+    """What is to be added to the target; None or formats.SAME: see `formats.choose_suffix`."""
 
 
 class DiskFullError(UserError):
@@ -69,10 +70,12 @@ def plan(
         output: a file; a folder, in which those inside the inputs are repeated; "-". None: the
             folder of each input, and "-" for "-".
         scale: factor, which is part of the results' names.
-        suffix: theirs. None: that of the output or, if it has none, what suits the picture.
+        suffix: theirs. None: that of the output or, if it has none, what suits the picture, as
+            formats.SAME does in any case (see `formats.choose_suffix`).
 
-    A result is named STEM_xSCALE or, if two inputs differ in their suffixes only,
-    STEM_SUFFIX_xSCALE; an input whose result would still have the name of another's fails. What was
+    A result is named STEM_xSCALE or, if another picture beside its own or among the inputs has the
+    same stem, STEM_SUFFIX_xSCALE: so its name does not depend on which of them are named in a
+    command. An input whose result would still have the name of another's fails. What was
     found in a folder or by a pattern is skipped if its name says that it is the result of another
     input, and so is an input that has been named if it lies where another one's result would:
     shells replace patterns by names.
@@ -107,9 +110,17 @@ def plan(
     }
     # Some file systems take upper and lower case for the same.
     namesakes = Counter(str(place / path.stem).casefold() for path, place in places.items())
+    beside = functools.cache(_names_by_stem)
+
+    def has_namesake(path: Path) -> bool:
+        return any(
+            name.casefold() != path.name.casefold()
+            for name in beside(path.parent)[path.stem.casefold()]
+        )
+
     targets: dict[Path, Path] = {}
     for path, place in places.items():
-        alone = namesakes[str(place / path.stem).casefold()] == 1
+        alone = namesakes[str(place / path.stem).casefold()] == 1 and not has_namesake(path)
         stem = path.stem if alone else _long_stem(path)
         targets[path] = place / f"{stem}_x{scale:g}"
     originals = {path.with_name(stem) for path in places for stem in (path.stem, _long_stem(path))}
@@ -145,7 +156,7 @@ def run(
     *,
     keep: Sequence[str] = (),
     overwrite: bool = False,
-    quality: int = 95,
+    quality: formats.Quality = None,
     max_pixels: int = reading.MAX_PIXELS,
 ) -> Iterator[Outcome]:
     """Does the jobs, one after the other.
@@ -159,7 +170,7 @@ def run(
         upscaler: what to do it with.
         keep: further files not to be overwritten: what the user has named, for one.
         overwrite: whether existing results are made again. They are skipped otherwise.
-        quality: of JPEG and WebP, from 1 to 100.
+        quality: of JPEG and WebP (see `formats.write`).
         max_pixels: limit of a picture's size, against decompression bombs (see `Picture`).
 
     Raises:
@@ -193,14 +204,14 @@ def _do(
     kept: Mapping[tuple[int, int] | None, str],
     named: Collection[tuple[int, int] | None],
     overwrite: bool,
-    quality: int,
+    quality: formats.Quality,
     max_pixels: int,
 ) -> Outcome:
     """`kept` and `named` tell by `_identity` what must not be overwritten in any case; what is only
     named may, without `overwrite`, be an earlier result that the shell has put there."""
     source = sys.stdin.buffer.read() if job.source == STANDARD else job.source
     picture = Picture(source, max_pixels=max_pixels)
-    suffix = formats.default_suffix(picture) if job.suffix is None else job.suffix
+    suffix = formats.choose_suffix(picture, job.suffix)
     form = formats.BY_SUFFIX[(suffix or job.target.suffix).lower()]
     target = job.target
     if target != STANDARD:
@@ -214,7 +225,7 @@ def _do(
                 return Outcome(job.source, "skipped", f"{target} exists (see --overwrite)")
             if there in named:
                 raise UserError(f"would overwrite {target}, which is named as an input too")
-    formats.check_holds(form, picture)
+    formats.check_holds(form, picture, quality)
     label = printable(job.source)[-40:]
     frames = (_computed(upscaler.enlarge(frame), label) for frame in picture.frames())
     name = "standard output" if target == STANDARD else target
@@ -270,6 +281,8 @@ def _read_output(output: str | None, suffix: str | None) -> tuple[Path | None, P
             f"{output}: pictures are written as {' '.join(formats.BY_SUFFIX)}; end a folder's name"
             f" in {os.sep}"
         )
+    if suffix == formats.SAME:
+        raise UserError(f"{output}: its name asks for a format, and so does --format same")
     if suffix is not None and form is not formats.BY_SUFFIX[suffix]:
         raise UserError(f"{output}: --format asks for {suffix}")
     return path, None
@@ -315,6 +328,27 @@ def _find(
 
 
 _PATTERN = re.compile(r"[*?[]")
+
+
+def _names_by_stem(folder: Path) -> Mapping[str, list[str]]:
+    """The names of the pictures in a folder, by their stems in one case, without those of results.
+
+    A result is no namesake: it may have appeared since a command was given the first time.
+    """
+    names: list[Path] = []
+    with contextlib.suppress(OSError):  # what cannot be listed has no namesakes
+        names = [
+            path
+            for path in map(Path, os.listdir(folder))
+            if path.suffix.lower() in reading.SUFFIXES and not path.name.startswith(".")
+        ]
+    stems = {stem for path in names for stem in (path.stem, _long_stem(path))}
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in names:
+        result = _RESULT.fullmatch(path.stem)
+        if result is None or result[1] not in stems:
+            found[path.stem.casefold()].append(path.name)
+    return found
 
 
 def _long_stem(path: Path) -> str:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tifffile
@@ -98,17 +98,32 @@ BY_SUFFIX = {
 """Formats by the ending of a file's name, in lower case."""
 
 
-def default_suffix(picture: Picture) -> str:
-    """PNG for one frame; several stay what they are, or become PNG if that is only read."""
-    if len(picture) == 1:
+SAME = ".same"
+"""In place of a suffix: that of the picture's own format."""
+
+Quality = int | Literal["lossless"] | None
+"""Of JPEG and WebP; see `write`."""
+
+
+def choose_suffix(picture: Picture, asked: str | None) -> str:
+    """The suffix asked for, if it is one, or else a fitting one.
+
+    With SAME, it is that of the picture's format, and without it only for several frames or pages.
+    It is PNG's for single ones, and for formats that are only read.
+    """
+    if asked not in (None, SAME):
+        return asked
+    if asked is None and len(picture) == 1:
         return ".png"
     same = (suffix for suffix, form in BY_SUFFIX.items() if form.name == picture.format)
     return next(same, ".png")
 
 
-def check_holds(form: Format, picture: Picture) -> None:
+def check_holds(form: Format, picture: Picture, quality: Quality = None) -> None:
     """Raises FormatError if the format holds one frame and the picture has several, or animations
-    only and the picture has pages."""
+    only and the picture has pages, or if JPEG is asked to be lossless."""
+    if form is JPEG and quality == "lossless":
+        raise FormatError("JPEG cannot be lossless: choose --format webp or png")
     able = form.animations if picture.is_animation else form.pages
     if len(picture) > 1 and not able:
         kind = "frames" if picture.is_animation else "pages"
@@ -126,15 +141,16 @@ def write(
     picture: Picture,
     *,
     scale: float,
-    quality: int,
+    quality: Quality,
 ) -> None:
     """Writes the frames of a picture, enlarged by `scale`.
 
     What the format cannot hold is made to fit: 16 bits become 8, alpha is put on white, grey
     becomes RGB, and colours are converted to sRGB where their profile is lost. Durations are
     rounded so that an animation lasts as long as before, and too many plays become the most that
-    the format can count. `quality`, 1 to 100, is JPEG's and WebP's. Raises FormatError if a frame
-    is too large for the format, or shown too long.
+    the format can count. `quality` is JPEG's and WebP's: from 1 to 100, "lossless" (WebP's only),
+    or None for 95, with which a lossless WebP stays lossless. Raises FormatError if a frame is too
+    large for the format, or shown too long.
     """
     fitted = (_fit(form, frame) for frame in frames)
     if form is PNG:
@@ -283,7 +299,7 @@ def _append_directories(path: Path, metadata: Metadata, big: bool) -> None:
 
 
 def _write_with_pillow(
-    path: Path, form: Format, frames: Iterator[BandedFrame], picture: Picture, quality: int
+    path: Path, form: Format, frames: Iterator[BandedFrame], picture: Picture, quality: Quality
 ) -> None:
     metadata: list[Metadata] = []
     held: list[Image.Image] = []
@@ -305,11 +321,14 @@ def _write_with_pillow(
     exif = first.exif_bytes()
     if exif and (form is not JPEG or len(exif) <= 65_533):
         options["exif"] = exif
+    if quality is None:
+        quality = "lossless" if form is WEBP and picture.is_lossless_webp() else _QUALITY
     if form is JPEG:
         # Not optimized: Pillow would need room for the whole file, and guesses too little.
         options |= {"quality": quality, "subsampling": 0}
     elif form is WEBP:
-        options |= {"quality": quality, "method": 4}
+        lossless = quality == "lossless"
+        options |= {"lossless": lossless, "quality": _EFFORT if lossless else quality, "method": 4}
     if len(held) > 1:
         options |= {"save_all": True, "append_images": held[1:]}
         options["duration"] = _whole_durations(metadata, 10 if form is GIF else 1)
@@ -326,6 +345,10 @@ def _write_with_pillow(
     except (OSError, ValueError, RuntimeError, SystemError, ArithmeticError, struct.error) as error:
         raise FormatError(f"cannot be written as {form.name} ({error})") from error
     path.write_bytes(encoded.getbuffer())
+
+
+_QUALITY = 95
+_EFFORT = 75  # of lossless compression, 0 to 100: the default of WebP's own tools
 
 
 def _hold(frame: BandedFrame) -> Image.Image:

@@ -8,6 +8,7 @@ import contextlib
 import io
 import math
 import os
+import struct
 import sys
 import threading
 import warnings
@@ -173,6 +174,13 @@ class Picture:
     def is_animation(self) -> bool:
         """Whether there are several frames, as opposed to pages."""
         return len(self) > 1 and self.format != "TIFF"
+
+    def is_lossless_webp(self) -> bool:
+        """Whether this is a WebP whose first frame is compressed without loss."""
+        if self.format != "WEBP":
+            return False
+        with self._reading(), self._file() as file:
+            return _first_webp_frame(file, 12, self._length()) == b"VP8L"
 
     def frames(self) -> Generator[Frame, None, None]:
         """Yields every frame or page. Raises ImageError if one is damaged."""
@@ -415,6 +423,19 @@ def to_srgb(image: Image.Image) -> Image.Image:
         return cast(Image.Image, converted)
     except (KeyError, OSError, ImageCms.PyCMSError):
         return image.convert("RGB")
+
+
+def _first_webp_frame(file: io.BufferedIOBase, start: int, end: int) -> bytes:
+    """The kind of the first chunk with pixels among those from `start`; b"" if there is none."""
+    while start + 8 <= end:
+        file.seek(start)
+        kind, size = struct.unpack("<4sI", file.read(8))
+        if kind == b"ANMF":  # chunks of a frame, behind its place and duration
+            return _first_webp_frame(file, start + 24, end)
+        if kind in (b"VP8 ", b"VP8L"):
+            return kind
+        start += 8 + size + size % 2
+    return b""
 
 
 def _is_white_zero(image: Image.Image) -> bool:
