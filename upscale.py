@@ -4,14 +4,13 @@
     python upscale.py photos/ -o large/ --format webp  -> large/..., with the folders in photos/
     python upscale.py - < photo.jpg > photo_x4.png
 
-A result that exists is skipped, so a command that was interrupted can be given again. Where another
-picture of the same name lies beside photo.jpg, such as photo.png, results are named after the
-format too: photo_jpg_x4.png.
+Existing results are skipped, so an interrupted command can be run again. If a folder holds both
+photo.jpg and photo.png, their results are named photo_jpg_x4.png and photo_png_x4.png.
 """
 
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the process
+if __name__ == "__main__":  # Ctrl-C during imports ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import logging
@@ -36,50 +35,52 @@ from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, told_in_a_lin
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to upscale, and how."""
+    """The command line."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Pictures (PNG, JPEG, WebP, TIFF, BMP, GIF), folders of them, patterns such as "*.jpg", or -
-    for standard input."""
+    """Pictures (PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF; HEIC with pillow-heif), folders of them,
+    patterns such as "*.jpg", or - for standard input."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
-    """A file, a folder (its name ends in /), or - for standard output. None: beside each input."""
+    """A file, a folder (end its name in /), or - for standard output. None: beside each input."""
     format: Literal["same", "png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif"] | None = None
-    """same: each input's own (PNG for AVIF and HEIC). None: by the output's name, or else PNG, but
-    animations and several pages keep their format."""
+    """Format of the results. same: each input's own, or PNG for AVIF and HEIC. None: chosen by the
+    output's name, otherwise PNG, except that animations and multi-page files keep theirs."""
     scale: float | None = None
-    """Factor. Another one than the model's is reached by resizing what it gives."""
+    """Enlargement factor, up to 16. If it is not the model's, the model's output is resized."""
     overwrite: bool = False
-    """Replace results that exist. An input is never replaced."""
+    """Replace existing results. Inputs are never replaced."""
     quality: int | Literal["lossless"] | None = None
-    """Of JPEG and WebP, 1 to 100; WebP can be lossless. None: 95, or lossless for a WebP that was
-    lossless before."""
+    """Quality of JPEG and WebP, from 1 to 100, or lossless for WebP. None: 95, but a lossless WebP
+    stays lossless."""
     self_ensemble: bool = False
-    """Average over the eight flips and turns of a picture: slightly better, eight times slower."""
+    """Average over the eight flips and rotations of each picture: slightly better, eight times
+    slower."""
     ckpt: Path = DEFAULT_WEIGHTS
     """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is faster on GPUs and TPUs, and changes a result by rounding."""
+    """bfloat16 is faster on GPUs and TPUs; results differ by rounding."""
     device: Literal["cpu", "gpu", "tpu"] | None = None
-    """None: the fastest there is."""
+    """None: the fastest one available."""
     tile: int | None = None
-    """Upscale in squares of so many pixels. None: in rows, which is exact, and no worse in memory;
-    only bidirectional models need tiles."""
+    """Upscale in square tiles of this side, in pixels. None: in rows, which is exact and takes as
+    little memory; only bidirectional models need tiles."""
     overlap: int | None = None
-    """Pixels by which tiles overlap. None: 16."""
+    """Overlap of the tiles in pixels. None: 16."""
     max_megapixels: float = 500
-    """Refuse larger pictures (an animation's frames count together): a small file can claim to
-    hold an enormous one."""
+    """Refuse pictures that decode to more bytes than this many megapixels of 8-bit RGB: a small
+    file can claim to hold an enormous picture. 16-bit samples count twice, alpha counts a third
+    more, and the frames of an animation count together."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
-    """The command line."""
+    """Parses the command line."""
     return tyro.cli(Arguments, args=arguments, prog="upscale.py", description=__doc__)
 
 
 def run(arguments: Arguments) -> int:
-    """Upscales, tells on stderr what became of each picture, and returns the exit status."""
+    """Upscales, reports each picture on stderr, and returns the exit status."""
     if not arguments.inputs:
-        raise UserError("no pictures are named")
+        raise UserError("name at least one picture or folder")
     if arguments.quality is not None:
         if isinstance(arguments.quality, int) and not 1 <= arguments.quality <= 100:
             raise UserError(f"--quality is {arguments.quality}, not within 1 .. 100")
@@ -89,7 +90,7 @@ def run(arguments: Arguments) -> int:
             raise UserError("--quality is for JPEG and WebP only: add --format jpg, webp or same")
     if not 0 < arguments.max_megapixels < math.inf:
         raise UserError(f"--max-megapixels is {arguments.max_megapixels:g}, not a positive number")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, the summary tells
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the summary reports the same
     if arguments.device is not None:
         use_device(arguments.device)
     upscaler = Upscaler(
@@ -113,7 +114,9 @@ def run(arguments: Arguments) -> int:
         if sys.stdout is None:
             raise UserError("standard output is closed")
         if sys.stdout.isatty():
-            raise UserError("standard output is a terminal: redirect it, or name an --output")
+            raise UserError(
+                "standard output is a terminal: redirect it, or choose another --output"
+            )
     results = batch.run(
         jobs,
         upscaler,
@@ -131,7 +134,7 @@ def run(arguments: Arguments) -> int:
                 tqdm.write(printable(f"{outcome.source} -> {outcome.what}"), file=sys.stderr)
     except KeyboardInterrupt:
         status = INTERRUPTED
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
     except batch.DiskFullError as error:
         status = 1
         print(f"stopped: {error}", file=sys.stderr)
@@ -142,24 +145,24 @@ def run(arguments: Arguments) -> int:
 
 
 def use_device(name: str) -> None:
-    """Has JAX compute there. Raises UserError if it does not."""
-    # Without a platform JAX takes the best. "gpu" would ask for AMD's and Intel's besides NVIDIA's.
+    """Makes JAX compute on this kind of device. Raises UserError if there is none."""
+    # Without a platform JAX takes the best. "gpu" would try AMD's and Intel's besides NVIDIA's.
     jax.config.update("jax_platforms", "cpu" if name == "cpu" else None)
     if (there := jax.default_backend()) != name:
         raise UserError(f"--device {name}: JAX finds none here, only {there} (see README, Install)")
 
 
 def _stop(number: int, _: object) -> None:
-    """Ends the process so that nothing unfinished is left in files."""
+    """Ends the process by an exception, so that unfinished files are removed."""
     sys.exit(128 + number)
 
 
 def main() -> None:
-    """Upscales what the command line names."""
+    """Runs the program."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) == signal.SIG_DFL:  # which nohup changes
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _stop)
-    if sys.stderr is None:  # closed: print() would take standard output instead
+    if sys.stderr is None:  # closed: print() would use standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with told_in_a_line():
         arguments = parse(sys.argv[1:])

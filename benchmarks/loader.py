@@ -25,7 +25,7 @@ from dvmsr_jax import data
 from dvmsr_jax.config import DataConfig, ModelConfig
 from dvmsr_jax.data.prepare import prepare
 from dvmsr_jax.data.sources import Source
-from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.training import losses
 
 SCALE = 4
@@ -63,7 +63,7 @@ def make_step(config: ModelConfig) -> Callable[[dict[str, jax.Array]], Any]:
 
     def loss(parameters, batch):
         lr, hr = (batch[name].astype(jnp.float32) / 255 for name in ("lr", "hr"))
-        return losses.pixel(model_from_parameters(config, parameters)(lr), hr)
+        return losses.pixel(Weights(config, parameters).model()(lr), hr)
 
     parameters = named_parameters(DVMSR(config, rngs=nnx.Rngs(0)))
     gradients = jax.jit(jax.grad(loss))

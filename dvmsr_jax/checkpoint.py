@@ -21,7 +21,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from dvmsr_jax import files, parallel
 from dvmsr_jax.config import Effect, ModelConfig, TrainConfig, effects
 from dvmsr_jax.errors import UserError, is_out_of_memory
-from dvmsr_jax.model import check_finite
+from dvmsr_jax.model import Weights, check_finite
 
 _EFFECTS = effects(TrainConfig)
 # What the score of given weights depends on, besides the scale: validations before and after one of
@@ -91,14 +91,18 @@ class Checkpoints:
         sources: Mapping[str, str | None] | None = None,
         *,
         allow_changes: bool = False,
+        describe_data: Callable[[str], str] = lambda identity: "",
     ):
         """`sources` names what the run is made from; a run made from others is not gone on with.
 
         With `allow_changes` it is all the same, and with another configuration, where possible.
+        `describe_data` returns how the data differ from those of another "data" source, for the
+        messages.
         """
         self.config = config
         self._description = to_json(config) | {"sources": dict(sources or {})}
         self._allow_changes = allow_changes
+        self._describe_data = describe_data
         self.directory = phase_directory(config) / "checkpoints"
         self._keep_best = _KeepBest()
         self._saving: int | None = None
@@ -228,6 +232,8 @@ class Checkpoints:
         if not differing:
             return set()
         lines = "\n".join(f"  {n}: {stored.get(n)} there, {current.get(n)} now" for n in differing)
+        if "sources.data" in differing and stored.get("sources.data") is not None:
+            lines += f"\n  ({self._describe_data(stored['sources.data'])})"
         shaping = {name for name, effect in _EFFECTS.items() if effect is Effect.SHAPES}
         if self.config.distill.level == "mid":
             shaping.add("sources.teacher")
@@ -268,18 +274,23 @@ def phase_directory(config: TrainConfig) -> Path:
     return config.workdir.expanduser() / config.phase
 
 
-def load_weights(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """Configuration and averaged weights of a run's newest checkpoint, or of a given one.
+def load_weights(path: Path) -> Weights:
+    """The averaged weights of a run's newest checkpoint, or of a given one.
 
     Args:
         path: WORKDIR/PHASE, its `checkpoints`, or one STEP in there.
 
     Raises:
-        CheckpointError: there is no readable checkpoint at `path`.
+        CheckpointError: there is no readable checkpoint at `path`, or its weights are not finite.
     """
-    step = find_step(path).absolute()
+    step = find_step(path)
     with _reading(step, ("config", "ema")):
-        return ModelConfig(**_read_json(step, "config")["model"]), read_arrays(step / "ema")
+        config = ModelConfig(**_read_json(step, "config")["model"])
+        parameters = read_arrays(step / "ema")
+    try:
+        return Weights.from_file(config, parameters)
+    except ValueError as error:
+        raise CheckpointError(f"{step}: {error}") from error
 
 
 def load_facts(path: Path) -> dict[str, Any]:
@@ -291,13 +302,14 @@ def load_facts(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no readable checkpoint at `path`.
     """
-    step = find_step(path).absolute()
+    step = find_step(path)
     with _reading(step, ("config",)):
         return {"step": int(step.name), **_read_json(step, "config")}
 
 
 def read_arrays(item: Path) -> Any:
     """An item of a checkpoint as NumPy arrays: the devices that they were on need not be here."""
+    item = item.absolute()
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         as_numpy = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).tree

@@ -118,6 +118,8 @@ class DataConfig:
     """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
     val_images: Annotated[int, Within(1), Effect.NOTHING] = 20
     """Pictures kept apart from training for validation, if they are prepared now."""
+    max_unreadable: Annotated[float, Within(0, 1), Effect.NOTHING] = 0.01
+    """Largest share of the pictures that may be left out because they cannot be read."""
     lr_crop: Annotated[int, Within(1)] = 64
     """Side of the square low-resolution training crops, in pixels."""
     batch_size: Annotated[int, Within(1)] = 128

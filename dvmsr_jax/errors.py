@@ -6,7 +6,7 @@ import unicodedata
 class UserError(ValueError):
     """Something passed in cannot be used. The message names it and says what to do.
 
-    Names in it may come from anywhere, so `str` gives it with each line made `printable`.
+    Since file names in it may contain control characters, `str` makes each line `printable`.
     """
 
     def __str__(self) -> str:
@@ -18,9 +18,10 @@ class StoppedError(Exception):
 
 
 def printable(text: object) -> str:
-    """Text that may hold names of files, as it is safe to print: in one line, without commands.
+    """Makes text that may contain file names safe to print, on one line.
 
-    Characters that terminals act on, or that cannot be encoded, become escapes such as \\x1b.
+    Control characters, line breaks and characters that cannot be encoded become escapes such as
+    \\x1b.
     """
     return "".join(
         c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]

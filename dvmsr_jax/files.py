@@ -48,6 +48,18 @@ def lock(file: IO[Any], *, wait: bool) -> bool:
     return True
 
 
+def has_locks(file: IO[Any]) -> bool:
+    """Whether the open file lies on a file system with locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def regular_size(path: Path, *, at_most: int) -> int:
     """Bytes in a file, or in the one that it links to.
 

@@ -6,6 +6,7 @@ Legend of the shapes, used by every signature of this package:
     c  channels    d    inner channels of a ViMM            s        scale
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -147,42 +148,87 @@ def parameter_count(model: nnx.Module) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def model_from_parameters(
-    config: ModelConfig,
-    parameters: Mapping[str, Array | np.ndarray],
-    *,
-    compute: Compute = Compute(),
-) -> DVMSR:
-    """A model of these weights, named as `named_parameters` names them.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weights:
+    """A network's configuration and parameters, which are sure to fit it.
 
-    Raises:
-        ValueError: parameters are missing, left over, or of another shape than the model's.
+    The parameters are arrays by name, as `named_parameters` names them. JAX takes this for a tree
+    of them, so that it can be an argument of compiled functions, or be moved to devices.
     """
-    if config.vimms > len(parameters):  # an absurd depth would take ages
-        raise ValueError(
-            f"the weights do not fit the model: {len(parameters)} of them for {config.rssbs} RSSBs "
-            f"of {config.vimms_per_rssb} ViMMs"
-        )
-    # Traced only for the structure: nothing is initialised to be thrown away.
-    model = nnx.eval_shape(lambda: DVMSR(config, compute=compute, rngs=nnx.Rngs(0)))
-    state = nnx.state(model, nnx.Param)
-    expected = {_name(path): variable for path, variable in nnx.to_flat_state(state)}
-    problems = [f"{name} is missing" for name in expected if name not in parameters]
-    problems += [f"{name} is not part of the model" for name in parameters if name not in expected]
-    problems += [
-        f"{name} has shape {parameters[name].shape}, expected {variable.shape}"
-        for name, variable in expected.items()
-        if name in parameters and parameters[name].shape != variable.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError("the weights do not fit the model: " + "; ".join(problems[:3]) + more)
-    leaves = [
-        (path, variable.replace(jnp.asarray(parameters[_name(path)], jnp.float32)))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    nnx.update(model, nnx.from_flat_state(leaves))
-    return model
+
+    config: ModelConfig
+    parameters: Mapping[str, Array | np.ndarray]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if parameters are missing, left over or of other shapes."""
+        config, parameters = self.config, self.parameters
+        if config.vimms > len(parameters):  # an absurd depth would take ages
+            raise ValueError(
+                f"the weights do not fit the model: {len(parameters)} of them for {config.rssbs} "
+                f"RSSBs of {config.vimms_per_rssb} ViMMs"
+            )
+        expected = parameter_shapes(config)
+        problems = [f"{name} is missing" for name in expected if name not in parameters]
+        problems += [
+            f"{name} is not part of the model" for name in parameters if name not in expected
+        ]
+        problems += [
+            f"{name} has shape {parameters[name].shape}, expected {shape}"
+            for name, shape in expected.items()
+            if name in parameters and parameters[name].shape != shape
+        ]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ValueError("the weights do not fit the model: " + "; ".join(problems[:3]) + more)
+
+    @classmethod
+    def of(cls, model: DVMSR) -> "Weights":
+        """A model's."""
+        return cls(model.config, named_parameters(model))
+
+    @classmethod
+    def from_file(cls, config: ModelConfig, parameters: Mapping[str, np.ndarray]) -> "Weights":
+        """Of any floating-point type, made float32.
+
+        Raises:
+            ValueError: they do not fit the configuration, or are not finite.
+        """
+        with np.errstate(over="ignore"):  # to infinity
+            as_float32 = {name: np.asarray(x, np.float32) for name, x in parameters.items()}
+        weights = cls(config, as_float32)
+        check_finite(weights.parameters)
+        return weights
+
+    def model(self, compute: Compute = Compute()) -> DVMSR:
+        """The network with these weights."""
+        # Traced only for the structure: nothing is initialised to be thrown away.
+        model = nnx.eval_shape(lambda: DVMSR(self.config, compute=compute, rngs=nnx.Rngs(0)))
+        leaves = [
+            (path, variable.replace(jnp.asarray(self.parameters[_name(path)], jnp.float32)))
+            for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        ]
+        nnx.update(model, nnx.from_flat_state(leaves))
+        return model
+
+
+def _unflatten_weights(config: ModelConfig, children: tuple[Any]) -> Weights:
+    weights = object.__new__(Weights)  # unchecked, because JAX puts all sorts of things into trees
+    object.__setattr__(weights, "config", config)
+    object.__setattr__(weights, "parameters", children[0])
+    return weights
+
+
+jax.tree_util.register_pytree_node(
+    Weights, lambda weights: ((weights.parameters,), weights.config), _unflatten_weights
+)
+
+
+@functools.lru_cache
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's parameters, by name."""
+    model = nnx.eval_shape(lambda: DVMSR(config, rngs=nnx.Rngs(0)))
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {_name(path): variable.shape for path, variable in state}
 
 
 def check_finite(parameters: Any) -> None:

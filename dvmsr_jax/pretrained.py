@@ -17,9 +17,8 @@ import tyro
 from dvmsr_jax import checkpoint, files, pth
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import DVMSR, check_finite, model_from_parameters, named_parameters
+from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.program import told_in_a_line
-from dvmsr_jax.vimm import ScanError
 
 # The project's own.
 DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "x4.safetensors"
@@ -30,22 +29,25 @@ class PretrainedError(UserError):
 
 
 def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
-    """The model in a checkpoint directory (its averaged weights), `.safetensors` or `.pth` file.
+    """The network with the weights of `load_weights`.
+
+    Raises:
+        PretrainedError: as `load_weights`.
+        ScanError: the scan that `compute` names cannot run here.
+    """
+    return load_weights(path).model(compute)
+
+
+def load_weights(path: Path) -> Weights:
+    """The weights in a checkpoint directory (the averaged ones), `.safetensors` or `.pth` file.
 
     Raises:
         PretrainedError: the path does not exist, is none of the three, is damaged or unsafe, or its
-            weights do not fit a DVMSR.
-        ScanError: the scan that `compute` names cannot run here.
+            weights do not fit a DVMSR or are not finite.
     """
     path = path.expanduser()
     try:
-        config, parameters = _read(path)
-        with np.errstate(over="ignore"):  # of float32, to infinity
-            model = model_from_parameters(config, parameters, compute=compute)
-        check_finite(named_parameters(model))
-        return model
-    except ScanError:  # not the file's fault
-        raise
+        return _read(path)
     except (checkpoint.CheckpointError, pth.PthError) as error:
         raise PretrainedError(str(error)) from error
     except (
@@ -93,7 +95,7 @@ def training_facts(path: Path) -> dict[str, Any] | None:
         raise PretrainedError(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+def _read(path: Path) -> Weights:
     if path == DEFAULT_WEIGHTS and not path.exists():
         raise PretrainedError(f"the project's own weights are not in {path}: name others (--ckpt)")
     if not path.exists():
@@ -110,7 +112,7 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     )
 
 
-def _read_safetensors(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+def _read_safetensors(path: Path) -> Weights:
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
         if "config" not in metadata:
@@ -124,7 +126,7 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
             if kind not in ("F64", "F32", "F16", "BF16"):
                 raise PretrainedError(f"{path}: {name} holds numbers of type {kind}")
             parameters[name] = file.get_tensor(name)
-    return ModelConfig(**json.loads(metadata["config"])), parameters
+    return Weights.from_file(ModelConfig(**json.loads(metadata["config"])), parameters)
 
 
 # The published code's names -> ours, each with what becomes of the tensor. PyTorch keeps output
@@ -147,7 +149,7 @@ _PUBLISHED_NAMES = [
 ]
 
 
-def _from_published(contents: Any, path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+def _from_published(contents: Any, path: Path) -> Weights:
     """Our names and layouts, and the configuration that the shapes imply."""
     if isinstance(contents, dict):
         contents = contents.get("params_ema", contents.get("params", contents))
@@ -171,7 +173,7 @@ def _from_published(contents: Any, path: Path) -> tuple[ModelConfig, dict[str, n
                 tensor = tensor[:, 0]
             tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
         parameters[ours] = tensor
-    return _published_config(parameters, path), parameters
+    return Weights.from_file(_published_config(parameters, path), parameters)
 
 
 def _published_config(parameters: dict[str, np.ndarray], path: Path) -> ModelConfig:

@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 
 from dvmsr_jax import checkpoint
-from dvmsr_jax.checkpoint import Best, CheckpointError, Checkpoints, load_weights
+from dvmsr_jax.checkpoint import Best, CheckpointError, Checkpoints, load_weights, read_arrays
 from dvmsr_jax.config import Compute, Effect, ModelConfig, TrainConfig, effects
+from dvmsr_jax.model import parameter_shapes
 from dvmsr_jax.pretrained import PretrainedError, load_model
 
-WEIGHTS = {"a.kernel": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float32)}
-STATE = {"step": np.int32(7), "mean": WEIGHTS["b"]}
+MODEL = ModelConfig(channels=4, rssbs=1, vimms_per_rssb=1, states=2)
+WEIGHTS = {
+    name: np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for name, shape in parameter_shapes(MODEL).items()
+}
+STATE = {"step": np.int32(7), "mean": WEIGHTS["conv_first.bias"]}
 # The best validation up to each step.
 BESTS = [Best(0, -1.0), Best(1, 20.0), Best(9, 21.0)]
 
@@ -60,7 +65,7 @@ def assert_weights(found):
 
 @pytest.fixture
 def config(tmp_path):
-    return TrainConfig(workdir=tmp_path / "run", model=ModelConfig(channels=8, states=4))
+    return TrainConfig(workdir=tmp_path / "run", model=MODEL)
 
 
 def test_the_newest_are_kept_and_come_back(config):
@@ -99,7 +104,7 @@ checkpoints.close()
         "PYTHONPATH": os.getcwd(),
     }
     subprocess.run([sys.executable, "-c", program], env=flags, check=True)
-    _, weights = load_weights(tmp_path / "student")
+    weights = read_arrays(tmp_path / "student/checkpoints/1/ema")
     np.testing.assert_array_equal(weights["a"], np.arange(12))
     np.testing.assert_array_equal(weights["b"], np.ones((3, 4)))
 
@@ -138,12 +143,12 @@ def test_any_damaged_file(tmp_path, config):
             else:
                 path.write_bytes(damaged)
             try:
-                model, weights = load_weights(config.workdir / "student")
+                weights = load_weights(config.workdir / "student")
             except CheckpointError as error:
                 messages.append(str(error))
             else:
-                assert model == config.model
-                assert_weights(weights)
+                assert weights.config == config.model
+                assert_weights(weights.parameters)
     assert len(messages) > len(files)
     assert all(message.startswith(f"{directory / '7'}: cannot be read (") for message in messages)
     assert all("\n" not in message for message in messages)
@@ -181,7 +186,7 @@ def test_flipped_bits(tmp_path, config, capfd):
                     assert int(state["step"]) == 7
                     np.testing.assert_array_equal(state["mean"], STATE["mean"])
                 try:
-                    assert_weights(load_weights(directory)[1])
+                    assert_weights(load_weights(directory).parameters)
                 except CheckpointError as error:
                     messages.append(str(error))
     assert len(messages) > tried
@@ -204,7 +209,7 @@ def test_checkpoints_of_versions_without_checksums(config):
     directory = save(config, 7)
     (directory / "7" / checkpoint.CHECKSUMS).unlink()
     assert restore(config).step == 7
-    assert_weights(load_weights(directory)[1])
+    assert_weights(load_weights(directory).parameters)
     manifest = directory / "7" / "ema" / "manifest.ocdbt"
     manifest.write_bytes(flipped(manifest.read_bytes(), 40))
     with pytest.raises(CheckpointError, match="checksum verification failed") as caught:
@@ -219,8 +224,8 @@ def test_numbers_that_are_not_finite(config, item, value, capsys):
     checkpoints = Checkpoints(config)
     for step in (6, 7):
         if step == 7:
-            name = {"ema": "b", "state": "mean"}[item]
-            items[item] = items[item] | {name: np.full(5, value, np.float32)}
+            name = {"ema": "conv_first.bias", "state": "mean"}[item]
+            items[item] = items[item] | {name: np.full(4, value, np.float32)}
         arrays = {name: {k: jnp.asarray(x) for k, x in x.items()} for name, x in items.items()}
         checkpoints.save(step, Best(), **arrays)
     checkpoints.close()
@@ -349,7 +354,7 @@ def test_every_free_field_may_differ(config):
     ("change", "line"),
     [
         ({"steps": 9}, "  steps: 500000 there, 9 now"),
-        ({"model": ModelConfig(channels=8)}, "  model.states: 4 there, 16 now"),
+        ({"model": dataclasses.replace(MODEL, states=16)}, "  model.states: 2 there, 16 now"),
         ({"seed": 3}, "  seed: 0 there, 3 now"),
     ],
 )
@@ -373,7 +378,7 @@ def test_paths(tmp_path, config):
     with pytest.raises(CheckpointError, match=f"pass {student.parent} or {teacher.parent}$"):
         load_weights(config.workdir)
     for path in (student.parent, student, student / "11", student / "9"):
-        assert_weights(load_weights(path)[1])
+        assert_weights(load_weights(path).parameters)
     shutil.rmtree(student / "11" / "ema")  # "11" is the newest, though "9" sorts last as text
     with pytest.raises(CheckpointError, match=f"^{student}/11: cannot be read"):
         load_weights(student)

@@ -1,6 +1,7 @@
 """Crops are aligned, batches are a function of seed and step, pictures are prepared once."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -45,6 +46,19 @@ def photos(tmp_path):
         picture = rng.integers(0, 256, (40 + i, 50, 3), np.uint8)
         images.write_png(folder / ("more" if i < 2 else "") / f"{i}.png", picture)
     return folder
+
+
+def without_locks(*arguments):
+    """Takes flock's place; some file systems, of NFS, Lustre and FUSE, have no locks."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.fixture(params=["locks", "no locks"])
+def locks(request, monkeypatch):
+    """The file system with and without locks."""
+    if request.param == "no locks":
+        monkeypatch.setattr("fcntl.flock", without_locks)
+        monkeypatch.setattr(prepare, "_POLL", 0.01)
 
 
 def aligned_records(count, side, scale):
@@ -202,7 +216,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("cut_at", [0, 3, 5])
-def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at):
+def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at, locks):
     """And the records depend neither on that nor on the number of cores."""
     monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 2)
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=2))
@@ -225,6 +239,9 @@ def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare(pictures, 4, cut)
         assert not cut.exists()
+        (
+            tmp_path / ".incomplete-cut" / "sr_sub_images-val.array_record-00000-of-00001.json"
+        ).write_text("{}")
         finished = len(read) // 2 * 2
         cut_at, read = None, []
         prepare.prepare(pictures, 4, cut)
@@ -236,7 +253,7 @@ def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypa
     assert files_of(cut) == files_of(whole)
 
 
-def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
+def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch, locks):
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     read_rgb, read, waiting = images.read_rgb, [], threading.Event()
     monkeypatch.setattr("builtins.print", lambda *words, **_: waiting.set())
@@ -254,22 +271,90 @@ def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch):
             future.result()
     assert len(read) == 6
     assert check(tmp_path / "out") == []
+    assert not {"lock", "claim"} & {path.name for path in (tmp_path / "out").iterdir()}
     assert not list(tmp_path.glob(".incomplete*"))
 
 
-def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, monkeypatch, capsys):
+PREPARING = r"""
+import errno, fcntl, sys
+from pathlib import Path
+
+def flock(*arguments):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = flock
+from dvmsr_jax import images
+from dvmsr_jax.config import DataConfig
+from dvmsr_jax.data import prepare
+from dvmsr_jax.data.sources import find_sources
+
+read_rgb, folder = images.read_rgb, Path(sys.argv[1])
+
+def slow(path):
+    print("read\n", end="", flush=True)
+    sys.stdin.readline()
+    return read_rgb(path)
+
+images.read_rgb, prepare._POLL = slow, 0.01
+pictures = find_sources(DataConfig(hr_dirs=(folder / "photos",), val_images=1))
+prepare.prepare(pictures, 4, folder / "out")
+"""
+
+
+def preparing(folder):
+    """A process without locks, which prints "read" for each picture and waits for a line."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PREPARING, str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_without_locks_prepare_once(photos, tmp_path):
+    with preparing(tmp_path) as first, preparing(tmp_path) as second:
+        lines = {process: process.stdout.readline() for process in (first, second)}
+        assert any(line == "read\n" for line in lines.values())
+        (waits,) = [process for process, line in lines.items() if line.startswith("waiting for")]
+        works = first if waits is second else second
+        works.stdin.write("\n" * 6)
+        works.stdin.close()
+        assert works.stdout.read() == "read\n" * 5
+        assert waits.stdout.read() == ""
+    assert first.returncode == second.returncode == 0
+    assert check(tmp_path / "out") == []
+    assert not list(tmp_path.glob(".incomplete*"))
+
+
+def test_without_locks_a_killed_process_is_named_and_its_work_kept(photos, tmp_path, monkeypatch):
+    with preparing(tmp_path) as killed:
+        assert killed.stdout.readline() == "read\n"
+        killed.kill()
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    monkeypatch.setattr(prepare, "_POLL", 0.01)
+    monkeypatch.setattr(prepare, "_PATIENCE", 0.1)
+    pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
+    claim = tmp_path / ".incomplete-out" / "claim"
+    with pytest.raises(UserError, match=f"{claim}: .* has prepared no picture for .* remove"):
+        prepare.prepare(pictures, 4, tmp_path / "out")
+    claim.unlink()
+    prepare.prepare(pictures, 4, tmp_path / "out")
+    assert check(tmp_path / "out") == []
+
+
+def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, capsys):
     bad = photos / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
     with pytest.raises(
-        UserError, match=f"1 of 7 pictures .*more than 1%.*\n  {re.escape(str(bad))}"
+        UserError, match=rf"1 of 7 pictures \(0\.14 .*max-unreadable .*\n  {re.escape(str(bad))}"
     ):
         data.load_records(config, 4)
     (unfinished,) = (tmp_path / "data").glob("*/*")
     assert unfinished.name.startswith(".incomplete-")
 
-    monkeypatch.setattr(prepare, "MAX_BAD", 0.2)
-    records = data.load_records(config, 4)
+    records = data.load_records(dataclasses.replace(config, max_unreadable=0.2), 4)
     assert f"left out: {bad}" in capsys.readouterr().out
     assert len(records.train) == 5
     assert not unfinished.exists()
@@ -281,7 +366,7 @@ def test_mended_pictures_are_read_again(photos, tmp_path):
     path = photos / "3.png"
     content = path.read_bytes()
     path.write_bytes(b"overwrit" + content[8:])
-    with pytest.raises(UserError, match=rf"mend or remove.*\n  {path}"):
+    with pytest.raises(UserError, match=rf"Fix or remove.*\n  {path}"):
         prepare.prepare(pictures, 4, tmp_path / "out")
     path.write_bytes(content)
     prepare.prepare(pictures, 4, tmp_path / "out")
@@ -314,7 +399,7 @@ def test_another_set_leaves_an_interrupted_one_alone(photos, tmp_path, monkeypat
     ("change", "message"),
     [
         ({"val_images": 6}, "hold 6 pictures, of which data.val_images = 6"),
-        ({"val_images": 0}, "val_images is 0, expected at least 1"),
+        ({"val_images": 0}, "val-images is 0, expected"),
         ({"lr_crop": 81}, "lr_crop is 81, at most 80"),
         ({"hr_dirs": ("missing",)}, "missing: no such folder"),
     ],
@@ -358,7 +443,7 @@ def test_an_explicit_folder(photos, tmp_path):
     assert len(images.find_images(photos)) == 6
 
 
-def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
+def test_moved_and_copied_pictures_are_the_same(photos, tmp_path):
     """And a changed one is another, whatever its size and time."""
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1)
     before = data.load_records(config, 4).folder
@@ -369,14 +454,14 @@ def test_moved_and_copied_pictures_are_the_same(photos, tmp_path, monkeypatch):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    monkeypatch.setattr(prepare, "MAX_BAD", 1)
+    moved = dataclasses.replace(moved, max_unreadable=0.9)  # if it cannot be read any more
     assert data.load_records(moved, 4).folder != before
 
 
 def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeypatch):
     def identity(folder, name, *, scale=4, val_images=1):
         splits = find_sources(DataConfig(hr_dirs=(folder,), val_images=val_images))
-        prepare.prepare(splits, scale, tmp_path / name)
+        prepare.prepare(splits, scale, tmp_path / name, max_unreadable=0.2)
         return data.identity(tmp_path / name)
 
     first = identity(photos, "first")
@@ -397,10 +482,52 @@ def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeyp
         return read_rgb(path)
 
     monkeypatch.setattr(images, "read_rgb", read)
-    monkeypatch.setattr(prepare, "MAX_BAD", 0.2)
     for unreadable in ("3.png", "4.png"):
         others.append(identity(photos, unreadable))
     assert len({first, *others}) == 6
+
+
+def test_the_change_of_pictures_is_described(photos, tmp_path):
+    config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
+    first = data.load_records(config, 4).folder
+    before = data.identity(first)
+
+    def change(**options):
+        folder = data.load_records(dataclasses.replace(config, **options), 4).folder
+        assert folder != first
+        return data.describe_change(folder, before)
+
+    content = (photos / "3.png").read_bytes()
+    picture = images.read_rgb(photos / "3.png")
+    images.write_png(photos / "3.png", 255 - picture)
+    assert change() == "pictures: the same names and sizes, with other contents"
+    images.write_png(photos / "3.png", picture[:32])
+    assert change() == "pictures: 1 of other sizes"
+    (photos / "3.png").write_bytes(content)
+    assert change(val_images=2) == "pictures: 1 moved between training and validation"
+    for i, added in enumerate(("3a", "3b")):
+        images.write_png(photos / f"{added}.png", picture + np.uint8(1 + i))
+    (photos / "4.png").unlink()
+    assert change() == "pictures: 2 added, 1 removed"
+    changed = data.load_records(config, 4).folder
+    shutil.rmtree(first)
+    assert data.describe_change(changed, before).startswith("7 pictures now; the folder of")
+
+
+def test_superseded_folders_are_named(photos, tmp_path, capsys):
+    """Those of the same settings only, and nothing is deleted."""
+    config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
+    first = data.load_records(config, 4).folder
+    data.load_records(dataclasses.replace(config, val_images=2), 4)
+    data.load_records(dataclasses.replace(config, hr_dirs=(photos / "more",)), 4)
+    data.load_records(config, 2)
+    assert capsys.readouterr().out == ""
+    (photos / "3.png").unlink()
+    for _ in range(2):  # preparing, and then finding it prepared
+        data.load_records(config, 4)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert re.search(rf"0\.0 GB; may be deleted .*: {first}$", line)
+    assert len(open_records(first).train) == 5
 
 
 @pytest.fixture
@@ -450,7 +577,22 @@ def test_damaged_files_are_named_when_used(prepared, file):
         open_records(prepared)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "nothing"])
+SHARD = {"key": "", "split": "train", "records": 0, "bytes": 0, "sha256": "", "left_out": []}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "nothing",
+        '{"scale": 4, "shards": []}',
+        '{"scale": 4, "shards": {"a": null}}',
+        '{"scale": "4", "shards": {}}',
+        json.dumps({"scale": 4, "shards": {"a": SHARD | {"pictures": [{"name": "a.png"}]}}}),
+        "[" * 100_000,
+    ],
+)
 def test_another_preparation_file_is_refused(tmp_path, text):
     (tmp_path / "preparation.json").write_text(text)
     for use in (check, data.identity, open_records):

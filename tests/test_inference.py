@@ -19,7 +19,7 @@ from dvmsr_jax.inference import (
     make_streamer,
     make_tiler,
 )
-from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.program import keep_compiled_programs
 
@@ -36,7 +36,7 @@ def random_model(config):
     rng = np.random.default_rng(0)
     weights = {name: np.float32(rng.normal(size=x.shape) * 0.3) for name, x in shapes.items()}
     weights |= {name: x - 4 for name, x in weights.items() if name.endswith("A_log")}
-    return model_from_parameters(config, weights)
+    return Weights(config, weights).model()
 
 
 def random_image(h, w):
@@ -192,7 +192,7 @@ def pixelwise_model(config):
             x[1, 1] = centre
         elif name.endswith("x_proj.kernel"):  # step size, B and C: nothing is remembered
             x[:] = 0
-    return model_from_parameters(config, weights)
+    return Weights(config, weights).model()
 
 
 @pytest.mark.parametrize(

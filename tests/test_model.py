@@ -18,7 +18,7 @@ from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries, make_upscaler
 from dvmsr_jax.model import (
     DVMSR,
-    model_from_parameters,
+    Weights,
     named_parameters,
     parameter_count,
     pixel_shuffle,
@@ -44,9 +44,7 @@ def weights(config, seed=0):
 def compiled(config, scan="auto", precision="float32"):
     """f(parameters, images) -> images."""
     compute = Compute(scan, precision)
-    return jax.jit(
-        lambda parameters, x: model_from_parameters(config, parameters, compute=compute)(x)
-    )
+    return jax.jit(lambda parameters, x: Weights(config, parameters).model(compute)(x))
 
 
 def images(b, h, w, seed=0):
@@ -174,7 +172,7 @@ def test_drop_path_is_for_training_only():
     @jax.jit
     def train(parameters, x):
         keys = jax.random.split(jax.random.key(0), len(x))
-        return model_from_parameters(config, parameters).with_features(x, keys=keys)[0]
+        return Weights(config, parameters).model().with_features(x, keys=keys)[0]
 
     assert np.abs(train(parameters, x) - never).max() > 1e-2
 
@@ -291,7 +289,7 @@ def test_against_the_papers_formulas():
 
     @jax.jit
     def run(parameters, image):
-        model = model_from_parameters(config, parameters)
+        model = Weights(config, parameters).model()
         return model(image), *model.with_features(image)
 
     alone, output, features = run(parameters, image)
@@ -310,7 +308,7 @@ def test_gradients_reach_every_parameter():
     @jax.jit
     @jax.grad
     def gradients(parameters, x):
-        return jnp.sum(weight * model_from_parameters(config, parameters)(x))
+        return jnp.sum(weight * Weights(config, parameters).model()(x))
 
     for name, gradient in gradients(weights(config), images(1, 4, 5)).items():
         assert np.isfinite(gradient).all(), name
@@ -319,7 +317,7 @@ def test_gradients_reach_every_parameter():
 
 def test_parameters_round_trip():
     parameters = weights(TINY)
-    again = named_parameters(model_from_parameters(TINY, parameters))
+    again = Weights.of(Weights(TINY, parameters).model()).parameters
     assert again.keys() == parameters.keys()
     for name, x in again.items():
         np.testing.assert_array_equal(x, parameters[name], err_msg=name)
@@ -329,13 +327,13 @@ def test_parameters_that_do_not_fit():
     good = weights(TINY)
     without = {name: x for name, x in good.items() if name != "conv_first.bias"}
     with pytest.raises(ValueError, match=r"do not fit the model: conv_first\.bias is missing$"):
-        model_from_parameters(TINY, without)
+        Weights(TINY, without)
     with pytest.raises(ValueError, match=r"model: more is not part of the model$"):
-        model_from_parameters(TINY, good | {"more": np.zeros(1, np.float32)})
+        Weights(TINY, good | {"more": np.zeros(1, np.float32)})
     with pytest.raises(ValueError, match=r"conv_first\.bias has shape \(9,\), expected \(8,\)$"):
-        model_from_parameters(TINY, good | {"conv_first.bias": np.zeros(9, np.float32)})
+        Weights(TINY, good | {"conv_first.bias": np.zeros(9, np.float32)})
     with pytest.raises(ValueError, match=rf"\(and {len(good) - 2 - 3} more\)$"):
-        model_from_parameters(TINY, dict(list(good.items())[:2]))
+        Weights(TINY, dict(list(good.items())[:2]))
 
 
 @pytest.mark.parametrize(
@@ -343,16 +341,25 @@ def test_parameters_that_do_not_fit():
     [("channels", 0), ("rssbs", -1), ("conv_width", 0), ("drop_path", 1.0), ("drop_path", np.nan)],
 )
 def test_impossible_configurations(field, value):
-    config = dataclasses.replace(TINY, **{field: value})
     with pytest.raises(UserError, match=f"{field} is {value}"):
-        DVMSR(config, rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match=f"{field} is {value}"):
-        model_from_parameters(config, weights(TINY))
+        dataclasses.replace(TINY, **{field: value})
+
+
+def test_networkare_a_tree_of_their_parameters():
+    network = Weights(TINY, weights(TINY))
+    doubled = jax.jit(lambda w: jax.tree.map(lambda x: 2 * x, w))(network)
+    assert type(doubled) is Weights
+    assert doubled.config == TINY
+    assert doubled.parameters.keys() == network.parameters.keys()
+    for name, x in doubled.parameters.items():
+        np.testing.assert_array_equal(x, 2 * network.parameters[name])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        doubled.config = SMALLEST
 
 
 def test_an_absurd_depth_is_refused_at_once():
     with pytest.raises(ValueError, match="for 1000000000 RSSBs"):
-        model_from_parameters(dataclasses.replace(TINY, rssbs=10**9), weights(TINY))
+        Weights(dataclasses.replace(TINY, rssbs=10**9), weights(TINY))
 
 
 @pytest.mark.parametrize("scan", ["associative", "chunked-carried", "chunked-parallel", "auto"])
@@ -374,9 +381,7 @@ def test_bfloat16_is_for_convolutions_and_projections():
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-4 < error < 3e-2
 
-    model = jax.eval_shape(
-        lambda: model_from_parameters(TINY, parameters, compute=Compute(precision="bfloat16"))
-    )
+    model = jax.eval_shape(lambda: Weights(TINY, parameters).model(Compute(precision="bfloat16")))
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
     program = jax.make_jaxpr(lambda p: compiled(TINY, precision="bfloat16")(p, x))(parameters)
     types = collections.defaultdict(set)
@@ -414,7 +419,7 @@ def test_rematerialisation_changes_no_gradient(config):
 
     def gradient(remat):
         def loss(parameters):
-            model = model_from_parameters(config, parameters)
+            model = Weights(config, parameters).model()
             return jnp.mean(model.with_features(x, keys=keys, remat=remat)[0] ** 2)
 
         return jax.jit(jax.grad(loss))(weights(config))
@@ -430,7 +435,7 @@ def test_average_over_symmetries():
 
     @jax.jit
     def average(parameters, x):
-        return average_over_symmetries(model_from_parameters(SMALLEST, parameters), x)
+        return average_over_symmetries(Weights(SMALLEST, parameters).model(), x)
 
     x = jnp.asarray(images(1, 4, 4))
     expected = average(parameters, x)
@@ -473,7 +478,7 @@ def test_upscaler(self_ensemble):
         assert np.abs(outputs[0] - outputs[1]).max() > 0.1
         expected = np.mean(outputs, axis=0)
     assert 0.1 < np.mean((expected > 0) & (expected < 1)) < 0.9  # some are clamped, some not
-    model = model_from_parameters(SMALLEST, parameters)
+    model = Weights(SMALLEST, parameters).model()
     upscaled = make_upscaler(model, self_ensemble=self_ensemble)(picture)
     assert upscaled.shape == (16, 20, 3)
     # Rounding to the nearest of 0 .. 255, but for rounding errors beforehand.

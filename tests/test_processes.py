@@ -127,7 +127,7 @@ def assert_same_run(one, other, **tolerance):
     ]
     assert sorted(logs[0]) == list(range(1, 7))
     np.testing.assert_allclose(*(list(log.values()) for log in logs), **tolerance)
-    (_, expected), (_, found) = load_weights(one), load_weights(other)
+    expected, found = load_weights(one).parameters, load_weights(other).parameters
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, **tolerance, err_msg=name)
 

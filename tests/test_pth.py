@@ -29,7 +29,7 @@ from flax import nnx
 
 from dvmsr_jax.checkpoint import Best, Checkpoints
 from dvmsr_jax.config import ModelConfig, TrainConfig
-from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.pretrained import PretrainedError, load_model, save_safetensors
 from dvmsr_jax.pth import PthError, read_pth
 
@@ -595,7 +595,7 @@ def test_numbers_that_are_not_finite(tmp_path, kind, value):
         checkpoints.save(1, Best(), jax.tree.map(jnp.asarray, parameters), {"step": jnp.ones(())})
         checkpoints.close()
         path = tmp_path / "student"
-    problem = f"^{re.escape(str(path))}: rssbs.0.conv.kernel holds numbers that are not finite$"
+    problem = f"^{re.escape(str(path))}.*: rssbs.0.conv.kernel holds numbers that are not finite$"
     with pytest.raises(PretrainedError, match=problem):
         load_model(path)
 
@@ -665,7 +665,7 @@ def test_pickles_with_flipped_bits(tmp_path):
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    save_safetensors(model_from_parameters(CONFIG, weights()), path)
+    save_safetensors(Weights(CONFIG, weights()).model(), path)
     before = path.read_bytes()
 
     def fill_the_disk(path, data):
@@ -675,14 +675,14 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
     with pytest.raises(OSError, match="no space"):
-        save_safetensors(model_from_parameters(CONFIG, weights(1)), path)
+        save_safetensors(Weights(CONFIG, weights(1)).model(), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_truncated_safetensors(tmp_path):
     path = tmp_path / "model.safetensors"
-    save_safetensors(model_from_parameters(CONFIG, weights()), path)
+    save_safetensors(Weights(CONFIG, weights()).model(), path)
     whole = path.read_bytes()
     for length in [*range(0, 20), *range(20, len(whole), 1000), len(whole) - 1]:
         path.write_bytes(whole[:length])

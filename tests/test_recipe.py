@@ -15,7 +15,7 @@ from dvmsr_jax.config import DataConfig, DistillConfig, ModelConfig, OptimConfig
 from dvmsr_jax.data import Records, load_records
 from dvmsr_jax.errors import StoppedError
 from dvmsr_jax.inference import make_upscaler
-from dvmsr_jax.model import DVMSR, named_parameters
+from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.training import loop, report, step
 from dvmsr_jax.training.validation import Validator
@@ -128,7 +128,7 @@ def test_white_is_one(config, batch):
     """The step's loss is that of crops divided by 255."""
     config = dataclasses.replace(config, model=dataclasses.replace(SMALL, drop_path=0.0))
     (before, _), (parts,) = take_steps(config, batch, 1)
-    upscale = step.model_from_parameters(config.model, before.params["model"])
+    upscale = Weights(config.model, before.params["model"]).model()
     output = np.asarray(upscale(jnp.asarray(batch["lr"], jnp.float32) / 255))
     expected = np.abs(output - batch["hr"] / np.float32(255)).mean()
     np.testing.assert_allclose(parts["loss"], expected, rtol=1e-5)
@@ -155,7 +155,7 @@ def test_online_self_ensemble(config, batch):
         distill=DistillConfig(self_ensemble=True, weight=0.5),
     )
     teach = model(1)
-    teacher = step.Teacher(SMALL, named_parameters(teach))
+    teacher = Weights.of(teach)
     crops = {name: jnp.asarray(x, jnp.float32) / 255 for name, x in batch.items()}
     params = {"model": named_parameters(model(0)), "projections": {}}
     keys = jax.random.split(jax.random.key(0))
@@ -174,7 +174,7 @@ def test_online_self_ensemble(config, batch):
 
 def test_mid_level_projections_are_trained(config, batch):
     config = dataclasses.replace(config, phase="student", distill=DistillConfig(level="mid"))
-    teacher = step.Teacher(SMALL, named_parameters(model(1)))
+    teacher = Weights.of(model(1))
     (before, after), _ = take_steps(config, batch, 1, teacher)
     for name, projection in before.params["projections"].items():
         moved = np.abs(after.params["projections"][name] - projection)
@@ -196,7 +196,7 @@ def test_validation_scores_the_pictures_kept_apart(config):
     train, val = [*records(2)], [*records(3)]
     network = model(0)
     validate = Validator(config, Records(train, val, None), None)
-    psnr_y, _ = validate(named_parameters(network))
+    psnr_y, _ = validate(Weights.of(network))
     upscale = make_upscaler(network)
     expected = np.mean([metrics.psnr_y(upscale(r["lr"]), r["hr"], 4) for r in val])
     assert psnr_y == pytest.approx(expected, abs=1e-3)
@@ -211,7 +211,7 @@ def test_validation_is_of_the_averaged_weights(run_config):
     (logged,) = [x["val_psnr_y"] for x in lines if x["step"] == 6 and "val_psnr_y" in x]
     validate = Validator(run_config, load_records(run_config.data, 4), None)
     averaged = load_model(directory / "checkpoints" / "6")  # what evaluation reads
-    assert logged == pytest.approx(validate(named_parameters(averaged))[0], abs=1e-4)
+    assert logged == pytest.approx(validate(Weights.of(averaged))[0], abs=1e-4)
 
 
 def test_logged_values_are_means(run_config, tmp_path):

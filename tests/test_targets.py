@@ -16,7 +16,7 @@ from flax import nnx
 from dvmsr_jax import data, images, inference
 from dvmsr_jax.config import DataConfig, ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import DVMSR, named_parameters
+from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.pretrained import load_model, save_safetensors
 from dvmsr_jax.training import targets
 
@@ -46,7 +46,7 @@ def teacher(tmp_path, request):
 
 def id_of(teacher):
     model = load_model(teacher)
-    return targets.teacher_id(model.config, named_parameters(model))
+    return targets.teacher_id(Weights.of(model))
 
 
 def load(records, teacher, self_ensemble=False):
@@ -213,6 +213,8 @@ def test_another_scale_is_refused(records, tmp_path):
 
 def test_other_weights_are_another_teacher():
     parameters = named_parameters(DVMSR(TEACHER, rngs=nnx.Rngs(0)))
-    first = targets.teacher_id(TEACHER, parameters)
-    assert first == targets.teacher_id(TEACHER, dict(reversed(parameters.items())))
-    assert first != targets.teacher_id(TEACHER, parameters | {"conv_last.bias": jnp.ones(4)})
+    first = targets.teacher_id(Weights(TEACHER, parameters))
+    assert first == targets.teacher_id(Weights(TEACHER, dict(reversed(parameters.items()))))
+    assert first != targets.teacher_id(
+        Weights(TEACHER, parameters | {"conv_last.bias": jnp.ones(4)})
+    )

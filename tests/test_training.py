@@ -30,7 +30,7 @@ from dvmsr_jax.config import (
 )
 from dvmsr_jax.data import load_records
 from dvmsr_jax.errors import StoppedError, UserError
-from dvmsr_jax.model import DVMSR, named_parameters
+from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.pretrained import convert, load_model, training_facts
 from dvmsr_jax.training import loop, report, run, step, targets
 
@@ -102,7 +102,7 @@ def step_repeatedly(config, teacher, steps):
 
 def random_teacher():
     model = DVMSR(TEACHER, rngs=nnx.Rngs(1))
-    return step.Teacher(TEACHER, named_parameters(model))
+    return Weights.of(model)
 
 
 def test_teacher_step_lowers_the_loss(config):
@@ -134,7 +134,7 @@ def test_output_distillation_is_the_distance_to_the_teacher(config):
     state = step.init_state(config, random_teacher())
     lr = jnp.linspace(0, 1, 2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
     batch = {"lr": lr, "hr": jnp.zeros((2, 32, 32, 3))}
-    teacher = step.Teacher(config.model, state.params["model"])
+    teacher = Weights(config.model, state.params["model"])
     keys = jax.random.split(jax.random.key(0))
     _, parts = step.loss_function(config, state.params, teacher, batch, keys)
     assert parts["distill_loss"] < 1e-6
@@ -516,7 +516,7 @@ import jax, numpy as np
 from flax import nnx
 from dvmsr_jax import data, parallel
 from dvmsr_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from dvmsr_jax.model import DVMSR, named_parameters
+from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.training import step
 
 SMALL = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4, drop_path=0.3)
@@ -525,7 +525,7 @@ rng = np.random.default_rng(0)
 records = {"lr": rng.integers(0, 256, (9, 8, 8, 3), np.uint8)}
 records["hr"] = records["lr"].repeat(4, 1).repeat(4, 2)
 records = [{name: x[i] for name, x in records.items()} for i in range(9)]
-teacher = step.Teacher(TEACHER, named_parameters(DVMSR(TEACHER, rngs=nnx.Rngs(1))))
+teacher = Weights.of(DVMSR(TEACHER, rngs=nnx.Rngs(1)))
 
 def run(phase, cached=False, **changes):
     optim = OptimConfig(learning_rate=1e-3, accumulate=changes.pop("accumulate", 1))

@@ -369,7 +369,7 @@ def test_what_cannot_be_written_fails_before_the_work(monkeypatch):
     make("a.png")
     Path("a_x2.png").mkdir()
     (outcome,) = run(PictureUpscaler(idle, 2), "a.png", overwrite=True).values()
-    assert outcome.what == "a_x2.png, which is to be the result, is a folder"
+    assert outcome.what == "the result a_x2.png would replace a folder"
     touch = Path.touch
 
     def locked(path, *arguments, **options):
@@ -493,7 +493,7 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
             )
             for value in ("inf", "nan", "0", "-1")
         ),
-        (["--ckpt", weights], "no pictures"),
+        (["--ckpt", weights], "name at least one"),
     ):
         message = run_main(monkeypatch, *arguments)
         assert message.startswith("error: ")

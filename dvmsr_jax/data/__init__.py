@@ -10,12 +10,13 @@ of them by the device.
 
 from dvmsr_jax.data.batches import batches, cut, load_cache, plans
 from dvmsr_jax.data.prepare import load_records
-from dvmsr_jax.data.records import Records, identity
+from dvmsr_jax.data.records import Records, describe_change, identity
 
 __all__ = [
     "Records",
     "batches",
     "cut",
+    "describe_change",
     "identity",
     "load_cache",
     "load_records",

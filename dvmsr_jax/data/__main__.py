@@ -17,7 +17,7 @@ import tyro
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data.check import check as find_problems
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
-from dvmsr_jax.data.records import read_counts, read_preparation
+from dvmsr_jax.data.records import Preparation, read_counts
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.program import told_in_a_line
 
@@ -31,6 +31,7 @@ def prepare(
     dataset: Literal["div2k", "df2k"] = DataConfig.dataset,
     scale: Literal[2, 3, 4] = 4,
     val_images: int = DataConfig.val_images,
+    max_unreadable: float = DataConfig.max_unreadable,
     data_dir: Path = DataConfig.data_dir,
 ) -> None:
     """Cuts pictures into aligned LR and HR sub-images, for train.py --data.prepared OUT.
@@ -41,10 +42,19 @@ def prepare(
         dataset: pictures to download, without hr_dirs. div2k: DIV2K. df2k: DIV2K and Flickr2K.
         scale: upscaling factor.
         val_images: pictures kept apart from training for validation.
+        max_unreadable: largest share of the pictures that may be left out because they cannot be
+            read.
         data_dir: where pictures are downloaded to.
     """
-    config = DataConfig(hr_dirs=hr_dirs, dataset=dataset, val_images=val_images, data_dir=data_dir)
-    prepare_pictures(find_sources(config), scale, out.expanduser())
+    config = DataConfig(
+        hr_dirs=hr_dirs,
+        dataset=dataset,
+        val_images=val_images,
+        max_unreadable=max_unreadable,
+        data_dir=data_dir,
+    )
+    pictures = find_sources(config)
+    prepare_pictures(pictures, scale, out.expanduser(), max_unreadable=config.max_unreadable)
     print(_summary(out.expanduser()))
 
 
@@ -71,11 +81,11 @@ COMMANDS: dict[str, Callable[..., Any]] = {"prepare": prepare, "check": check}
 
 
 def _summary(folder: Path) -> str:
-    shards = read_preparation(folder)["shards"].values()
-    pictures = sum(len(shard["pictures"]) for shard in shards)
-    left_out = sum(len(shard["left_out"]) for shard in shards)
+    shards = Preparation.read(folder).shards.values()
+    pictures = sum(len(shard.pictures) for shard in shards)
+    left_out = sum(len(shard.left_out) for shard in shards)
     counts = ", ".join(f"{n:,} for {split}" for split, n in read_counts(folder).items())
-    size = sum(shard["bytes"] for shard in shards) / 1e9
+    size = sum(shard.bytes for shard in shards) / 1e9
     pictures_used = f"{pictures:,} pictures ({left_out} left out)"
     return f"{folder}: {counts} sub-images of {pictures_used}, {size:.1f} GB"
 

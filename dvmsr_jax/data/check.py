@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -30,9 +29,9 @@ def check(folder: Path) -> list[str]:
     Raises:
         DataError: it is no folder of prepared records.
     """
-    preparation = records.read_preparation(folder)
-    scale, shards = preparation["scale"], preparation["shards"]
-    problems = list(_check_counts(folder, shards))
+    preparation = records.Preparation.read(folder)
+    scale, shards = preparation.scale, preparation.shards
+    problems = list(_check_counts(folder, preparation))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = pool.map(
             lambda name: list(_check_shard(folder / name, shards[name], scale)), shards
@@ -42,38 +41,37 @@ def check(folder: Path) -> list[str]:
     return problems
 
 
-def _check_counts(folder: Path, shards: dict[str, dict[str, Any]]) -> Iterator[str]:
-    said = records.read_counts(folder)
-    for split, count in said.items():
-        listed = sum(shard["records"] for shard in shards.values() if shard["split"] == split)
+def _check_counts(folder: Path, preparation: records.Preparation) -> Iterator[str]:
+    for split, count in records.read_counts(folder).items():
+        listed = sum(shard.records for shard in preparation.of_split(split).values())
         if count != listed:
             yield f"{folder}: {count} {split} records by TFDS's files, {listed} were prepared"
 
 
-def _check_shard(path: Path, shard: dict[str, Any], scale: int) -> Iterator[str]:
+def _check_shard(path: Path, shard: records.ShardInfo, scale: int) -> Iterator[str]:
     if not path.exists():
         yield f"{path}: is missing"
         return
-    if checksum(path) != shard["sha256"]:
+    if checksum(path) != shard.sha256:
         yield f"{path}: is damaged, its checksum is another one"
         return
-    pictures = [p for p in shard["pictures"] for _ in range(p["records"])]
+    pictures = [p for p in shard.pictures for _ in range(p.records)]
     count = 0
     for count, record in enumerate(records.open_shard(path), start=1):
         if count > len(pictures):
             continue
         picture, name = pictures[count - 1], os.fsdecode(record["name"])
-        if name != picture["name"]:
-            yield f"{path}: record {count - 1} is of {name}, not of {picture['name']}"
-        seen = (picture["lr_height"], picture["lr_width"])
+        if name != picture.name:
+            yield f"{path}: record {count - 1} is of {name}, not of {picture.name}"
+        seen = (picture.lr_height, picture.lr_width)
         difference = _difference(record["lr"], record["hr"], seen, scale)
         if difference > _MAX_DIFFERENCE:
             yield (
                 f"{path}: record {count - 1}, of {name}: LR is not HR made small, they differ by "
                 f"{difference:.2f} grey levels on average"
             )
-    if not count == len(pictures) == shard["records"]:
-        yield f"{path}: holds {count} records, {shard['records']} were written"
+    if not count == len(pictures) == shard.records:
+        yield f"{path}: holds {count} records, {shard.records} were written"
 
 
 def _difference(

@@ -5,26 +5,32 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
-from dvmsr_jax import bicubic
+from dvmsr_jax import bicubic, parallel
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
-from dvmsr_jax.data.records import DataError, Records
+from dvmsr_jax.data.records import DataError, PictureInfo, Preparation, Records, ShardInfo
 from dvmsr_jax.data.sources import Source, find_sources
 from dvmsr_jax.errors import printable
-from dvmsr_jax.files import checksum, lock, replacing, write_json
+from dvmsr_jax.files import checksum, has_locks, lock, replacing, write_json
 
 PICTURES_PER_SHARD = 16
-# Largest share of the pictures that may be left out because they cannot be read.
-MAX_BAD = 0.01
-_LOCK = "lock"
+# In a folder that `load_records` made: a hash of the folders or data set that it was made from.
+_SOURCES = "sources"
+# Files in the folder of an unfinished preparation. The lock tells whose folder it is; where file
+# systems have none, it is of the process that created the claim, until it removes that.
+_LOCK, _CLAIM = "lock", "claim"
+# Seconds between looks at another process's claim, and after which one that is left alone is dead.
+# NFS shows other machines' files as they were up to a minute ago.
+_POLL, _PATIENCE = 1.0, 600.0
 
 
 def load_records(config: DataConfig, scale: int) -> Records:
@@ -48,24 +54,49 @@ def load_records(config: DataConfig, scale: int) -> Records:
         parent = config.data_dir.expanduser() / records.NAME
         apart = f"{config.val_images} apart"
         folder = parent / _key(splits["train"] + splits["val"], scale, apart)
-        # By the folders: what is finished is still of use when pictures were mended or removed.
+        # By the folders: finished shards are still of use after pictures were fixed or removed.
         folders = [str(path.expanduser().resolve()) for path in config.hr_dirs]
         sources = _hash(f"x{scale}", apart, *(folders or [config.dataset]))
-        prepare(splits, scale, folder, parent / f".incomplete-{sources}")
+        unfinished = parent / f".incomplete-{sources}"
+        prepare(splits, scale, folder, unfinished, max_unreadable=config.max_unreadable)
+        _name_superseded(folder, sources)
     else:
         folder = config.prepared.expanduser()
         if config.hr_dirs:
             raise DataError("data.prepared and data.hr_dirs exclude each other; pass one of them")
         if config.dataset != DataConfig.dataset:
             raise DataError("data.prepared and data.dataset exclude each other; pass one of them")
-        there = records.read_preparation(folder)["scale"]
+        there = Preparation.read(folder).scale
         if there != scale:
             raise DataError(f"{folder}: was prepared for x{there}, the model is to be x{scale}")
     return records.open_records(folder)
 
 
+def _name_superseded(folder: Path, sources: str) -> None:
+    """Prints which folders beside this one were made with the same settings, of other pictures."""
+    if not (folder / _SOURCES).exists():
+        with replacing(folder / _SOURCES) as temporary:
+            temporary.write_text(sources)
+    older = [
+        marker.parent
+        for marker in sorted(folder.parent.glob(f"*/{_SOURCES}"))
+        if marker.parent != folder and marker.read_text() == sources
+    ]
+    if older:
+        size = sum(path.stat().st_size for parent in older for path in parent.rglob("*"))
+        parallel.say(
+            f"prepared before the pictures changed, {size / 1e9:.1f} GB; may be deleted if no "
+            f"--data.prepared names it: {', '.join(map(str, older))}"
+        )
+
+
 def prepare(
-    splits: dict[str, list[Source]], scale: int, folder: Path, unfinished: Path | None = None
+    splits: dict[str, list[Source]],
+    scale: int,
+    folder: Path,
+    unfinished: Path | None = None,
+    *,
+    max_unreadable: float = DataConfig.max_unreadable,
 ) -> None:
     """Writes the pictures' sub-images as records; of "val" pictures, the middle one.
 
@@ -77,8 +108,8 @@ def prepare(
     as they exceed a gigabyte; Grain shuffles at reading, so they are written as they come.
 
     Raises:
-        DataError: more than `MAX_BAD` of the pictures cannot be read (fewer are left out), or the
-            folder holds something else.
+        DataError: a larger share of the pictures than `max_unreadable` cannot be read (up to that
+            they are left out), or the folder holds something else.
         OSError: the disk is full, say.
     """
     if unfinished is None:
@@ -86,28 +117,28 @@ def prepare(
     shards = [shard for split in splits for shard in _shards(split, splits[split], scale)]
     with _claim(unfinished, folder) as needed:
         if not needed:
-            there = records.read_preparation(folder)["shards"]
-            if {name: info["key"] for name, info in there.items()} != {
-                s.name: s.key for s in shards
-            }:
+            there = Preparation.read(folder).shards
+            if {name: info.key for name, info in there.items()} != {s.name: s.key for s in shards}:
                 raise DataError(
                     f"{folder}: holds records of other pictures, or made with other settings; "
                     "remove it or choose another folder"
                 )
             return
-        infos = _write_shards(shards, scale, unfinished)
+        preparation = Preparation(scale, _write_shards(shards, scale, unfinished, max_unreadable))
         sizes = {
-            split: [(i["records"], i["bytes"]) for i in infos.values() if i["split"] == split]
+            split: [(info.records, info.bytes) for info in preparation.of_split(split).values()]
             for split in splits
         }
         for split in splits:
             if not sum(count for count, _ in sizes[split]):
                 raise DataError(f"none of the pictures for {split!r} can be read")
         records.write_metadata(unfinished, scale, sizes)
-        write_json(unfinished / records.PREPARATION, {"scale": scale, "shards": infos})
+        preparation.write(unfinished)
         os.rename(unfinished, folder)
-        for path in [folder / _LOCK, *(shard.info_path(folder) for shard in shards)]:
+        for path in (shard.info_path(folder) for shard in shards):
             path.unlink()
+        for name in (_LOCK, _CLAIM):
+            (folder / name).unlink(missing_ok=True)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -128,16 +159,17 @@ class _Shard:
         """Exists when the shard is finished."""
         return folder / f"{self.name}.json"
 
-    def read_info(self, folder: Path) -> dict[str, Any] | None:
-        """What was written, None if it was not finished, or is of other pictures, or lacks some.
+    def read_info(self, folder: Path) -> ShardInfo | None:
+        """The finished shard's description, None if it has to be written (again).
 
-        Those that could not be read may have been mended since.
+        That is the case if it holds other pictures, or lacks some that could not be read: these may
+        have been repaired since.
         """
         try:
-            info = json.loads(self.info_path(folder).read_text())
-        except (FileNotFoundError, ValueError):
+            info = ShardInfo.from_json(json.loads(self.info_path(folder).read_text()))
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
-        whole = info["key"] == self.key and not info["left_out"] and (folder / self.name).exists()
+        whole = info.key == self.key and not info.left_out and (folder / self.name).exists()
         return info if whole else None
 
 
@@ -159,11 +191,13 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
 
 
-def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, dict[str, Any]]:
+def _write_shards(
+    shards: list[_Shard], scale: int, folder: Path, max_unreadable: float
+) -> dict[str, ShardInfo]:
     """Writes those that are not there yet; what they hold, by name."""
     found = {shard.name: shard.read_info(folder) for shard in shards}
     kept = {name: info for name, info in found.items() if info is not None}
-    known = {_LOCK, *kept, *(f"{name}.json" for name in kept)}
+    known = {_LOCK, _CLAIM, *kept, *(f"{name}.json" for name in kept)}
     for path in folder.iterdir():  # half-written, or of pictures that have changed since
         if path.name not in known:
             path.unlink()
@@ -179,6 +213,8 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, d
 
         def advance() -> bool:
             bar.update()
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(folder / _CLAIM)
             return not stop.is_set()
 
         futures = {
@@ -189,32 +225,33 @@ def _write_shards(shards: list[_Shard], scale: int, folder: Path) -> dict[str, d
         try:
             for future in as_completed(futures):
                 info = kept[futures[future]] = future.result()
-                for reason in info["left_out"]:
+                for reason in info.left_out:
                     bar.write(printable(f"left out: {reason}"))
-                _check_bad(kept, total)
+                _check_unreadable(kept, total, max_unreadable)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
     return {shard.name: kept[shard.name] for shard in shards}
 
 
-def _check_bad(infos: dict[str, dict[str, Any]], total: int) -> None:
-    bad = [reason for info in infos.values() for reason in info["left_out"]]
-    if len(bad) > MAX_BAD * total:
+def _check_unreadable(infos: dict[str, ShardInfo], total: int, at_most: float) -> None:
+    bad = [reason for info in infos.values() for reason in info.left_out]
+    if len(bad) > at_most * total:
         raise DataError(
-            f"{len(bad)} of {total} pictures cannot be used, more than {MAX_BAD:.0%}; mend or "
-            "remove them, and the same command goes on:\n  " + "\n  ".join(bad)
+            f"{len(bad)} of {total} pictures ({len(bad) / total:.2g} of them) cannot be read, more "
+            f"than the share of {at_most:g} that may be left out. Fix or remove them, or raise "
+            "--data.max-unreadable (--max-unreadable for `prepare`), and run the same command "
+            "again:\n  " + "\n  ".join(bad)
         )
 
 
-def _write_shard(
-    shard: _Shard, scale: int, folder: Path, advance: Callable[[], bool]
-) -> dict[str, Any]:
+def _write_shard(shard: _Shard, scale: int, folder: Path, advance: Callable[[], bool]) -> ShardInfo:
     """Writes a shard and what it holds.
 
     Raises CancelledError if `advance`, called for each picture, says stop.
     """
-    pictures, left_out = [], []
+    pictures: list[PictureInfo] = []
+    left_out: list[str] = []
     with (
         replacing(folder / shard.name) as unfinished,
         contextlib.closing(records.ShardWriter(unfinished)) as writer,
@@ -232,26 +269,19 @@ def _write_shard(
                     squares = [squares[len(squares) // 2]]
                 for lr_square, hr_square in squares:
                     writer.write(lr_square, hr_square, picture.name)
-                pictures.append(
-                    {
-                        "name": picture.name,
-                        "lr_height": lr.shape[0],
-                        "lr_width": lr.shape[1],
-                        "records": len(squares),
-                    }
-                )
+                pictures.append(PictureInfo(picture.name, lr.shape[0], lr.shape[1], len(squares)))
             if not advance():
                 raise CancelledError
-    info = {
-        "key": shard.key,
-        "split": shard.split,
-        "records": sum(picture["records"] for picture in pictures),
-        "bytes": (folder / shard.name).stat().st_size,
-        "sha256": checksum(folder / shard.name),
-        "pictures": pictures,
-        "left_out": left_out,
-    }
-    write_json(shard.info_path(folder), info)
+    info = ShardInfo(
+        key=shard.key,
+        split=shard.split,
+        records=sum(picture.records for picture in pictures),
+        bytes=(folder / shard.name).stat().st_size,
+        sha256=checksum(folder / shard.name),
+        pictures=tuple(pictures),
+        left_out=tuple(left_out),
+    )
+    write_json(shard.info_path(folder), asdict(info))
     return info
 
 
@@ -270,17 +300,75 @@ def _claim(unfinished: Path, finished: Path) -> Iterator[bool]:
         with contextlib.ExitStack() as stack:
             try:
                 file = stack.enter_context((unfinished / _LOCK).open("w"))
-                if not lock(file, wait=False):
-                    waiting = f"waiting for the process that prepares pictures in {unfinished}"
-                    print(waiting, flush=True)
-                    lock(file, wait=True)
-                held = os.path.samestat(os.fstat(file.fileno()), os.stat(unfinished / _LOCK))
+                if has_locks(file):
+                    held = _take_lock(file, unfinished / _LOCK)
+                else:
+                    held = stack.enter_context(_create_claim(unfinished / _CLAIM))
             except FileNotFoundError:
                 held = False
-            # Otherwise who had it has renamed the folder: look again.
+            # Otherwise the other process has renamed the folder: look again.
             if held and not is_prepared(finished):
                 yield True
                 return
             if held:  # made in vain, just after that
                 (unfinished / _LOCK).unlink()
     yield False
+
+
+def _take_lock(file: IO[Any], path: Path) -> bool:
+    """Waits for the lock; False if the file then no longer lies at PATH."""
+    if not lock(file, wait=False):
+        _say_waiting(path.parent)
+        lock(file, wait=True)
+    return _is_at(file, path)
+
+
+@contextlib.contextmanager
+def _create_claim(path: Path) -> Iterator[bool]:
+    """Creates PATH, which one process alone can do, and removes it in the end.
+
+    While another process has it, waits, and yields False.
+
+    Raises:
+        DataError: the other process shows no progress.
+    """
+    try:
+        file = path.open("x")
+    except FileExistsError:
+        _say_waiting(path.parent)
+        _wait_for_removal(path)
+        yield False
+        return
+    with file:
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # it is renamed with a finished folder
+                if _is_at(file, path):
+                    path.unlink()
+
+
+def _wait_for_removal(path: Path) -> None:
+    touched, since = -1, 0.0
+    while True:
+        try:
+            now = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        if now != touched:
+            touched, since = now, time.monotonic()
+        elif time.monotonic() - since > _PATIENCE:
+            raise DataError(
+                f"{path}: the process that created this file has prepared no picture for "
+                f"{_PATIENCE:.0f} s. If it has ended, remove the file, and the same command "
+                "continues its work"
+            )
+        time.sleep(_POLL)
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _say_waiting(folder: Path) -> None:
+    print(f"waiting for the process that prepares pictures in {folder}", flush=True)

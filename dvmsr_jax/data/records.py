@@ -4,13 +4,15 @@ A folder of them holds TFDS's own files and PREPARATION, which says what each sh
 """
 
 import bisect
+import collections
 import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from jaxtyping import UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dvmsr_jax.errors import UserError
+from dvmsr_jax.files import write_json
 
 # Side of a stored HR sub-image, rounded down to a multiple of the scale. Large enough for the
 # paper's 256x256 crops to move in, small enough to be read quickly for one crop.
@@ -32,6 +35,92 @@ PREPARATION = "preparation.json"
 
 class DataError(UserError):
     """Training data that cannot be had, used or read; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class PictureInfo:
+    """A picture that records were cut from: its path, LR size, and number of records."""
+
+    name: str
+    lr_height: int
+    lr_width: int
+    records: int
+
+    @classmethod
+    def from_json(cls, stored: Any) -> "PictureInfo":
+        """The inverse of `asdict`. Raises ValueError if `stored` is something else."""
+        match stored:
+            case {
+                "name": str(name),
+                "lr_height": int(height),
+                "lr_width": int(width),
+                "records": int(records),
+            }:
+                return cls(name, height, width, records)
+        raise ValueError("it describes a picture in an unknown way")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A file of records: how many, how large, and the pictures they were cut from, in order."""
+
+    key: str
+    """A hash of the pictures' fingerprints and of the sizes of the sub-images."""
+    split: str
+    records: int
+    bytes: int
+    sha256: str
+    pictures: tuple[PictureInfo, ...]
+    left_out: tuple[str, ...]
+    """A line for each picture that could not be read, with its name."""
+
+    @classmethod
+    def from_json(cls, stored: Any) -> "ShardInfo":
+        """The inverse of `asdict`. Raises ValueError if `stored` is something else."""
+        match stored:
+            case {
+                "key": str(key),
+                "split": str(split),
+                "records": int(records),
+                "bytes": int(size),
+                "sha256": str(sha256),
+                "pictures": list(pictures),
+                "left_out": list(left_out),
+            } if all(isinstance(line, str) for line in left_out):
+                infos = tuple(map(PictureInfo.from_json, pictures))
+                return cls(key, split, records, size, sha256, infos, tuple(left_out))
+        raise ValueError("it describes a file of records in an unknown way")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The content of PREPARATION: how a folder of records was made. Shards go by file name."""
+
+    scale: int
+    shards: dict[str, ShardInfo]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Preparation":
+        """Raises DataError if the folder holds no prepared records, or a damaged description."""
+        try:
+            match json.loads((folder / PREPARATION).read_text()):
+                case {"scale": int(scale), "shards": dict(shards)}:
+                    infos = {name: ShardInfo.from_json(shard) for name, shard in shards.items()}
+                    return cls(scale, infos)
+            raise ValueError(f"{PREPARATION} was not written by `prepare`")
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{folder}: holds no prepared records ({PREPARATION}: {error}); make them with\n"
+                f"  python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out {folder}"
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Writes what `read` returns."""
+        write_json(folder / PREPARATION, asdict(self))
+
+    def of_split(self, split: str) -> dict[str, ShardInfo]:
+        """The shards of "train" or "val"."""
+        return {name: shard for name, shard in self.shards.items() if shard.split == split}
 
 
 class Records(NamedTuple):
@@ -217,24 +306,6 @@ def write_metadata(folder: Path, scale: int, shards: dict[str, list[tuple[int, i
     )
 
 
-def read_preparation(folder: Path) -> dict[str, Any]:
-    """What a folder of records was prepared of.
-
-    Raises:
-        DataError: it is no such folder.
-    """
-    try:
-        preparation = json.loads((folder / PREPARATION).read_text())
-        if not isinstance(preparation, dict) or not preparation.keys() >= {"scale", "shards"}:
-            raise ValueError(f"{PREPARATION} is not one that `prepare` wrote")
-        return preparation
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder}: holds no prepared records ({error}); make them with\n"
-            f"  python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out {folder}"
-        ) from error
-
-
 def identity(folder: Path) -> str:
     """12 hex digits that name what is in a folder of records, wherever it and the pictures lie.
 
@@ -244,19 +315,64 @@ def identity(folder: Path) -> str:
     Raises:
         DataError: it is no folder of prepared records.
     """
-    preparation = read_preparation(folder)
+    preparation = Preparation.read(folder)
     # A shard's key stands for its pictures, but not for which of them were left out; and of their
     # names, which are paths, only the last part is the same everywhere.
     contents = [
         (
-            shard["split"],
-            shard["key"],
-            [(Path(picture["name"]).name, picture["records"]) for picture in shard["pictures"]],
+            shard.split,
+            shard.key,
+            [(Path(picture.name).name, picture.records) for picture in shard.pictures],
         )
-        for shard in preparation["shards"].values()
+        for shard in preparation.shards.values()
     ]
-    text = json.dumps([preparation["scale"], contents])
+    text = json.dumps([preparation.scale, contents])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe_change(folder: Path, before: str) -> str:
+    """How the pictures in a folder of records differ from those with the identity `before`.
+
+    These are looked for in the folders beside it, and compared by their names and sizes.
+    """
+    now = Preparation.read(folder)
+    earlier = None
+    for path in folder.absolute().parent.iterdir():
+        with contextlib.suppress(DataError):
+            if (path / PREPARATION).exists() and identity(path) == before:
+                earlier = Preparation.read(path)
+                break
+    if earlier is None:
+        count = sum(len(shard.pictures) for shard in now.shards.values())
+        return f"{count:,} pictures now; the folder of the former ones is not beside {folder}"
+    if earlier.scale != now.scale:
+        return f"prepared for x{earlier.scale} there, for x{now.scale} now"
+
+    def pictures(preparation: Preparation, form: Callable[[ShardInfo, PictureInfo], Any]):
+        shards = preparation.shards.values()
+        return collections.Counter(form(s, picture) for s in shards for picture in s.pictures)
+
+    def more(a: Preparation, b: Preparation, form: Callable[[ShardInfo, PictureInfo], Any]) -> int:
+        return (pictures(a, form) - pictures(b, form)).total()
+
+    def name(shard, picture):
+        return Path(picture.name).name
+
+    def use(shard, picture):
+        return name(shard, picture), shard.split
+
+    def size(shard, picture):
+        return name(shard, picture), picture.lr_height, picture.lr_width
+
+    added, removed = more(now, earlier, name), more(earlier, now, name)
+    counts = {
+        "added": added,
+        "removed": removed,
+        "of other sizes": more(now, earlier, size) - added,
+        "moved between training and validation": more(now, earlier, use) - added,
+    }
+    changes = [f"{count:,} {what}" for what, count in counts.items() if count]
+    return "pictures: " + (", ".join(changes) or "the same names and sizes, with other contents")
 
 
 def read_counts(folder: Path) -> dict[str, int]:
@@ -270,19 +386,19 @@ def open_records(folder: Path) -> Records:
     Raises:
         DataError: it is none, or files of it are missing or damaged.
     """
-    shards = read_preparation(folder)["shards"]
-    for name, shard in shards.items():
+    preparation = Preparation.read(folder)
+    for name, shard in preparation.shards.items():
         path = folder / name
         size = path.stat().st_size if path.exists() else None
-        if size != shard["bytes"]:
-            fault = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
+        if size != shard.bytes:
+            fault = "is missing" if size is None else f"has {size} bytes, not {shard.bytes}"
             raise DataError(f"{path}: {fault}; remove the folder and prepare it anew")
     builder = _builder(folder)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     train, val = (
         SubImages(
             builder.as_data_source(split, deserialize_method=raw),
-            {folder / name: s["records"] for name, s in shards.items() if s["split"] == split},
+            {folder / name: s.records for name, s in preparation.of_split(split).items()},
         )
         for split in ("train", "val")
     )

@@ -1,4 +1,4 @@
-"""Many pictures at once: which files are meant, where the results go, and what became of each."""
+"""Upscales many pictures: finds the inputs, names the results, and reports on each."""
 
 import contextlib
 import errno
@@ -31,19 +31,19 @@ STANDARD = Path("-")
 """Standard input as a source, standard output as a target."""
 
 SKIPPED_SHOWN = 3
-"""So many skipped pictures are named in a summary."""
+"""How many skipped pictures a summary names."""
 
-# Stems of upscaled pictures, with that of the original.
+# Stem of an upscaled picture; its first group is the stem of the original.
 _RESULT = re.compile(r"(.+)_x\d+(\.\d+)?", re.DOTALL)
 
 
 class Outcome(NamedTuple):
-    """What became of a picture."""
+    """The outcome for one picture."""
 
     source: Path
     status: Literal["done", "skipped", "failed"]
     what: str
-    """If done, the result's path, otherwise the reason."""
+    """The result's path if it is done, otherwise the reason."""
 
 
 @dataclass(frozen=True)
@@ -53,36 +53,41 @@ class Job:
     source: Path
     target: Path
     suffix: str | None
-    """What is to be added to the target; None or formats.SAME: see `formats.choose_suffix`."""
+    """Suffix to add to the target; None or formats.SAME: see `formats.choose_suffix`."""
 
 
 class DiskFullError(UserError):
-    """There was no room for a result, so there is none for the following ones."""
+    """There is no room for a result, and so none for the following ones."""
 
 
 def plan(
     inputs: Sequence[str], output: str | None, *, scale: float, suffix: str | None
 ) -> list[Job | Outcome]:
-    """What is to be done about what the user has named, or has become of it already.
+    """Finds the pictures that the user has named, and decides where each result goes.
 
     Args:
-        inputs: files; folders, whose pictures are meant; patterns; "-".
-        output: a file; a folder, in which those inside the inputs are repeated; "-". None: the
-            folder of each input, and "-" for "-".
-        scale: factor, which is part of the results' names.
-        suffix: theirs. None: that of the output or, if it has none, what suits the picture, as
-            formats.SAME does in any case (see `formats.choose_suffix`).
+        inputs: files; folders of pictures; patterns; "-" for standard input.
+        output: a file; a folder, which gets the same subfolders as the inputs; "-" for standard
+            output. None: the folder of each input, and "-" for "-".
+        scale: enlargement factor, which is part of the results' names.
+        suffix: suffix of the results. None: that of the output or, if it has none, the default for
+            the picture. formats.SAME: that of the picture (see `formats.choose_suffix`).
 
-    A result is named STEM_xSCALE or, if another picture beside its own or among the inputs has the
-    same stem, STEM_SUFFIX_xSCALE: so its name does not depend on which of them are named in a
-    command. An input whose result would still have the name of another's fails. What was
-    found in a folder or by a pattern is skipped if its name says that it is the result of another
-    input, and so is an input that has been named if it lies where another one's result would:
-    shells replace patterns by names.
+    A result is named STEM_xSCALE. If another picture in the same folder, or among the inputs for
+    the same output folder, has the same stem, it is named STEM_SUFFIX_xSCALE. So its name does not
+    depend on which of them a command names. If two results would still have the same name, the
+    second input fails.
+
+    Pictures found in a folder or by a pattern are skipped if they are, by name, results of other
+    inputs. So are pictures named explicitly, if another input's result would have that name: the
+    shell may have expanded a pattern.
+
+    Returns:
+        A job for each picture to upscale, and an outcome for each that is skipped or has failed.
 
     Raises:
         UserError: the output is a file and there is more than one input, or its suffix is unknown
-            or not the one asked for.
+            or contradicts `suffix`.
     """
     file, folder = _read_output(output, suffix)
     jobs: list[Job | Outcome] = []
@@ -108,7 +113,7 @@ def plan(
     places = {
         path: path.parent if folder is None else folder / inner for path, inner in found.values()
     }
-    # Some file systems take upper and lower case for the same.
+    # Some file systems do not distinguish upper and lower case.
     namesakes = Counter(str(place / path.stem).casefold() for path, place in places.items())
     beside = functools.cache(_names_by_stem)
 
@@ -159,19 +164,19 @@ def run(
     quality: formats.Quality = None,
     max_pixels: int = reading.MAX_PIXELS,
 ) -> Iterator[Outcome]:
-    """Does the jobs, one after the other.
+    """Runs the jobs one after the other, and yields their outcomes.
 
-    A result appears under its name when it is complete. No job's source is ever overwritten, nor
-    what is to be kept, and another existing file only with `overwrite`. The progress of large
+    A result appears under its name when it is complete. Sources of jobs and files in `keep` are
+    never overwritten, and other existing files only with `overwrite`. The progress of large
     pictures is shown on stderr if that is a terminal.
 
     Args:
-        jobs: see `plan`.
-        upscaler: what to do it with.
-        keep: further files not to be overwritten: what the user has named, for one.
-        overwrite: whether existing results are made again. They are skipped otherwise.
+        jobs: from `plan`.
+        upscaler: enlarges the pictures.
+        keep: more files that must not be overwritten, such as those that the user has named.
+        overwrite: replace existing results instead of skipping them.
         quality: of JPEG and WebP (see `formats.write`).
-        max_pixels: limit of a picture's size, against decompression bombs (see `Picture`).
+        max_pixels: limit on a picture's size, against decompression bombs (see `Picture`).
 
     Raises:
         DiskFullError: there is no room for a result.
@@ -207,8 +212,11 @@ def _do(
     quality: formats.Quality,
     max_pixels: int,
 ) -> Outcome:
-    """`kept` and `named` tell by `_identity` what must not be overwritten in any case; what is only
-    named may, without `overwrite`, be an earlier result that the shell has put there."""
+    """Runs a job.
+
+    Files in `kept` and `named`, given by `_identity`, are never overwritten. Without `overwrite`,
+    a file in `named` is taken for an earlier result, which a shell's pattern may have matched.
+    """
     source = sys.stdin.buffer.read() if job.source == STANDARD else job.source
     picture = Picture(source, max_pixels=max_pixels)
     suffix = formats.choose_suffix(picture, job.suffix)
@@ -217,7 +225,7 @@ def _do(
     if target != STANDARD:
         target = target.with_name(target.name + suffix)
         if os.path.isdir(target):
-            raise UserError(f"{target}, which is to be the result, is a folder")
+            raise UserError(f"the result {target} would replace a folder")
         if (there := _identity(target)) is not None:
             if there in kept:
                 raise UserError(f"would overwrite {target}, {kept[there]}")
@@ -235,8 +243,8 @@ def _do(
     except OSError as error:
         if error.errno in _FULL:
             raise DiskFullError(
-                f"{name}: {error.strerror}. Make room or choose another --output; the same"
-                " command resumes from here"
+                f"{name}: {error.strerror}. Free some space, or choose another --output; then run"
+                " the same command again to resume"
             ) from error
         raise UserError(f"{name} cannot be written ({error.strerror or error})") from error
     return Outcome(job.source, "done", str(target))
@@ -248,7 +256,7 @@ def _unexpected(error: Exception) -> str:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """How many are done, skipped and failed, and why."""
+    """Counts the pictures that are done, skipped and failed, and gives the reasons."""
     lines: dict[str, list[str]] = {"done": [], "skipped": [], "failed": []}
     for source, status, what in outcomes:
         lines[status].append(printable(f"  {status}: {source}: {what}"))
@@ -261,13 +269,13 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 _OUT_OF_MEMORY = (
-    "out of memory. PNG and TIFF (--format) are not held in it as the other formats are;"
-    " --self-ensemble needs much of it, and --tile 128 little"
+    "out of memory. Try --format png or tiff, which are not held in memory as a whole; leave out"
+    " --self-ensemble; or try --tile 128"
 )
 
 
 def _read_output(output: str | None, suffix: str | None) -> tuple[Path | None, Path | None]:
-    """(the one file, the folder) that is meant."""
+    """Returns (file, folder), of which at most one is not None."""
     if output is None:
         return None, None
     path = Path(output)
@@ -291,14 +299,14 @@ def _read_output(output: str | None, suffix: str | None) -> tuple[Path | None, P
 def _find(
     name: str, leave_out: Path | None, fail: Callable[[Path, UserError], None]
 ) -> Iterator[tuple[Path, Path]]:
-    """The files that a name stands for, each with the folder that it is in below that name.
+    """Yields the files that a name stands for, each with its folder relative to that name.
 
-    `fail` is told of subfolders that cannot be read.
+    Calls `fail` for subfolders that cannot be read.
     """
     path = Path(name)
     if not name:
         raise UserError("an empty name")
-    # By os.path, because Path's own methods raise on names too long and folders without permission.
+    # os.path, because Path's methods raise for overlong names and folders without permission.
     if os.path.isdir(path):
         root, found = path, images.find_images(path, reading.SUFFIXES, on_error=fail)
     elif _PATTERN.search(name) and not os.path.exists(path):
@@ -317,7 +325,7 @@ def _find(
     else:
         yield path, Path()
         return
-    # In the output there are earlier results, unless it is what they are to be taken from.
+    # The output folder holds earlier results, unless it is an input itself.
     out = leave_out and Path(os.path.realpath(leave_out))
     real_root = Path(os.path.realpath(root))
     inside = out is not None and out not in (real_root, *real_root.parents)
@@ -331,12 +339,13 @@ _PATTERN = re.compile(r"[*?[]")
 
 
 def _names_by_stem(folder: Path) -> Mapping[str, list[str]]:
-    """The names of the pictures in a folder, by their stems in one case, without those of results.
+    """The names of the pictures in a folder, by case-folded stem.
 
-    A result is no namesake: it may have appeared since a command was given the first time.
+    Results of other pictures are left out: otherwise running a command a second time, when there
+    are results of the first, could choose other names.
     """
     names: list[Path] = []
-    with contextlib.suppress(OSError):  # what cannot be listed has no namesakes
+    with contextlib.suppress(OSError):  # without permission to list the folder
         names = [
             path
             for path in map(Path, os.listdir(folder))
@@ -357,7 +366,7 @@ def _long_stem(path: Path) -> str:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What all names of a file have in common; None if there is no such file."""
+    """Device and inode number, which all names of a file share; None if there is no such file."""
     try:
         status = path.stat()
     except OSError:
@@ -370,7 +379,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def _destination(target: Path) -> Iterator[Path]:
-    """Where to write what shall be in the target, which then is there completely or not at all."""
+    """Gives a path to write to. The file becomes the target when it is complete, or never."""
     if target != STANDARD:
         with files.replacing(target) as path:
             yield path
@@ -383,8 +392,8 @@ def _destination(target: Path) -> Iterator[Path]:
             if error.errno not in _FULL:
                 raise
             raise DiskFullError(
-                f"{folder}: {error.strerror}. A picture for standard output is first written there:"
-                " make room, or set TMPDIR to a folder that has it"
+                f"{folder}: {error.strerror}. Pictures for standard output are first written there:"
+                " free some space, or set TMPDIR to another folder"
             ) from error
         with open(path, "rb") as file:
             shutil.copyfileobj(file, sys.stdout.buffer)
@@ -392,7 +401,7 @@ def _destination(target: Path) -> Iterator[Path]:
 
 
 def _computed(frame: BandedFrame, label: str) -> BandedFrame:
-    """With progress shown, and errors that cannot be taken for those of writing."""
+    """Shows the progress, and makes errors of computing distinct from those of writing."""
 
     def bands() -> Iterator[reading.Pixels]:
         rows = frame.shape[0]

@@ -1,7 +1,7 @@
-"""Writing pictures: what each format can hold, and how it is written.
+"""Writes pictures, and adapts them to the limits of each format.
 
-PNG and TIFF are written as the rows come. For the others, which Pillow writes, the whole picture is
-held in memory, in 8 bits.
+PNG and TIFF are written row by row. The other formats are written by Pillow, with the whole picture
+in memory, in 8 bits.
 """
 
 import io
@@ -27,15 +27,15 @@ from dvmsr_jax.pictures.reading import BandedFrame, Picture, Pixels, to_pillow, 
 
 
 class FormatError(UserError):
-    """A picture that cannot be written as asked; the message says what would do."""
+    """A picture that cannot be written as requested; the message names an alternative."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a file format can hold."""
+    """The limits of a file format."""
 
     name: str
-    """Pillow's."""
+    """Its name in Pillow."""
     max_side: int
     """Largest height and width in pixels."""
     animations: bool = False
@@ -51,7 +51,7 @@ class Format:
     profiles: bool = True
     """ICC profiles."""
     max_bytes: int = sys.maxsize
-    """Largest size, if it is that of the pixels."""
+    """Limit on the size of the pixels."""
 
 
 PNG = Format(
@@ -89,27 +89,27 @@ BMP = Format(
 )
 
 CLASSIC_TIFF = int(0.98 * 2**32)
-"""Bytes of pixels up to which a TIFF is none with 64-bit offsets, which fewer programs read."""
+"""Pictures with more bytes of pixels become BigTIFFs, which fewer programs read."""
 
 BY_SUFFIX = {
     **{".png": PNG, ".apng": PNG, ".tif": TIFF, ".tiff": TIFF, ".webp": WEBP, ".gif": GIF},
     **{".jpg": JPEG, ".jpeg": JPEG, ".bmp": BMP},
 }
-"""Formats by the ending of a file's name, in lower case."""
+"""Formats by file name suffix, in lower case."""
 
 
 SAME = ".same"
-"""In place of a suffix: that of the picture's own format."""
+"""Stands for the suffix of the picture's own format."""
 
 Quality = int | Literal["lossless"] | None
 """Of JPEG and WebP; see `write`."""
 
 
 def choose_suffix(picture: Picture, asked: str | None) -> str:
-    """The suffix asked for, if it is one, or else a fitting one.
+    """The suffix to write a picture with: the one asked for, or by default PNG's.
 
-    With SAME, it is that of the picture's format, and without it only for several frames or pages.
-    It is PNG's for single ones, and for formats that are only read.
+    With SAME, or by default if there are several frames or pages, it is that of the picture's own
+    format. Formats that can only be read become PNG.
     """
     if asked not in (None, SAME):
         return asked
@@ -120,8 +120,8 @@ def choose_suffix(picture: Picture, asked: str | None) -> str:
 
 
 def check_holds(form: Format, picture: Picture, quality: Quality = None) -> None:
-    """Raises FormatError if the format holds one frame and the picture has several, or animations
-    only and the picture has pages, or if JPEG is asked to be lossless."""
+    """Raises FormatError if the format cannot hold the picture's frames or pages, or the quality
+    is "lossless" for JPEG."""
     if form is JPEG and quality == "lossless":
         raise FormatError("JPEG cannot be lossless: choose --format webp or png")
     able = form.animations if picture.is_animation else form.pages
@@ -143,14 +143,24 @@ def write(
     scale: float,
     quality: Quality,
 ) -> None:
-    """Writes the frames of a picture, enlarged by `scale`.
+    """Writes the frames of `picture`, which have been enlarged by `scale`.
 
-    What the format cannot hold is made to fit: 16 bits become 8, alpha is put on white, grey
-    becomes RGB, and colours are converted to sRGB where their profile is lost. Durations are
-    rounded so that an animation lasts as long as before, and too many plays become the most that
-    the format can count. `quality` is JPEG's and WebP's: from 1 to 100, "lossless" (WebP's only),
-    or None for 95, with which a lossless WebP stays lossless. Raises FormatError if a frame is too
-    large for the format, or shown too long.
+    They are adapted to the format where necessary: 16 bits are rounded to 8, alpha is blended with
+    white, grey becomes RGB, and colours are converted to sRGB if their profile cannot be kept.
+    Durations are rounded such that their sum stays the same. The number of plays is limited to the
+    largest that the format can express.
+
+    Args:
+        path: the file to write.
+        form: its format.
+        frames: the enlarged frames or pages.
+        picture: the picture they were made from.
+        scale: enlargement factor.
+        quality: of JPEG and WebP: from 1 to 100, "lossless" (WebP only), or None for 95, except
+            that a lossless WebP stays lossless.
+
+    Raises:
+        FormatError: a frame is too large for the format, or is shown for too long.
     """
     fitted = (_fit(form, frame) for frame in frames)
     if form is PNG:
@@ -159,7 +169,7 @@ def write(
     elif form is TIFF:
         first = next(fitted)
         size: float = math.prod(first.shape) * first.dtype.itemsize
-        if len(picture) > 1:  # what the others are like shows when they come
+        if len(picture) > 1:  # the sizes of the others are not known yet
             size = picture.most_bytes * scale**2
         big = size > CLASSIC_TIFF
         _write_tiff(path, itertools.chain([first], fitted), big=big)
@@ -184,7 +194,7 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
     colour = channels < 3 and not form.grey
     channels += 2 * colour - flatten
     dtype = frame.dtype if form.deep else np.dtype(np.uint8)
-    lost = None if form.profiles and not colour else frame.metadata.icc  # a profile of grey, or any
+    lost = None if form.profiles and not colour else frame.metadata.icc
     if height * (width * channels + 3) > form.max_bytes:  # lines are padded
         raise FormatError(
             f"is too large for {form.name}, which ends at 4 GB: choose --format png or tiff"
@@ -211,7 +221,7 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
 
 
 def _to_srgb(pixels: Pixels, icc: bytes) -> Pixels:
-    """Converts 8-bit pixels from their profile; alpha is kept, and grey stays grey."""
+    """Converts 8-bit pixels from an ICC profile to sRGB. Grey stays grey, alpha stays the same."""
     count = 3 if pixels.shape[2] > 2 else 1  # without alpha
     image = to_pillow(np.ascontiguousarray(pixels[:, :, :count]))
     image.info["icc_profile"] = icc
@@ -220,7 +230,7 @@ def _to_srgb(pixels: Pixels, icc: bytes) -> Pixels:
 
 
 def _whole_durations(metadata: Iterable[Metadata], unit: int) -> list[int]:
-    """The frames' durations in whole units of milliseconds, none of which adds up to an error."""
+    """The frames' durations rounded to multiples of `unit` milliseconds, with the same sum."""
     ends = itertools.accumulate((one.duration for one in metadata), initial=0.0)
     return [
         unit * (round(end / unit) - round(start / unit)) for start, end in itertools.pairwise(ends)
@@ -258,7 +268,7 @@ _STRIP = 2**18  # bytes, before compression
 
 
 def _strips(frame: BandedFrame, rows: int) -> Iterator[bytes]:
-    """Compressed strips: tifffile takes no others as they come."""
+    """Yields compressed strips; tifffile compresses only pictures that it gets whole."""
     for band in frame.regrouped(rows):
         differences = band.astype(frame.dtype.newbyteorder("<"))
         differences[:, 1:] -= band[:, :-1]
@@ -266,7 +276,8 @@ def _strips(frame: BandedFrame, rows: int) -> Iterator[bytes]:
 
 
 def _exif_tags(metadata: Metadata, big: bool) -> list[tuple[int | str, int, int, Any, bool]]:
-    """EXIF's main directory in tifffile's form, with room for where the others will lie."""
+    """EXIF's main directory as tifffile's extra tags, with placeholders for the offsets of the
+    other directories."""
     tags: list[tuple[int | str, int, int, Any, bool]] = []
     for tag, value in metadata.exif.get(MAIN, {}).items():
         if isinstance(value, str):
@@ -279,14 +290,14 @@ def _exif_tags(metadata: Metadata, big: bool) -> list[tuple[int | str, int, int,
             tags.append((tag, number, 1, value, True))
     for name, directory in (("ExifTag", ExifTags.IFD.Exif), ("GPSTag", ExifTags.IFD.GPSInfo)):
         if directory in metadata.exif:
-            # For the time being, the page's own directory: tifffile reads what is pointed to.
+            # Until they are known, the page's own directory: tifffile reads what it points to.
             kind, first = (TiffTags.LONG8, 16) if big else (TiffTags.LONG, 8)
             tags.append((name, kind, 1, first, True))
     return tags
 
 
 def _append_directories(path: Path, metadata: Metadata, big: bool) -> None:
-    """Puts EXIF's other directories behind the pictures, which tifffile does not do."""
+    """Appends EXIF's other directories to the file, which tifffile cannot do."""
     header = b"II\x2b\0\x08\0\0\0" + bytes(8) if big else b"II\x2a\0" + bytes(4)
     for directory in metadata.exif.keys() - {MAIN}:
         ifd = TiffImagePlugin.ImageFileDirectory_v2(header, group=directory)
@@ -310,7 +321,7 @@ def _write_with_pillow(
     options: dict[str, Any] = {"icc_profile": first.icc}
     if first.dpi and max(first.dpi) < 2**16:
         options["dpi"] = first.dpi
-        if form is WEBP:  # which has no other place for it
+        if form is WEBP:  # it has no other place for it
             resolution: dict[int, Any] = {
                 ExifTags.Base.XResolution: first.dpi[0],
                 ExifTags.Base.YResolution: first.dpi[1],
@@ -324,7 +335,7 @@ def _write_with_pillow(
     if quality is None:
         quality = "lossless" if form is WEBP and picture.is_lossless_webp() else _QUALITY
     if form is JPEG:
-        # Not optimized: Pillow would need room for the whole file, and guesses too little.
+        # Without "optimize", for which Pillow reserves too small a buffer for the whole file.
         options |= {"quality": quality, "subsampling": 0}
     elif form is WEBP:
         lossless = quality == "lossless"
@@ -339,7 +350,7 @@ def _write_with_pillow(
             options["loop"] = max(plays - 1, 0)
         if form is GIF:
             options["disposal"] = 2 if any("transparency" in one.info for one in held) else 1
-    encoded = io.BytesIO()  # because Pillow does not tell why it cannot write to a file
+    encoded = io.BytesIO()  # Pillow does not say why it cannot write to a file
     try:
         held[0].save(encoded, form.name, **options)
     except (OSError, ValueError, RuntimeError, SystemError, ArithmeticError, struct.error) as error:
@@ -362,7 +373,7 @@ def _hold(frame: BandedFrame) -> Image.Image:
 
 
 def _to_palette(image: Image.Image) -> Image.Image:
-    """With at most 255 colours, dithered, and one for what is more than half transparent."""
+    """Reduces an image to 255 colours, dithered, and one for pixels over half transparent."""
     if image.mode == "L":
         return image
     colours = image.convert("RGB")

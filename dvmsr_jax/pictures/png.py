@@ -1,6 +1,6 @@
-"""PNG (https://www.w3.org/TR/png-3), written as the rows come: 8 and 16 bits, stills, animations.
+"""Writes PNG (https://www.w3.org/TR/png-3) row by row: 8 and 16 bits, stills and animations.
 
-Pillow needs the whole picture, and writes no 16-bit colour.
+Pillow needs the whole picture in memory and cannot write 16-bit colour.
 """
 
 import io
@@ -17,7 +17,7 @@ from dvmsr_jax.pictures.metadata import Metadata
 from dvmsr_jax.pictures.reading import BandedFrame
 
 _COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by number of channels
-# Bytes, more or less, that are filtered, and compressed ones that are written, at a time.
+# Approximate number of bytes filtered at a time, and of compressed bytes written at a time.
 _CHUNK = 2**18
 # zlib's default, 6, makes photographs 5% smaller and takes three times as long.
 LEVEL = 4
@@ -30,7 +30,7 @@ def write(file: io.BufferedIOBase, frames: Iterator[BandedFrame], count: int, pl
         file: need not be seekable.
         frames: of one shape and type, none shown for more than 65,535 seconds.
         count: number of frames.
-        plays: how often an animation is shown; 0: forever.
+        plays: the number of times that an animation is shown; 0: forever.
     """
     file.write(b"\x89PNG\r\n\x1a\n")
     sequence = 0
@@ -58,9 +58,9 @@ def write(file: io.BufferedIOBase, frames: Iterator[BandedFrame], count: int, pl
 
 
 def _seconds(milliseconds: float) -> Fraction:
-    """The duration as the closest ratio of two numbers of 16 bits."""
+    """The duration in seconds, as a fraction of two 16-bit numbers."""
     seconds = Fraction(milliseconds / 1000)
-    largest = 2**16 - 1  # of the numerator as of the denominator
+    largest = 2**16 - 1  # of numerator and denominator
     return seconds.limit_denominator(max(1, largest // max(1, math.ceil(seconds))))
 
 
@@ -80,7 +80,7 @@ def _write_metadata(file: io.BufferedIOBase, metadata: Metadata) -> None:
 
 
 def _compress(frame: BandedFrame) -> Iterator[bytes]:
-    """The frame's pixels as a zlib stream, in pieces."""
+    """Yields the frame's pixels as a zlib stream."""
     compressor = zlib.compressobj(LEVEL)
     _, width, channels = frame.shape
     above = np.zeros((1, width * channels * frame.dtype.itemsize), np.uint8)
@@ -97,10 +97,10 @@ def _compress(frame: BandedFrame) -> Iterator[bytes]:
 
 
 def _filter(lines: UInt8[np.ndarray, "h n"], step: int) -> UInt8[np.ndarray, "h-1 n+1"]:
-    """Each line after the first as its filter's number and its difference from a prediction.
+    """Encodes each line after the first as its filter's number and differences from a prediction.
 
-    Of four filters each line gets the one with the smallest sum of absolute differences, by the
-    standard's advice. `step` is the number of bytes in a pixel.
+    Each line gets that of four filters with the smallest sum of absolute differences, which the
+    standard recommends. `step` is the number of bytes in a pixel.
     """
     left_of = np.pad(lines, ((0, 0), (step, 0)))[:, :-step]
     here, up, left, corner = lines[1:], lines[:-1], left_of[1:], left_of[:-1]

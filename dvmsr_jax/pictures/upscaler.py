@@ -1,4 +1,4 @@
-"""Upscaling pictures of every kind: grey, transparent, 8 and 16 bits, by any factor.
+"""Upscales pictures of all kinds: grey, colour, transparent, 8 and 16 bits, by any factor.
 
 >>> from dvmsr_jax import Upscaler
 >>> upscale = Upscaler()  # or Upscaler.from_checkpoint("dvmsr.safetensors")
@@ -32,20 +32,23 @@ from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
 
 MAX_SCALE = 16
 
-# Of red, green and blue in the grey that they make (ITU-R BT.601).
+# Weights of red, green and blue in grey (ITU-R BT.601).
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class PictureUpscaler:
-    """A function from pictures of every kind to larger ones, by a function of RGB pictures."""
+    """A function that enlarges pictures of all kinds, by means of one for RGB pictures."""
 
     def __init__(self, upscale: RgbUpscale, model_scale: int, *, scale: int | float | None = None):
         """
         Args:
-            upscale: what `inference` makes of a model.
-            model_scale: by how much it enlarges.
-            scale: by how much pictures are to be enlarged, if not by that: the model's output is
-                resized to it.
+            upscale: a function made by `inference`.
+            model_scale: the factor by which it enlarges.
+            scale: the factor by which to enlarge pictures, above 0 and at most MAX_SCALE. If it is
+                not `model_scale`, the model's output is resized.
+
+        Raises:
+            UserError: `scale` is out of range.
         """
         scale = model_scale if scale is None else scale
         if not 0 < scale <= MAX_SCALE:
@@ -59,18 +62,20 @@ class PictureUpscaler:
     def __call__(self, picture: np.ndarray) -> np.ndarray: ...
 
     def __call__(self, picture: object) -> Image.Image | np.ndarray:
-        """The picture enlarged, in the form it came in.
+        """Enlarges a Pillow image or an array.
 
         Args:
-            picture: a Pillow image of any mode with 8 bits or 16 grey ones (its current frame,
-                turned upright by its EXIF orientation), or an array of (h, w), grey, or (h, w, c),
-                XX
+            picture: a Pillow image with 8 bits per sample, or grey with 16 bits (its current frame,
+                turned upright by its EXIF orientation); or an array of shape (h, w) or (h, w, c):
+                c = 1 is grey, 2 grey and alpha, 3 RGB, and 4 RGB and alpha. Arrays are uint8,
+                uint16, or floating point in [0, 1] up to rounding.
+
         Returns:
-            A Pillow image, of mode L, LA, RGB, RGBA or I;16 and with ICC profile, DPI and EXIF in
-            `info`; or an array of the same type and number of axes.
+            For an image, one of mode L, LA, RGB, RGBA or I;16, with ICC profile, DPI and EXIF in
+            its `info`. For an array, one of the same type and number of axes.
 
         Raises:
-            UserError: the picture is of none of these kinds.
+            UserError: the picture is of another kind, or has values out of range.
         """
         if isinstance(picture, Image.Image):
             frame = self.enlarge(from_pillow(picture))
@@ -82,12 +87,12 @@ class PictureUpscaler:
             return image
         if not isinstance(picture, np.ndarray):
             kind = type(picture).__name__
-            raise UserError(f"a {kind} is no picture: expected a Pillow image or a NumPy array")
-        picture = np.asarray(picture)  # np.matrix and the like have two axes whatever is asked for
+            raise UserError(f"a {kind} is not a picture: expected a Pillow image or a NumPy array")
+        picture = np.asarray(picture)  # a np.matrix would stay two-dimensional
         pixels = picture[:, :, None] if picture.ndim == 2 else picture
         if pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4 or 0 in pixels.shape:
             raise UserError(
-                f"an array of shape {picture.shape} is no picture: expected (h, w) or (h, w, c) "
+                f"an array of shape {picture.shape} is not a picture: expected (h, w) or (h, w, c) "
                 "with c from 1 to 4"
             )
         _check_values(pixels)
@@ -96,7 +101,7 @@ class PictureUpscaler:
         return enlarged[:, :, 0] if picture.ndim == 2 else enlarged
 
     def enlarge(self, frame: Frame) -> BandedFrame:
-        """The frame enlarged. Its pixels are computed as they are asked for."""
+        """Enlarges a frame. The pixels are computed lazily, while the bands are iterated over."""
         *size, channels = frame.pixels.shape
         height, width = self._enlarged(*size)
         metadata = frame.metadata.scaled(self.scale, height, width)
@@ -107,7 +112,7 @@ class PictureUpscaler:
         return max(round(h * self.scale), 1), max(round(w * self.scale), 1)
 
     def _bands(self, pixels: np.ndarray) -> Iterator[np.ndarray]:
-        """Of the enlarged pixels, in their own type."""
+        """Yields the enlarged pixels in bands of rows, with the same dtype."""
         dtype = pixels.dtype
         for band in self._enlarge_values(pixels):
             band = np.clip(band, 0, 1)
@@ -127,10 +132,10 @@ class PictureUpscaler:
     def _enlarge_transparent(
         self, pixels: np.ndarray
     ) -> Iterator[Float[np.ndarray, "rows W channels"]]:
-        """On black, where the model sees premultiplied colours, and on white.
+        """Enlarges the picture blended with black, and blended with white.
 
-        The results tell alpha, and the colour that gives both of them: so the enlarged picture
-        looks on either as if it had been put there before, and no fringe can appear.
+        The difference of the two results gives alpha, and with it the colour. On black as on white,
+        the enlarged picture then looks like the enlarged blend, without fringes.
         """
 
         def on_black(values: np.ndarray) -> np.ndarray:
@@ -142,7 +147,7 @@ class PictureUpscaler:
         h, w, _ = pixels.shape
         height, width = self._enlarged(h, w)
         columns = ((np.arange(width) + 0.5) * (w / width)).astype(int)
-        reach = math.ceil(max(1, 1 / self.scale))  # of the nearest pixels, which bound alpha
+        reach = math.ceil(max(1, 1 / self.scale))  # alpha is bounded by the pixels this near
         window = (2 * reach + 1, 2 * reach + 1, 1)
         bottom = 0
         for black, white in zip(
@@ -152,7 +157,7 @@ class PictureUpscaler:
         ):
             top, bottom = bottom, bottom + len(black)
             rows = ((np.arange(top, bottom) + 0.5) * (h / height)).astype(int)
-            # What is opaque or clear stays exactly so, and alpha does not overshoot at edges.
+            # Opaque and clear areas stay exactly so, and alpha does not overshoot at edges.
             first = max(rows[0] - reach, 0)
             alpha = _values(pixels[first : rows[-1] + reach + 1, :, -1:])
             area = np.ix_(rows - first, columns)
@@ -167,7 +172,10 @@ class PictureUpscaler:
     def _enlarge_colours(
         self, pixels: np.ndarray, colours: Callable[[np.ndarray], np.ndarray]
     ) -> Iterator[Float[np.ndarray, "rows W colours"]]:
-        """`colours` tells grey or RGB from the values, in [0, 1], of any part of the pixels."""
+        """Yields enlarged grey or RGB bands.
+
+        `colours` extracts grey or RGB from the values, in [0, 1], of any part of the pixels.
+        """
 
         def to_rgb(part: np.ndarray) -> np.ndarray:
             seen = colours(_values(part))
@@ -182,9 +190,9 @@ class PictureUpscaler:
 
 
 class Upscaler(PictureUpscaler):
-    """A function from pictures of every kind to larger ones, by a model.
+    """A function that enlarges pictures of all kinds with a model.
 
-    One may be used from several threads at once.
+    It may be used from several threads at once.
     """
 
     def __init__(
@@ -197,21 +205,21 @@ class Upscaler(PictureUpscaler):
         overlap: int | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
     ):
-        """An upscaler with the weights in a checkpoint directory, .safetensors or .pth file.
+        """Loads a model.
 
         Args:
-            path: by default, the project's own weights.
-            scale: factor, whole or not. None: the model's.
-            self_ensemble: average over the eight flips and turns of a picture: a little better,
-                eight times slower, and the result is held in memory in float32.
-            tile: side, in pixels, of the tiles in which pictures are upscaled. None: in bands,
-                which is exact and needs as little memory; only bidirectional models need tiles,
-                and take 256.
-            overlap: pixels by which tiles overlap. None: 16.
+            path: a checkpoint directory, a .safetensors file or a published .pth file. By default,
+                the project's own weights.
+            scale: enlargement factor, not necessarily an integer. None: the model's.
+            self_ensemble: average over the eight flips and rotations of each picture: slightly
+                better, eight times slower, and the result is held in memory in float32.
+            tile: upscale in square tiles of this side, in pixels. None: in bands of rows, which is
+                exact and needs as little memory, except for bidirectional models, which use 256.
+            overlap: overlap of the tiles in pixels. None: 16.
             precision: see `config.Compute`.
 
         Raises:
-            UserError: the weights cannot be read, or an argument makes no sense.
+            UserError: the weights cannot be read, or an argument is invalid or has no effect.
         """
         model = load_model(Path(path), compute=Compute(precision=precision))
         if tile is None and model.config.bidirectional:
@@ -221,7 +229,7 @@ class Upscaler(PictureUpscaler):
         elif overlap is None:
             upscale = make_streamer(model)
         else:
-            raise UserError("an overlap has an effect on tiles only: give their side (--tile) too")
+            raise UserError("--overlap has no effect without tiles: add --tile, or leave it out")
         if self_ensemble:
             upscale = _self_ensemble(upscale)
         super().__init__(upscale, model.config.scale, scale=scale)
@@ -230,36 +238,36 @@ class Upscaler(PictureUpscaler):
     def from_checkpoint(
         cls, path: str | os.PathLike[str] = DEFAULT_WEIGHTS, **options: Any
     ) -> "Upscaler":
-        """`Upscaler(path, **options)`, by the name that says what it does."""
+        """The same as `Upscaler(path, **options)`."""
         return cls(path, **options)
 
 
 def _check_values(pixels: np.ndarray) -> None:
-    """Raises UserError for pixels of a type or range that is not upscaled."""
+    """Raises UserError for pixels of an unsupported type, or out of range."""
     dtype = pixels.dtype
     if not (dtype.kind == "f" or (dtype.kind == "u" and dtype.itemsize <= 2)):
         raise UserError(f"pixels of type {dtype}: expected uint8, uint16 or floating point")
     lowest, highest = pixels.min(), pixels.max()
     if not (np.isfinite(lowest) and np.isfinite(highest)):  # both are NaN if any value is
-        raise UserError("the array has values that are not finite: replace NaN and infinity first")
+        raise UserError("the array contains NaN or infinity: replace those values first")
     if dtype.kind == "f" and not (lowest >= -_ROUNDING and highest <= 1 + _ROUNDING):
         raise UserError(
-            f"floating-point values reach from {lowest:g} to {highest:g}, and must lie in [0, 1]:"
+            f"floating-point values range from {lowest:g} to {highest:g}, and must lie in [0, 1]:"
             " divide them by the value of white, or clip them"
         )
 
 
-_ROUNDING = 1e-3  # by which values in [0, 1] may miss it, in float16 too
+_ROUNDING = 1e-3  # how far values may lie outside [0, 1]; float16 needs this much
 
 
 def _values(pixels: np.ndarray) -> np.ndarray:
-    """In [0, 1], of any pixels."""
+    """Pixels of any type as float32 values in [0, 1]."""
     values = pixels.astype(np.float32)
     return values / np.float32(np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else values
 
 
 def _joined(bands: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The array of this shape whose rows the bands are, without holding them beside it."""
+    """Joins bands to an array of this shape, and holds only one of them besides it."""
     whole = np.empty(shape, dtype)
     bottom = 0
     for band in bands:

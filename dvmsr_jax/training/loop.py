@@ -1,6 +1,7 @@
 """The training loop of both phases: steps, logs, validations, checkpoints, stop and resume."""
 
 import contextlib
+import functools
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from dvmsr_jax.checkpoint import Best, Checkpoints, phase_directory
 from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import StoppedError, UserError
+from dvmsr_jax.model import Weights
 from dvmsr_jax.training import report
 from dvmsr_jax.training.run import Run
 from dvmsr_jax.training.step import TrainState, memory_of
@@ -56,7 +58,12 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
         _sole_use(directory),
         _StopSignals() as stop,
         contextlib.closing(
-            Checkpoints(config, sources, allow_changes=allow_changes)
+            Checkpoints(
+                config,
+                sources,
+                allow_changes=allow_changes,
+                describe_data=functools.partial(data.describe_change, run.records.folder),
+            )
         ) as checkpoints,
     ):
         state, best = run.initial_state(), Best()
@@ -119,7 +126,7 @@ def _take_steps(
                     log.scalars(step, values)
                 recent.restart()
             if validate_now:
-                psnr_y, sample = validate(state.ema)
+                psnr_y, sample = validate(Weights(config.model, state.ema))
                 psnr_y = parallel.from_first(psnr_y)
                 best = max(best, Best(step, psnr_y), key=lambda best: best.psnr_y)
                 if log:

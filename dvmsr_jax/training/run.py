@@ -11,9 +11,9 @@ from dvmsr_jax import data, parallel
 from dvmsr_jax.checkpoint import load_facts
 from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import named_parameters
-from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.training.step import Teacher, TrainState, TrainStep, init_state
+from dvmsr_jax.model import Weights
+from dvmsr_jax.pretrained import load_weights
+from dvmsr_jax.training.step import TrainState, TrainStep, init_state
 from dvmsr_jax.training.targets import Targets, load_targets, teacher_id
 from dvmsr_jax.vimm import check_scan
 
@@ -66,7 +66,7 @@ class Run:
     @functools.cached_property
     def teacher_id(self) -> str | None:
         """See `targets.teacher_id`."""
-        return self.teacher and teacher_id(self.teacher.config, self.teacher.parameters)
+        return None if self.teacher is None else teacher_id(self.teacher)
 
     @functools.cached_property
     def _targets(self) -> Targets | None:
@@ -87,7 +87,7 @@ def teacher_path(config: TrainConfig) -> Path:
     return config.workdir.expanduser() / "teacher"
 
 
-def load_teacher(config: TrainConfig) -> Teacher | None:
+def load_teacher(config: TrainConfig) -> Weights | None:
     """The frozen teacher of the student phase; None in the teacher phase.
 
     Raises:
@@ -108,10 +108,10 @@ def load_teacher(config: TrainConfig) -> Teacher | None:
                 f"the teacher in {path} has {left} steps to go; finish it, or pass it as it is "
                 f"with --distill.teacher {path}"
             )
-    teacher = load_model(path)
+    teacher = load_weights(path)
     if teacher.config.scale != config.model.scale:
         raise UserError(
             f"{path} is a teacher for x{teacher.config.scale}, the student is to be "
             f"x{config.model.scale}"
         )
-    return Teacher(teacher.config, named_parameters(teacher))
+    return teacher

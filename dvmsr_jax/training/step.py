@@ -22,7 +22,7 @@ from dvmsr_jax import data, parallel
 from dvmsr_jax.config import ModelConfig, OptimConfig, TrainConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import upscale_batch
-from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
+from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.training import losses
 
 # For the step, on CPUs. XLA's own order of operations favours concurrency, which takes half as much
@@ -48,13 +48,6 @@ class TrainState(NamedTuple):
     opt_state: Any
     ema: dict[str, Array]
     """The averaged weights of the model."""
-
-
-class Teacher(NamedTuple):
-    """A frozen teacher."""
-
-    config: ModelConfig
-    parameters: dict[str, Array]
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -97,7 +90,7 @@ def rssb_pairs(config: TrainConfig, teacher: ModelConfig) -> tuple[tuple[int, in
     return config.distill.rssbs
 
 
-def init_state(config: TrainConfig, teacher: Teacher | None) -> TrainState:
+def init_state(config: TrainConfig, teacher: Weights | None) -> TrainState:
     """The state before the first step."""
     optimizer = make_optimizer(config.optim, config.steps)
 
@@ -120,7 +113,7 @@ def init_state(config: TrainConfig, teacher: Teacher | None) -> TrainState:
 def loss_function(
     config: TrainConfig,
     params: dict[str, dict[str, Array]],
-    teacher: Teacher | None,
+    teacher: Weights | None,
     batch: dict[str, Float[Array, "b _ _ 3"]],
     keys: Key[Array, " b"],
 ) -> tuple[Array, dict[str, Array]]:
@@ -129,7 +122,7 @@ def loss_function(
     Distils if there is a `teacher`, whose answers are computed here unless they are in the batch as
     "target".
     """
-    model = model_from_parameters(config.model, params["model"], compute=config.compute)
+    model = Weights(config.model, params["model"]).model(config.compute)
     output, features = model.with_features(batch["lr"], keys=keys, remat=config.remat)
     pixel = losses.pixel(output, batch["hr"])
     if teacher is None:
@@ -138,7 +131,7 @@ def loss_function(
     if "target" in batch:
         distillation = losses.output_level(output, batch["target"])
     else:
-        teach = model_from_parameters(teacher.config, teacher.parameters, compute=config.compute)
+        teach = teacher.model(config.compute)
         if config.distill.level == "output":
             target = upscale_batch(teach, batch["lr"], self_ensemble=config.distill.self_ensemble)
             distillation = losses.output_level(output, jax.lax.stop_gradient(target))
@@ -170,7 +163,7 @@ class TrainStep:
         self,
         config: TrainConfig,
         mesh: Mesh,
-        teacher: Teacher | None = None,
+        teacher: Weights | None = None,
         cache: Mapping[str, Array | np.ndarray] | None = None,
     ):
         optimizer = make_optimizer(config.optim, config.steps)
@@ -188,7 +181,7 @@ class TrainStep:
         def gradients(params, constants, step, batch):
             if cached:
                 batch = data.cut(constants["cache"], batch, config.data.lr_crop, config.model.scale)
-            frozen = None if teacher is None else Teacher(teacher.config, constants["teacher"])
+            frozen = constants["teacher"]
             count = len(batch["lr"])
             key = jax.random.fold_in(jax.random.key(config.seed), step)
             numbers = jax.lax.axis_index(parallel.AXIS) * count + jnp.arange(count)
@@ -224,9 +217,7 @@ class TrainStep:
 
         self._step: Any = train_step
         # Arguments rather than constants, for XLA not to fold 7 million weights into the code.
-        self._constants = parallel.replicate(
-            {"teacher": {} if teacher is None else teacher.parameters, "cache": cache or {}}, mesh
-        )
+        self._constants = parallel.replicate({"teacher": teacher, "cache": cache or {}}, mesh)
 
     def __call__(
         self, state: TrainState, batch: dict[str, Array]

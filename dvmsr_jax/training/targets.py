@@ -19,16 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, UInt8
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from dvmsr_jax import images, parallel
-from dvmsr_jax.config import ModelConfig
-from dvmsr_jax.data.records import DataError, hr_side, open_records, read_preparation
+from dvmsr_jax.data.records import DataError, Preparation, hr_side, open_records
 from dvmsr_jax.files import checksum, replacing, write_json
 from dvmsr_jax.inference import upscale_batch
-from dvmsr_jax.model import DVMSR, model_from_parameters, named_parameters
-from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.model import Weights
+from dvmsr_jax.pretrained import load_weights
 
 # Targets in a file; how much work an interruption can lose.
 PER_SHARD = 256
@@ -53,12 +52,13 @@ class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
         return self._shards[index // PER_SHARD][index % PER_SHARD]
 
 
-def teacher_id(config: ModelConfig, parameters: Mapping[str, Array | np.ndarray]) -> str:
+def teacher_id(teacher: Weights) -> str:
     """A short name for a teacher, another one for other weights."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    for name in sorted(parameters):
+    config = json.dumps(dataclasses.asdict(teacher.config), sort_keys=True)
+    digest = hashlib.sha256(config.encode())
+    for name, x in sorted(teacher.parameters.items()):
         digest.update(name.encode())
-        digest.update(np.asarray(parameters[name], np.float32).tobytes())
+        digest.update(np.asarray(x, np.float32).tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -82,10 +82,9 @@ def target_folders(folder: Path) -> list[Path]:
 
 def shard_shapes(path: Path) -> dict[Path, tuple[int, ...]]:
     """The files that a folder of targets is to hold, and the shapes of their arrays."""
-    preparation = read_preparation(path.parents[1])
-    shards = preparation["shards"].values()
-    count = sum(shard["records"] for shard in shards if shard["split"] == "train")
-    side = hr_side(preparation["scale"])
+    preparation = Preparation.read(path.parents[1])
+    count = sum(shard.records for shard in preparation.of_split("train").values())
+    side = hr_side(preparation.scale)
     return {
         path / f"{start // PER_SHARD:05}.npy": (min(PER_SHARD, count - start), side, side, 3)
         for start in range(0, count, PER_SHARD)
@@ -182,18 +181,17 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, expected at least 1")
-    model = load_model(ckpt)
-    scale = read_preparation(folder)["scale"]
-    if model.config.scale != scale:
+    weights = load_weights(ckpt)
+    scale = Preparation.read(folder).scale
+    if weights.config.scale != scale:
         raise DataError(
-            f"{ckpt} is a teacher for x{model.config.scale}, {folder} was prepared for x{scale}"
+            f"{ckpt} is a teacher for x{weights.config.scale}, {folder} was prepared for x{scale}"
         )
     records = open_records(folder).train
     devices = jax.device_count()
     batch_size = math.ceil(batch_size / devices) * devices
-    teach = _make_teacher(model, self_ensemble, batch_size)
-    teacher = teacher_id(model.config, named_parameters(model))
-    path = folder / "targets" / _name(teacher, self_ensemble)
+    teach = _make_teacher(weights, self_ensemble, batch_size)
+    path = folder / "targets" / _name(teacher_id(weights), self_ensemble)
     path.mkdir(parents=True, exist_ok=True)
     info = read_info(path) | {"ckpt": str(ckpt.absolute())}
     write_json(path / INFO, info)
@@ -223,13 +221,13 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
 
 
 def _make_teacher(
-    model: DVMSR, self_ensemble: bool, batch_size: int
+    weights: Weights, self_ensemble: bool, batch_size: int
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
     """A function from batches of at most `batch_size` LR pictures to their SR pictures, uint8."""
     mesh = parallel.make_mesh(batch_size)
 
-    def forward(parameters, lr):
-        teacher = model_from_parameters(model.config, parameters)
+    def forward(weights, lr):
+        teacher = weights.model()
         lr = lr.astype(jnp.float32) / 255
         return upscale_batch(teacher, lr, self_ensemble=self_ensemble)
 
@@ -243,11 +241,11 @@ def _make_teacher(
             check_vma=False,
         )
     )
-    parameters = parallel.replicate(named_parameters(model), mesh)
+    weights = parallel.replicate(weights, mesh)
 
     def start(lr):
         padded = np.pad(lr, ((0, batch_size - len(lr)), (0, 0), (0, 0), (0, 0)))
-        return forward(parameters, parallel.shard_batch(padded, mesh)), len(lr)
+        return forward(weights, parallel.shard_batch(padded, mesh)), len(lr)
 
     def finish(output, count):
         return images.to_uint8(np.asarray(output)[:count])

@@ -1,38 +1,34 @@
 """Scores of the weights during training, on the validation pictures."""
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import UInt8
 
 from dvmsr_jax import bicubic, data, images, metrics
-from dvmsr_jax.config import ModelConfig, TrainConfig
+from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.inference import upscale_batch
-from dvmsr_jax.model import model_from_parameters
-from dvmsr_jax.training.step import Teacher
+from dvmsr_jax.model import Weights
 
 
 class Validator:
     """Upscales the validation sub-images, on one device."""
 
-    def __init__(self, config: TrainConfig, records: data.Records, teacher: Teacher | None):
+    def __init__(self, config: TrainConfig, records: data.Records, teacher: Weights | None):
         self._config = config
         self._records = [records.val[i] for i in range(len(records.val))]
-        self._forward = jax.jit(self._upscale, static_argnums=(0, 1))
+        self._forward = jax.jit(self._upscale, static_argnums=1)
         bicubics = [bicubic.upscale(record["lr"], config.model.scale) for record in self._records]
         self._first_bicubic = bicubics[0]
         self.fixed_scores = {"bicubic": self._mean_psnr_y(bicubics)}
         """PSNR-Y that stays the same: of bicubic and, if there is one, of the teacher."""
         if teacher is not None:
-            ensemble = config.distill.self_ensemble
-            results = self._results(teacher.config, teacher.parameters, ensemble)
+            results = self._results(teacher, config.distill.self_ensemble)
             self.fixed_scores["teacher"] = self._mean_psnr_y(results)
 
-    def __call__(self, parameters: Mapping[str, Array]) -> tuple[float, UInt8[np.ndarray, "H W 3"]]:
+    def __call__(self, weights: Weights) -> tuple[float, UInt8[np.ndarray, "H W 3"]]:
         """(mean PSNR-Y, a sample picture bicubic | ours | HR)."""
-        results = self._results(self._config.model, parameters)
+        results = self._results(weights)
         panels = {"bicubic": self._first_bicubic, "ours": results[0], "HR": self._records[0]["hr"]}
         return self._mean_psnr_y(results), images.side_by_side(panels)
 
@@ -41,16 +37,16 @@ class Validator:
         others = [f"{name} {x:.2f}" for name, x in self.fixed_scores.items()]
         return f"step {step}: PSNR-Y {psnr_y:.2f} dB ({', '.join(others)})"
 
-    def _results(self, config, parameters, ensemble=False):
+    def _results(self, weights: Weights, ensemble: bool = False) -> list[np.ndarray]:
         # By way of the host, so that the arrays are no longer spread over a mesh.
-        parameters = {name: np.asarray(x) for name, x in parameters.items()}
+        weights = jax.tree.map(np.asarray, weights)
         return [
-            images.to_uint8(np.asarray(self._forward(config, ensemble, parameters, record["lr"])))
+            images.to_uint8(np.asarray(self._forward(weights, ensemble, record["lr"])))
             for record in self._records
         ]
 
-    def _upscale(self, config: ModelConfig, ensemble: bool, parameters, lr):
-        model = model_from_parameters(config, parameters, compute=self._config.compute)
+    def _upscale(self, weights, ensemble, lr):
+        model = weights.model(self._config.compute)
         image = lr[None].astype(jnp.float32) / 255
         return upscale_batch(model, image, self_ensemble=ensemble)[0]
 
