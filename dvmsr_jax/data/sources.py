@@ -47,8 +47,6 @@ def find_sources(config: DataConfig) -> dict[str, list[Source]]:
     """
     if config.hr_dirs and config.dataset != DataConfig.dataset:
         raise DataError("data.dataset and data.hr_dirs exclude each other; pass one of them")
-    if config.val_images < 1:
-        raise DataError(f"data.val_images is {config.val_images}, expected at least 1")
     return _in_folders(config) if config.hr_dirs else _downloaded(config)
 
 
