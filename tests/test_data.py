@@ -399,7 +399,7 @@ def test_another_set_leaves_an_interrupted_one_alone(photos, tmp_path, monkeypat
     ("change", "message"),
     [
         ({"val_images": 6}, "hold 6 pictures, of which data.val_images = 6"),
-        ({"val_images": 0}, "val-images is 0, expected"),
+        ({"val_images": 0}, "--data.val-images is 0, not a whole number from 1 up"),
         ({"lr_crop": 81}, "lr_crop is 81, at most 80"),
         ({"hr_dirs": ("missing",)}, "missing: no such folder"),
     ],

@@ -373,6 +373,7 @@ def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
         loop.train(changed)
     differing = re.findall(r"^  (.*): .* there, .* now$", str(caught.value), re.MULTILINE)
     assert differing == ["model.drop_path", "optim.learning_rate", "sources.data", "steps"]
+    assert re.search(r"^  \(pictures: 1 removed.*\)$", str(caught.value), re.MULTILINE)
     assert "--allow-changes" in str(caught.value)
     capsys.readouterr()
     loop.train(changed, allow_changes=True)
