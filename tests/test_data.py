@@ -175,15 +175,56 @@ def test_batches_are_a_function_of_seed_and_step():
     assert any((a["lr"] != b["lr"]).any() for a, b in zip(whole, run(1, 0, 7), strict=True))
 
 
-def test_every_epoch_visits_every_record():
-    records = [{"lr": np.full((4, 4, 3), i, np.uint8)} for i in range(6)]
+def test_every_epoch_visits_every_record_in_a_new_order():
+    records = [{"lr": np.full((4, 4, 3), i, np.uint8)} for i in range(12)]
     records = [record | {"hr": record["lr"].repeat(2, 0).repeat(2, 1)} for record in records]
     config = DataConfig(lr_crop=4, batch_size=3)
     got = [
-        b["lr"][:, 0, 0, 0] for b in data.batches(records, config, scale=2, seed=0, start=0, stop=4)
+        b["lr"][:, 0, 0, 0]
+        for b in data.batches(records, config, scale=2, seed=0, start=0, stop=12)
     ]
-    epochs = np.concatenate(got).reshape(2, 6)
-    np.testing.assert_array_equal(np.sort(epochs, axis=1), [range(6)] * 2)
+    epochs = np.concatenate(got).reshape(3, 12)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), [range(12)] * 3)
+    assert len({tuple(order) for order in [*epochs.tolist(), range(12)]}) == 4
+
+
+def plan_of(records, config, seed=0, batches=1):
+    """The plans of the first batches, one after the other."""
+    plans = list(data.plans(records, config, seed=seed, start=0, stop=batches))
+    return {name: np.concatenate([plan[name] for plan in plans]) for name in plans[0]}
+
+
+def test_order_and_crops_depend_on_the_seed():
+    records = aligned_records(20, 20, 2)
+    config = DataConfig(lr_crop=8, batch_size=20)
+    first, again, other = (plan_of(records, config, seed) for seed in (0, 0, 1))
+    for name in ("index", "top", "left", "symmetry"):
+        np.testing.assert_array_equal(first[name], again[name])
+        assert (first[name] != other[name]).any(), name
+
+
+def test_crops_of_a_step_are_not_those_of_the_one_before():
+    records = aligned_records(20, 20, 2)
+    plan = plan_of(records, DataConfig(lr_crop=8, batch_size=20), batches=2)
+    for name in ("index", "top", "left", "symmetry"):
+        assert (plan[name][:20] != plan[name][20:]).any(), name
+
+
+@pytest.mark.parametrize("crop", [12, 13])
+def test_crops_reach_every_border(crop):
+    """All offsets at which a crop fits are taken, the last row and column among them."""
+    plan = plan_of(aligned_records(2, 13, 2), DataConfig(lr_crop=crop, batch_size=200))
+    for name in ("top", "left"):
+        assert set(plan[name].tolist()) == set(range(13 - crop + 1))
+
+
+def test_validation_pictures_are_spread_over_the_folders(tmp_path):
+    for i in range(9):
+        picture = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        images.write_png(tmp_path / f"{i}.png", picture)
+    splits = find_sources(DataConfig(hr_dirs=(tmp_path,), val_images=3))
+    names = {split: [Path(source.name).stem for source in splits[split]] for split in splits}
+    assert names == {"val": ["0", "4", "8"], "train": ["1", "2", "3", "5", "6", "7"]}
 
 
 def test_pictures_are_prepared_once_and_held_out(photos, tmp_path, monkeypatch):
