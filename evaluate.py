@@ -36,14 +36,14 @@ COST_SIZE = 256
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to evaluate, on what."""
+    """What to evaluate and on which pictures."""
 
     ckpt: Path = DEFAULT_WEIGHTS
     """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file. By
     default, the project's own weights."""
     data: tuple[Path, ...] = ()
-    """Benchmarks (folders with HR/ and, if its pictures are to be used, LR/), or folders of
-    several. None: photographs that come with scikit-image."""
+    """Benchmarks (folders with HR/ and, optionally, LR/), or folders of several benchmarks.
+    Default: photographs from scikit-image."""
     json: Path | None = None
     """Also write the scores to this file."""
     save_images: Path | None = None
@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
 
 def run(arguments: Arguments) -> dict[str, Any]:
-    """Evaluates, prints a table as it goes, and returns what --json writes."""
+    """Evaluates, prints a table line by line, and returns the contents for --json."""
     model = load_model(arguments.ckpt, compute=arguments.compute)
     scale = model.config.scale
     if arguments.data:
@@ -94,7 +94,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Evaluates what the command line says."""
+    """Entry point of the command."""
     with told_in_a_line(out_of_memory="pictures are taken whole: leave out the largest"):
         arguments = parse(sys.argv[1:])
         keep_compiled_programs()

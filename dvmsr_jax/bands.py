@@ -1,16 +1,16 @@
-"""What lies around the rows that a layer is given: nothing, or the rest of a streamed image.
+"""The surroundings of a layer's rows: nothing, or the rest of a streamed image.
 
-No layer of a unidirectional network looks at a whole image. A 3x3 convolution looks one row up and
-one down, a causal convolution at the tokens just before, and a scan at its last state. So an image
-may pass through the network in bands of rows, one after the other, if every layer keeps what it
-needs for the next band, under its own name. The layers ask for it here, and are written once for
-both cases:
+No layer of a unidirectional network reads a whole image. A 3x3 convolution reads one row above and
+one below, a causal convolution the tokens just before, and a scan its last state. An image can
+therefore pass through the network in bands of rows, one after the other, if every layer keeps the
+rows or the state that the next band needs, under its own name. Layers call the methods below and
+need not distinguish between the two cases:
 
-* WHOLE: the rows are all there are, and around them are zeros.
-* Band: a convolution waits for the row below, so its answer is late by one row, and what is to be
-  added to the answer waits as well. A band may be wider than its image, and rows from outside come
-  in too, before the first and after the last one. What is outside is masked where it would count:
-  so all bands are treated alike, and images of many sizes too.
+* WHOLE: the rows are the whole image, surrounded by zeros.
+* Band: a convolution waits for the row below, so its result is one row late, and whatever is added
+  to the result is delayed as well. A band may be wider than its image and may contain rows before
+  the first or after the last one. Values outside the image are masked where they would matter, so
+  one compiled program serves all bands, and images of many sizes.
 """
 
 import copy
@@ -34,16 +34,16 @@ class Whole:
         return jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
 
     def delayed(self, x: Float[Array, "b h w c"], rows: int) -> Float[Array, "b h w c"]:
-        """The rows that belong to an answer that so many convolutions have made late."""
+        """The rows that match a result delayed by this many convolutions."""
         del rows
         return x
 
     def with_previous(self, u: Float[Array, "b l d"], count: int) -> Float[Array, "_ _ d"]:
-        """The tokens in runs of any, but equal, length, each with the `count` tokens before it."""
+        """The tokens in runs of equal length, each preceded by the `count` tokens before it."""
         return jnp.pad(u, ((0, 0), (count, 0), (0, 0)))
 
     def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
-        """The tokens, with this value for those that are not of the image."""
+        """The tokens, with those outside the image replaced by this value."""
         del outside
         return x
 
@@ -53,7 +53,7 @@ class Whole:
         return None
 
     def keep_scan_state(self, state: Array) -> None:
-        """Takes note of the state after the last token."""
+        """Stores the state after the last token."""
         del state
 
 

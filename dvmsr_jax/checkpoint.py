@@ -1,16 +1,16 @@
-"""Self-describing checkpoints: Orbax directories that carry the configuration they were made with.
+"""Self-describing checkpoints: Orbax directories that contain their configuration.
 
-A run's checkpoints lie under WORKDIR/PHASE/checkpoints/STEP, each with the items
+A run's checkpoints are in WORKDIR/PHASE/checkpoints/STEP, each with the items
 
     config  the TrainConfig, as JSON, and "sources": the data and the teacher it was made from
     best    the best validation so far, as JSON
     ema     the averaged weights, by name: what evaluation, export and distillation read
     state   the weights being trained and the optimizer's state, which resuming also reads
 
-and with CHECKSUMS of their files, which are verified before anything is read. Checkpoints of older
-versions have none.
+and CHECKSUMS of their files, which are verified before anything is read. Checkpoints of older
+versions have no checksums.
 
-Several processes save and restore together, into a folder that all of them see.
+Several processes save and restore together, in a folder that all of them can access.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ _MAX_FILE_BYTES = 2**32
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be found, read, written or continued; the message names it."""
+    """A checkpoint cannot be found, read, written or resumed from; the message names it."""
 
 
 class UnreadableError(CheckpointError):
-    """A checkpoint that is damaged."""
+    """A checkpoint is damaged."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path}: cannot be read ({reason})")
@@ -58,7 +58,7 @@ class UnreadableError(CheckpointError):
 
 
 class Best(NamedTuple):
-    """A validation: none yet at step 0."""
+    """The best validation; step 0 stands for none yet."""
 
     step: int = 0
     psnr_y: float = -1.0
@@ -74,7 +74,7 @@ class Best(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """What a run goes on from."""
+    """The contents of a checkpoint that a run resumes from."""
 
     step: int
     best: Best
@@ -93,11 +93,11 @@ class Checkpoints:
         allow_changes: bool = False,
         describe_data: Callable[[str], str] = lambda identity: "",
     ):
-        """`sources` names what the run is made from; a run made from others is not gone on with.
+        """A run resumes only with the configuration and the `sources` in its checkpoint.
 
-        With `allow_changes` it is all the same, and with another configuration, where possible.
-        `describe_data` returns how the data differ from those of another "data" source, for the
-        messages.
+        `sources` identifies the data and the teacher. `allow_changes` lets both differ, except for
+        fields that determine the shapes of the weights. `describe_data` returns how the data differ
+        from those of another "data" source, for the messages.
         """
         self.config = config
         self._description = to_json(config) | {"sources": dict(sources or {})}
@@ -121,10 +121,10 @@ class Checkpoints:
         )
 
     def save(self, step: int, best: Best, ema: dict[str, jax.Array], state: Any) -> None:
-        """Writes in the background; a checkpoint is there whole or not at all.
+        """Writes a checkpoint in the background; an incomplete one is never left behind.
 
         Raises:
-            CheckpointError: this one or the one before cannot be written.
+            CheckpointError: this checkpoint or the previous one cannot be written.
         """
         self._keep_best.step = best.step
         with self._writing():
@@ -141,14 +141,14 @@ class Checkpoints:
             )
 
     def restore(self, ema: dict[str, jax.Array], state: Any) -> Restored | None:
-        """The newest checkpoint in the form of the arguments, and on their devices; None if none.
+        """The newest checkpoint, with the structure and devices of the arguments.
 
-        One that cannot be read is passed over for the one before, with a warning, and put aside
-        under the name STEP.damaged.
+        Returns None if there are no checkpoints. A damaged one is renamed to STEP.damaged, with a
+        warning, and the one before it is used.
 
         Raises:
-            CheckpointError: it was made with another configuration, and the message shows both;
-                or none of them can be read.
+            CheckpointError: its configuration differs from this run's, in which case the message
+                shows both; or none of the checkpoints can be read.
         """
         failures: list[UnreadableError] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -184,7 +184,7 @@ class Checkpoints:
         return None
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is completely written."""
+        """The newest complete checkpoint."""
         with contextlib.suppress(Exception):  # an earlier one is still there
             self._manager.wait_until_finished()
         self._manager.reload()
@@ -192,7 +192,7 @@ class Checkpoints:
         return None if step is None else self.directory / str(step)
 
     def close(self) -> None:
-        """Waits for the last one and releases the directory."""
+        """Waits until the last checkpoint is written and releases the directory."""
         with self._writing():
             self._manager.wait_until_finished()
         self._manager.close()
@@ -210,12 +210,12 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # from the writing thread, as whatever it tripped over
+        except Exception as error:  # of any kind, from the writing thread
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory} ({reason}); the last good one "
-                f"is {self.newest() or 'not there yet'}. When that is mended, the same command "
-                "goes on from there."
+                f"is {self.newest() or 'not there yet'}. When this is fixed, the same command "
+                "resumes from there."
             ) from error
 
     def _check_same(self, stored: dict[str, Any], path: Path) -> set[str]:
@@ -239,7 +239,7 @@ class Checkpoints:
             shaping.add("sources.teacher")
         fixed = not shaping.isdisjoint(differing)
         if fixed or not self._allow_changes:
-            remedy = "" if fixed else ", or go on all the same with --allow-changes"
+            remedy = "" if fixed else ", or resume regardless with --allow-changes"
             raise CheckpointError(
                 f"{path} was made with another configuration:\n{lines}\n"
                 f"Use the same, or another --workdir{remedy}."
@@ -255,13 +255,13 @@ class Checkpoints:
             aside = next(path for path in names if not path.exists())
             failure.path.rename(aside)
             print(
-                f"warning: {failure}; it is now {aside}, going on from {instead}", file=sys.stderr
+                f"warning: {failure}; it is now {aside}; resuming from {instead}", file=sys.stderr
             )
         parallel.wait_for_all(f"put {failure.path} aside")
 
 
 class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoint of the best validation."""
+    """Keeps the checkpoint with the best validation."""
 
     step = 0
 
@@ -270,12 +270,12 @@ class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
 
 
 def phase_directory(config: TrainConfig) -> Path:
-    """Where a phase keeps all it writes."""
+    """The directory for everything that a phase writes."""
     return config.workdir.expanduser() / config.phase
 
 
 def load_weights(path: Path) -> Weights:
-    """The averaged weights of a run's newest checkpoint, or of a given one.
+    """The averaged weights in a run's newest checkpoint, or in a given one.
 
     Args:
         path: WORKDIR/PHASE, its `checkpoints`, or one STEP in there.
@@ -294,10 +294,10 @@ def load_weights(path: Path) -> Weights:
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """How the weights that `load_weights` gives were trained.
+    """The training of the weights that `load_weights` returns.
 
     Returns:
-        "step", at which they were taken, and beside it the configuration, in JSON's types.
+        The configuration, in JSON's types, and "step", the number of steps taken.
 
     Raises:
         CheckpointError: there is no readable checkpoint at `path`.
@@ -308,7 +308,7 @@ def load_facts(path: Path) -> dict[str, Any]:
 
 
 def read_arrays(item: Path) -> Any:
-    """An item of a checkpoint as NumPy arrays: the devices that they were on need not be here."""
+    """An item of a checkpoint as NumPy arrays, whatever devices they were saved from."""
     item = item.absolute()
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         as_numpy = jax.tree.map(
@@ -323,13 +323,13 @@ def _read_json(step: Path, item: str) -> dict[str, Any]:
 
 
 def _restore(item: Path, like: Any) -> Any:
-    """An item of a checkpoint in the form of `like`, and on its devices."""
+    """An item of a checkpoint with the structure and devices of `like`."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
         return reader.restore(item.absolute(), args=ocp.args.StandardRestore(like))
 
 
 def _files(step: Path, items: Sequence[str]) -> Iterator[Path]:
-    """Those of the items. Raises OSError for devices, pipes and links to folders."""
+    """The files of these items. Raises OSError for devices, pipes and links to folders."""
     for item in items:
         for folder, folders, names in os.walk(step / item):
             for name in folders:
@@ -355,12 +355,12 @@ def _verify(step: Path, items: Sequence[str]) -> None:
             if name not in found:
                 raise ValueError(f"{name} is missing")
             if files.checksum(found[name]) != expected[name]:
-                raise ValueError(f"{name} is damaged, its checksum is another")
+                raise ValueError(f"{name} is damaged: its checksum does not match")
 
 
 @contextlib.contextmanager
 def _reading(step: Path, items: Sequence[str] = ()) -> Iterator[None]:
-    """Verifies these items; all that is raised within is told as an UnreadableError."""
+    """Verifies these items; an exception in the body becomes an UnreadableError."""
     try:
         _verify(step, items)
         yield
@@ -375,7 +375,7 @@ def _reading(step: Path, items: Sequence[str] = ()) -> Iterator[None]:
 
 
 def find_step(path: Path) -> Path:
-    """The checkpoint that `path` means, as for `load_weights`. Raises CheckpointError."""
+    """The checkpoint that `path` refers to, as for `load_weights`. Raises CheckpointError."""
     for folder in (path / "checkpoints", path):
         if folder.is_dir():
             if (folder / "ema").is_dir():
@@ -391,7 +391,7 @@ def find_step(path: Path) -> Path:
 
 
 def flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a described run that its result depends on, by names like "optim.schedule"."""
+    """The fields of a description that affect the result, by names like "optim.schedule"."""
     fields: dict[str, Any] = {}
     for key, value in description.items():
         if isinstance(value, dict):
@@ -402,5 +402,5 @@ def flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The configuration in JSON's types."""
+    """The configuration as JSON types."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))

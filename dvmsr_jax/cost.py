@@ -1,4 +1,4 @@
-"""What a model costs, counted from its configuration."""
+"""The cost of a model, counted from its configuration."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,16 @@ from dvmsr_jax.config import ModelConfig
 
 
 class Cost(NamedTuple):
-    """Of one upscaled image."""
+    """The cost of upscaling one image."""
 
     macs: int
     """Multiply-adds of all convolutions and projections."""
     scan_flops: int
     """Floating-point operations of the scans, nine for each token, channel and state."""
     usual_macs: int
-    """What the counter that papers use (fvcore) reports for the published code: it does not see
-    into the fused mixer (the causal convolution, W_x, W_dt, W_out and the scan), and counts five
-    operations for each number that a LayerNorm touches."""
+    """The count reported for the published code by fvcore, the counter used in papers: it omits the
+    fused mixer (the causal convolution, W_x, W_dt, W_out and the scan), and counts five operations
+    for each input of a LayerNorm."""
 
 
 def cost(config: ModelConfig, height: int, width: int) -> Cost:

@@ -24,7 +24,7 @@ from dvmsr_jax.metrics import psnr_y, ssim_y
 
 
 class Example(NamedTuple):
-    """A picture to upscale and what should come out."""
+    """A picture to upscale and the expected result."""
 
     name: str
     lr: np.ndarray  # (h, w, 3) uint8
@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """An example's files."""
+    """The files of an example."""
 
     name: str
     hr: Path
@@ -43,7 +43,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Examples, each read from its files when its turn comes, every time again."""
+    """Examples, each read from its files whenever it is needed."""
 
     pairs: tuple[Pair, ...]
     scale: int
@@ -56,13 +56,12 @@ class Benchmark:
 
 
 def find_benchmarks(dirs: Sequence[Path], scale: int) -> dict[str, Benchmark]:
-    """The benchmarks in these folders, by name, which is the benchmark's folder's.
+    """The benchmarks in these folders, by the names of their folders.
 
-    Each folder is a benchmark, with pictures in HR/ and, if they are not to be made, their
-    low-resolution versions in LR/ (STEM.png or, as in DIV2K, STEMx{scale}.png for HR/STEM.png), or
-    it is a folder of benchmarks. Raises ImageError, naming the file or folder, for a folder that is
-    neither, for two benchmarks or two pictures of one name, and for HR and LR files that do not
-    pair up.
+    Each folder is a benchmark or contains benchmarks. A benchmark has pictures in HR/ and,
+    optionally, their low-resolution versions in LR/ (STEM.png or, as in DIV2K, STEMx{scale}.png for
+    HR/STEM.png). Raises ImageError, naming the file or folder, for a folder that is neither, for
+    two benchmarks or two pictures with the same name, and for HR and LR files that do not pair up.
     """
     folders: dict[str, Path] = {}
     for folder in (benchmark for parent in dirs for benchmark in _benchmark_folders(parent)):
@@ -79,7 +78,7 @@ def sample_benchmark(scale: int) -> Benchmark:
 
 
 def load_pair(pair: Pair, scale: int) -> Example:
-    """Reads a pair, crops HR to a multiple of the scale, and makes LR if there is no file of it.
+    """Reads a pair, crops HR to a multiple of the scale, and makes LR if it has no file.
 
     Raises ImageError, naming the file, if one cannot be read or their sizes do not fit.
     """
@@ -108,12 +107,12 @@ def evaluate(
     name: str,
     save_dir: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Scores `upscale`, a function from LR to SR pictures, uint8 both, and bicubic beside it.
+    """Scores `upscale`, a function from LR to SR pictures, both uint8, and bicubic upscaling.
 
     Returns the scores, {"psnr_y", "ssim_y", "bicubic": {"psnr_y", "ssim_y"}, "images": {NAME:
-    {"psnr_y", "ssim_y"}}} with means over the examples outside "images", and the seconds that each
-    picture took. The first of each size is upscaled once more beforehand, so that compiling does
-    not count.
+    {"psnr_y", "ssim_y"}}}, with means over the examples outside "images", and the seconds taken for
+    each picture. The first of each size is upscaled once beforehand, to exclude the time
+    for compiling.
 
     Progress goes to stderr if that is a terminal, under the benchmark's `name`. With `save_dir`,
     SR pictures are written to SAVE_DIR/NAME/PICTURE.png. Raises UserError if there are no
@@ -145,7 +144,7 @@ def evaluate(
 def comparison(
     example: Example, upscaled: Mapping[str, UInt8[np.ndarray, "h w 3"]], part: tuple[slice, slice]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A part, rows and columns, of bicubic's picture, these of models, and HR, side by side."""
+    """The same part, rows and columns, of bicubic's, the models' and the HR picture, in a row."""
     scale = len(example.hr) // len(example.lr)
     whole = {"bicubic": bicubic.upscale(example.lr, scale), **upscaled, "HR": example.hr}
     return side_by_side({label: picture[part] for label, picture in whole.items()})
@@ -185,7 +184,7 @@ def _pair_up(folder: Path, scale: int) -> tuple[Pair, ...]:
             raise ImageError(f"{hr}: no {stem} or {stem}x{scale} in {folder / 'LR'}")
         pairs.append(Pair(stem, hr, lr))
     for lr in lrs.values():
-        raise ImageError(f"{lr}: no picture in {folder / 'HR'} belongs to it")
+        raise ImageError(f"{lr}: no picture in {folder / 'HR'} matches it")
     return tuple(pairs)
 
 

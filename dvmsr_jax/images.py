@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import skimage.data
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from dvmsr_jax import files
@@ -92,11 +92,6 @@ def find_images(
     if not found:
         raise ImageError(f"{folder}: no pictures ({' '.join(sorted(suffixes))})")
     return sorted(found)
-
-
-def to_uint8(image: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Rounds values in [0, 1] to the nearest of 0 .. 255; values outside are clamped."""
-    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def side_by_side(

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, UInt8
 
 from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.images import to_uint8
 from dvmsr_jax.model import DVMSR
 
 # A band has about this many pixels, and at most so many rows. A CPU is fastest where a layer's
@@ -66,14 +65,20 @@ def make_upscaler(
     graph, parameters = nnx.split(model)
 
     @jax.jit
-    def run(parameters, image):
-        return upscale_batch(nnx.merge(graph, parameters), image, self_ensemble=self_ensemble)
+    def run(parameters, picture):
+        model = nnx.merge(graph, parameters)
+        return upscale_pixels(model, picture[None], self_ensemble=self_ensemble)[0]
 
-    def upscale(image: np.ndarray) -> np.ndarray:
-        batch = jnp.asarray(image[None], jnp.float32) / 255
-        return to_uint8(np.asarray(run(parameters, batch)[0]))
+    return lambda picture: np.asarray(run(parameters, picture))
 
-    return upscale
+
+def upscale_pixels(
+    model: Callable[[Array], Array], pictures: UInt8[Array, "b h w 3"], *, self_ensemble: bool
+) -> UInt8[Array, "b H W 3"]:
+    """Upscales 8-bit pictures as `upscale_batch` does images; clamps and rounds to 8 bits."""
+    images = pictures.astype(jnp.float32) / 255
+    upscaled = upscale_batch(model, images, self_ensemble=self_ensemble)
+    return jnp.rint(jnp.clip(upscaled, 0, 1) * 255).astype(jnp.uint8)
 
 
 def upscale_batch(

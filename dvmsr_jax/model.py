@@ -26,7 +26,7 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
 
 class Features(NamedTuple):
-    """What the body computes on the way, with each block's skip connection added."""
+    """Intermediate results, after each block's skip connection."""
 
     shallow: Array  # (b, h, w, c), the first convolution's output
     rssbs: tuple[Array, ...]  # (b, h, w, c) each
@@ -34,7 +34,7 @@ class Features(NamedTuple):
 
 
 class Conv3x3(nnx.Conv):
-    """A 3x3 convolution that keeps the size, zeros around the image; its result is float32."""
+    """A 3x3 convolution with zero padding that keeps the size; its result is float32."""
 
     def __init__(self, c_in: int, c_out: int, compute: Compute, *, rngs: nnx.Rngs):
         init = torch_uniform(fan_in=9 * c_in)
@@ -58,7 +58,7 @@ class Conv3x3(nnx.Conv):
 
 
 class RSSB(nnx.Module):
-    """Residual state-space block: ViMMs in a row and a 3x3 convolution, around a skip."""
+    """Residual state-space block: a sequence of ViMMs and a 3x3 convolution, with a skip."""
 
     def __init__(self, config: ModelConfig, index: int, compute: Compute, *, rngs: nnx.Rngs):
         """`index` counts the network's RSSBs from 0."""
@@ -96,7 +96,7 @@ class DVMSR(nnx.Module):
 
     @property
     def rows_late(self) -> int:
-        """By how many rows the answers to bands are late: one for each 3x3 convolution."""
+        """The delay of the results for bands, in rows: one for each 3x3 convolution."""
         return len(self.rssbs) + 3
 
     def __call__(
@@ -104,7 +104,7 @@ class DVMSR(nnx.Module):
     ) -> Float[Array, "b hs ws 3"]:
         """Upscales RGB images in [0, 1]; the result may leave that range slightly.
 
-        Given a `Band`, the rows that come out lie `rows_late` further up in the image.
+        For a `Band`, the result is `rows_late` rows further up in the image.
         """
         return self.with_features(image, band=band)[0]
 
@@ -116,10 +116,10 @@ class DVMSR(nnx.Module):
         remat: bool = False,
         band: Whole | Band = WHOLE,
     ) -> tuple[Float[Array, "b hs ws 3"], Features]:
-        """The upscaled images and the features computed on the way to them.
+        """The upscaled images and the intermediate features.
 
-        With `keys`, one for each image, the pass is one of training, with drop-path. With `remat`
-        the backward pass computes what lies inside an RSSB again, instead of keeping it.
+        With `keys`, one for each image, drop-path is active, as in training. With `remat`, the
+        backward pass recomputes activations inside RSSBs instead of storing them.
         """
         mean = jnp.asarray(RGB_MEAN, image.dtype).reshape(1, 1, 1, 3)
         shallow = self.conv_first(image - mean, band.at("conv_first"))
@@ -150,10 +150,10 @@ def parameter_count(model: nnx.Module) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weights:
-    """A network's configuration and parameters, which are sure to fit it.
+    """A network's configuration and its parameters, checked to match.
 
-    The parameters are arrays by name, as `named_parameters` names them. JAX takes this for a tree
-    of them, so that it can be an argument of compiled functions, or be moved to devices.
+    The parameters are arrays by the names that `named_parameters` gives them. Weights are a JAX
+    pytree of them: they can be passed to compiled functions and moved to devices.
     """
 
     config: ModelConfig
@@ -183,15 +183,15 @@ class Weights:
 
     @classmethod
     def of(cls, model: DVMSR) -> "Weights":
-        """A model's."""
+        """The weights of a model."""
         return cls(model.config, named_parameters(model))
 
     @classmethod
     def from_file(cls, config: ModelConfig, parameters: Mapping[str, np.ndarray]) -> "Weights":
-        """Of any floating-point type, made float32.
+        """Weights with parameters of any floating-point type, converted to float32.
 
         Raises:
-            ValueError: they do not fit the configuration, or are not finite.
+            ValueError: they do not match the configuration, or are not finite.
         """
         with np.errstate(over="ignore"):  # to infinity
             as_float32 = {name: np.asarray(x, np.float32) for name, x in parameters.items()}
@@ -212,7 +212,7 @@ class Weights:
 
 
 def _unflatten_weights(config: ModelConfig, children: tuple[Any]) -> Weights:
-    weights = object.__new__(Weights)  # unchecked, because JAX puts all sorts of things into trees
+    weights = object.__new__(Weights)  # unchecked: JAX also builds trees of other objects
     object.__setattr__(weights, "config", config)
     object.__setattr__(weights, "parameters", children[0])
     return weights

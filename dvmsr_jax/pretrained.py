@@ -25,7 +25,7 @@ DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "x4.safetensors"
 
 
 class PretrainedError(UserError):
-    """A weights file that cannot be used; the message names it and says why."""
+    """A weights file cannot be used; the message names it and the reason."""
 
 
 def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
@@ -62,9 +62,9 @@ def load_weights(path: Path) -> Weights:
 
 
 def save_safetensors(model: DVMSR, path: Path, training: dict[str, Any] | None = None) -> None:
-    """Writes the weights in float32, with the configuration in the metadata.
+    """Writes the weights as float32, with the configuration in the metadata.
 
-    `training`, how they were made, stands there beside it, for whoever wants to know.
+    `training`, a description of how they were trained, is added to the metadata.
     """
     metadata = {"format": "dvmsr_jax", "config": json.dumps(dataclasses.asdict(model.config))}
     if training is not None:
@@ -75,11 +75,12 @@ def save_safetensors(model: DVMSR, path: Path, training: dict[str, Any] | None =
 
 
 def training_facts(path: Path) -> dict[str, Any] | None:
-    """How the weights in a checkpoint directory or `.safetensors` file were made, if it tells.
+    """How the weights in a checkpoint directory or `.safetensors` file were trained.
 
     Returns:
-        "step", at which they were taken, and the configuration's fields by names like
-        "optim.schedule"; paths and what else has no influence on them are left out.
+        "step", the number of steps taken, and the configuration's fields by names like
+        "optim.schedule", without those that do not affect the result, such as paths. None if the
+        file does not say.
 
     Raises:
         CheckpointError, PretrainedError: it cannot be read.
@@ -129,8 +130,8 @@ def _read_safetensors(path: Path) -> Weights:
     return Weights.from_file(ModelConfig(**json.loads(metadata["config"])), parameters)
 
 
-# The published code's names -> ours, each with what becomes of the tensor. PyTorch keeps output
-# channels first, Flax last: all axes turn round, but a 2-d convolution's two spatial ones stay.
+# The published code's names -> ours. PyTorch has output channels first, Flax last: the order of all
+# axes is reversed, except for the two spatial axes of a 2-d convolution.
 
 _MIXER = r"layers\.(\d+)\.residual_group\.blocks\.(\d+)\."
 _PUBLISHED_NAMES = [
@@ -150,7 +151,7 @@ _PUBLISHED_NAMES = [
 
 
 def _from_published(contents: Any, path: Path) -> Weights:
-    """Our names and layouts, and the configuration that the shapes imply."""
+    """Converts names and layouts, and infers the configuration from the shapes."""
     if isinstance(contents, dict):
         contents = contents.get("params_ema", contents.get("params", contents))
     if not isinstance(contents, dict) or not all(
@@ -202,9 +203,9 @@ def _published_config(parameters: dict[str, np.ndarray], path: Path) -> ModelCon
 
 
 def convert(source: Path, target: Path) -> None:
-    """Converts weights into a `.safetensors` file that carries its configuration.
+    """Converts weights into a `.safetensors` file that contains their configuration.
 
-    "training" in its metadata is what `training_facts` gives.
+    "training" in its metadata is the result of `training_facts`.
 
     Args:
         source: a checkpoint directory, a .safetensors file or a published .pth file.
@@ -214,7 +215,7 @@ def convert(source: Path, target: Path) -> None:
         raise PretrainedError(f"{target}: the output's name must end in .safetensors")
     if target.exists():
         raise PretrainedError(f"{target}: exists already; remove it or choose another name")
-    # A run may write another checkpoint meanwhile.
+    # A run may write another checkpoint in the meantime.
     weights = checkpoint.find_step(source) if source.is_dir() else source
     save_safetensors(load_model(weights), target, training_facts(weights))
     print(f"{source} -> {target}")

@@ -35,16 +35,16 @@ _STORAGES = {
 
 
 class PthError(UserError):
-    """The file is damaged, or names something other than tensors and plain containers."""
+    """The file is damaged, or contains something other than tensors and plain containers."""
 
 
 def read_pth(path: Path) -> Any:
     """The file's contents: dictionaries, lists and plain values, with tensors as NumPy arrays.
 
     Raises:
-        PthError: the file is not a PyTorch zip archive, is truncated or damaged, or names
-            any class other than a tensor's. Nothing of it has been executed.
-        OSError: the file cannot be read.
+        PthError: the file is not a PyTorch zip archive, is truncated or damaged, or names any class
+            other than a tensor's. Nothing in it has been executed.
+        OSError: the file cannot be read, is not a regular one, or is larger than MAX_BYTES.
     """
     size = files.regular_size(path, at_most=MAX_BYTES)
     try:
@@ -63,7 +63,7 @@ def read_pth(path: Path) -> Any:
 
 
 def printable(text: str) -> str:
-    """A text with parts from a file as one line for the terminal, cut if it is very long."""
+    """One line for the terminal from text that contains parts of a file; shortened if very long."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])
     return shown if len(text) <= 1000 else f"{shown}..."
 
@@ -73,7 +73,7 @@ def _read(archive: zipfile.ZipFile, file_size: int) -> Any:
     pickles = [member.filename for member in members if member.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise PthError("a zip archive, but not one written by torch.save")
-    # torch.save does not compress, so what unpacks to more than the file is made to exhaust memory.
+    # torch.save does not compress; an archive that unpacks to more than its size is an attack.
     sizes = [max(member.file_size, member.compress_size) for member in members]
     if any(member.compress_type for member in members) or sum(sizes) > file_size:
         raise PthError("a compressed archive, which torch.save does not write")
@@ -88,20 +88,20 @@ def _read(archive: zipfile.ZipFile, file_size: int) -> Any:
 
 
 class _Global(enum.Enum):
-    """The names in a pickle that stand for a function or a class; storages' types are dtypes."""
+    """The functions and classes that a pickle may name, besides the storages' types."""
 
     ORDERED_DICT = ("collections", "OrderedDict")
     REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 
 
 class _Storage(NamedTuple):
-    """The numbers that tensors are parts of, one after the other in memory."""
+    """Contiguous numbers, which tensors are views of."""
 
     numbers: np.ndarray
 
 
 class _Machine:
-    """Carries out the instructions that torch.save writes, up to `budget` bytes of tensors."""
+    """Executes the instructions that torch.save writes, up to `budget` bytes of tensors."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str, budget: int):
         self._archive, self._folder, self._budget = archive, folder, budget
@@ -111,7 +111,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, program: bytes) -> Any:
-        """What the program leaves on the stack."""
+        """The value that the program returns."""
         for opcode, argument, _ in pickletools.genops(program):
             if opcode.name == "STOP":
                 return self._stack.pop()

@@ -19,17 +19,17 @@ dense_init = nnx.initializers.truncated_normal(0.02)
 
 
 class ScanError(UserError):
-    """The implementation of the scan that was asked for cannot run here."""
+    """The requested implementation of the scan cannot run here."""
 
 
 def check_scan(compute: Compute) -> None:
-    """Raises ScanError if the implementation of the scan that is asked for cannot run here."""
+    """Raises ScanError if the requested implementation of the scan cannot run here."""
     if lack := missing(compute.scan):
         raise ScanError(f"the scan {compute.scan!r} cannot run here: {lack}")
 
 
 class CausalConv(nnx.Module):
-    """Depthwise convolution along the tokens; each sees itself and the `width - 1` before it.
+    """Depthwise convolution along the tokens, over each one and the `width - 1` before it.
 
     Written as shifted multiply-adds: XLA's grouped convolution takes 40 times as long on CPUs.
     """
@@ -52,9 +52,9 @@ class CausalConv(nnx.Module):
 
 
 class Direction(nnx.Module):
-    """Causal convolution and selective scan along the tokens, one way.
+    """Causal convolution and selective scan along the tokens, in one direction.
 
-    All that the two directions of a bidirectional ViMM have each of their own.
+    A bidirectional ViMM has one for each direction.
     """
 
     def __init__(self, config: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
@@ -97,8 +97,8 @@ class Direction(nnx.Module):
 class ViMM(nnx.Module):
     """LayerNorm, then the Mamba mixer.
 
-    There is no skip connection around it: the published code passes the image size where a residual
-    was meant, so none is added, and the published weights depend on that.
+    It has no skip connection: the published code passes the image size in place of a residual, so
+    none is added, and the published weights depend on that.
     """
 
     def __init__(self, config: ModelConfig, index: int, compute: Compute, *, rngs: nnx.Rngs):
@@ -132,9 +132,9 @@ class ViMM(nnx.Module):
 def drop_samples(
     x: Float[Array, "b l c"], rate: float, keys: Key[Array, " b"]
 ) -> Float[Array, "b l c"]:
-    """Zeroes each sample with probability `rate`; scales the others, to leave the mean unchanged.
+    """Zeroes each sample with probability `rate` and scales the others to preserve the mean.
 
-    A key for each sample, so that the result depends on no division of the batch.
+    Each sample has its own key, so that the result does not depend on how the batch is divided.
     """
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
     return jnp.where(keep[:, None, None], x / (1 - rate), 0)
@@ -144,7 +144,7 @@ _fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
 
 
 def projection(d_in: int, d_out: int, init, compute: Compute, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear map without bias, in the type that `compute` asks for."""
+    """A linear map without bias, in the precision of `compute`."""
     return nnx.Linear(
         d_in,
         d_out,

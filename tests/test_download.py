@@ -89,6 +89,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.contents = dict(contents)
         self.ranges = True
+        self.lengths = True
+        """Whether answers say how long they are; otherwise they end with the connection."""
         self.cut_after = None
         """Bytes of an answer after which the connection breaks."""
         self.status = None
@@ -121,7 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if asked and server.ranges else 200)
         if asked and server.ranges:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
+        if server.lengths:
+            self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         with contextlib.suppress(ConnectionError):
             self.wfile.write(content[start:][: server.cut_after])
@@ -217,6 +220,15 @@ def test_df2k_takes_only_high_resolution_pictures(server, config, folder, conten
     assert f"no checksum is published; its SHA-256 is {digest}" in capsys.readouterr().out
 
 
+def test_a_validation_picture_is_not_trained_on(server, config, capsys):
+    """Pictures of Flickr2K that are also in DIV2K, under other names."""
+    server.contents["Flickr2K.tar"] = make_tar([1, 801, 13])
+    records = data.load_records(dataclasses.replace(config, dataset="df2k"), 4)
+    assert names(records.train) == {f"000{i}.png" for i in range(1, 6)} | {"000013.png"}
+    assert names(records.val) == {"0801.png", "0802.png"}
+    assert "dropped 2 of 10 pictures" in capsys.readouterr().out
+
+
 def test_the_prepare_command_downloads(server, config, tmp_path, capsys):
     prepare_command(tmp_path / "out", dataset="df2k", val_images=1, data_dir=config.data_dir)
     records = data.load_records(DataConfig(prepared=tmp_path / "out"), 4)
@@ -239,6 +251,14 @@ def test_a_breaking_connection_is_resumed(server, config, ranges):
         data.load_records(config, 4)  # it never gets further
     server.cut_after = None
     assert len(data.load_records(config, 4).train) == 5
+
+
+def test_answers_of_unknown_length(server, config, folder):
+    """Whether they are complete shows only by the size of the archive."""
+    server.lengths, server.cut_after = False, 200_000
+    assert len(data.load_records(config, 4).train) == 5
+    asked = [first for name, first in server.asked if name == "DIV2K_train_HR.zip"]
+    assert asked == [None, 200_000, 400_000, 600_000]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -387,6 +407,20 @@ def test_too_little_space_is_found_first(server, config, folder, monkeypatch):
     ):
         data.load_records(config, 4)
     assert not (folder / "DIV2K_train_HR.zip.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["DIV2K_train_HR.zip", "DIV2K_train_HR.zip.partial"])
+def test_too_little_space_to_unpack(server, config, folder, contents, monkeypatch, name):
+    """Whoever put the archive there, it is kept, and nothing is unpacked."""
+    (folder / name).write_bytes(contents["DIV2K_train_HR.zip"])
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(download.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**5))
+        with pytest.raises(UserError, match=rf"{folder}: DIV2K_train_HR.zip needs .* GB here"):
+            data.load_records(config, 4)
+    assert {path.name for path in folder.iterdir()} == {".lock", name}
+    assert len(data.load_records(config, 4).train) == 5
+    assert [asked for asked, _ in server.asked] == ["DIV2K_valid_HR.zip"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -1,4 +1,4 @@
-"""What is written is read back: pixels, frames, pages and what belongs to them."""
+"""Written pictures are read back: pixels, frames, pages and metadata."""
 
 import contextlib
 import struct
@@ -46,7 +46,7 @@ def write(tmp_path):
 
 
 class Source(Picture):
-    """Knows what is asked about the picture that was enlarged."""
+    """Stands for the picture that was enlarged."""
 
     def is_lossless_webp(self):
         return False
@@ -110,7 +110,7 @@ def test_lossless_webp(write, quality, plays, metadata):
     assert picture.is_lossless_webp() == lossless
     for frame, expected in zip(picture.frames(), frames, strict=True):
         assert np.array_equal(frame.pixels, expected) == lossless
-    # Enlarged, such a picture stays what it was, if nothing else is asked for.
+    # By default, a lossless picture stays lossless.
     banded = [BandedFrame(x.shape, x.dtype, [x], NOTHING) for x in frames]
     for asked, expected in ((None, lossless), (80, False), ("lossless", True)):
         path = Path(picture._source).with_name("again.webp")

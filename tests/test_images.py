@@ -15,7 +15,6 @@ from dvmsr_jax.images import (
     ImageError,
     find_images,
     read_rgb,
-    to_uint8,
     write_png,
 )
 from tests.test_pictures import TWELVE_BITS, TWELVE_SCALED
@@ -174,11 +173,6 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
     assert list(left_out) == [tmp_path / "locked"]
     with pytest.raises(ImageError, match="Permission denied"):
         find_images(tmp_path / "locked", on_error=left_out.__setitem__)
-
-
-def test_to_uint8():
-    values = np.array([-1, 0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1, 1.5], np.float32)
-    np.testing.assert_array_equal(to_uint8(values), np.array([0, 0, 0, 1, 255, 255, 255], np.uint8))
 
 
 def test_samples_are_colour_photographs():

@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,6 +19,7 @@ from dvmsr_jax.inference import (
     _columns,
     make_streamer,
     make_tiler,
+    upscale_pixels,
 )
 from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.pretrained import load_model
@@ -232,3 +234,11 @@ def test_tiles_differ_from_the_whole_image_within_bounds(shared):
 def test_impossible_tiles(tile, overlap):
     with pytest.raises(UserError, match="cannot overlap"):
         make_tiler(random_model(TINY), tile=tile, overlap=overlap)
+
+
+def test_upscaled_pixels_are_clamped_and_rounded():
+    wanted = np.array([-1, 0, 0.4, 0.6, 254.6, 255, 400], np.float32).reshape(1, 1, -1, 1)
+    pictures = jnp.zeros((1, 1, 7, 3), jnp.uint8)
+    upscaled = upscale_pixels(lambda images: images + wanted / 255, pictures, self_ensemble=False)
+    assert upscaled.dtype == np.uint8
+    np.testing.assert_array_equal(upscaled[0, 0, :, 0], [0, 0, 0, 1, 255, 255, 255])

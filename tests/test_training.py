@@ -52,7 +52,7 @@ def photos(tmp_path_factory):
     y, x = np.mgrid[:72, :80] / 10
     for i in range(3):
         waves = [np.sin(x * (i + 1) / 2 + c) + np.cos(y + c + i) for c in range(3)]
-        images.write_png(folder / f"{i}.png", images.to_uint8(np.stack(waves, -1) / 4 + 0.5))
+        images.write_png(folder / f"{i}.png", np.uint8(np.stack(waves, -1) * 63 + 127))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The command and its manners: what is upscaled, where results go, and what is left alone."""
+"""The upscaling command: its inputs, the names of results, and the files that it leaves alone."""
 
 import errno
 import io
@@ -125,7 +125,7 @@ def test_a_name_does_not_depend_on_what_else_is_named(upscaler):
 
 
 def test_a_name_does_not_change_with_the_results(upscaler):
-    """Which appear beside the inputs; nor with what is not read."""
+    """Neither results nor files of other kinds beside the inputs count as namesakes."""
     make("a.jpg", "a_x2.jpg", ".a.png")
     for name in ("a.txt", "a.nef"):
         Path(name).touch()
@@ -197,7 +197,7 @@ def test_what_is_named_is_meant():
     assert set(targets(plan("a.jpg", "a_x2.jpg"))) == {"a.jpg", "a_x2.jpg"}
     assert set(targets(plan("a.jpg", "a_x4.png", output="q/"))) == {"a.jpg", "a_x4.png"}
     assert set(targets(plan(".", "a_x2.jpg"))) == {"a.jpg", "a_x2.jpg"}
-    # Unless it is what a shell makes of *.* where the command has been given before.
+    # Unless a shell has expanded *.* in a folder with results of an earlier command.
     assert set(targets(plan("a.jpg", "a_x4.png"))) == {"a.jpg"}
 
 
@@ -268,7 +268,7 @@ def test_results_do_not_overwrite_each_other(upscaler):
         outcomes = run(upscaler, "x", "y", output="out/", overwrite=overwrite)
         assert [outcome.status for outcome in outcomes.values()] == [first, "failed"]
         assert "would have the name of x/a.png's" in outcomes["y/a.png"].what
-    # What is skipped takes no name away.
+    # A skipped input does not occupy a name.
     make("x/a_x2.png", "z/a_x2.png")
     outcomes = run(upscaler, "x", "z", output="new/")
     assert outcomes["x/a_x2.png"].status == "skipped"

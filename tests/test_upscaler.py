@@ -251,6 +251,12 @@ def test_checkpoints(weights, bidirectional):
     assert 0 < np.abs(whole.astype(int) - coarse).mean() < 65535 / 50
 
 
+def test_an_overlap_needs_tiles(weights):
+    with pytest.raises(UserError, match="no effect without tiles"):
+        Upscaler(weights / "False.safetensors", overlap=2)
+    Upscaler(weights / "True.safetensors", overlap=2)  # a bidirectional model has tiles anyway
+
+
 def test_self_ensemble(weights):
     path, picture = weights / "False.safetensors", DEEP[:, :, :3] / 65535.0
     plain = Upscaler(path)

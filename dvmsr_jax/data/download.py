@@ -227,6 +227,9 @@ def _receive(archive: Archive, path: Path, bar: tqdm) -> None:
                 skip -= len(block) - len(kept)
                 file.write(kept)
                 bar.update(len(kept))
+    if archive.size is not None and _size(path) < archive.size:
+        # Without Content-Length, an answer that ends early looks like a complete one.
+        raise requests.exceptions.ChunkedEncodingError
 
 
 def _size(path: Path) -> int:

@@ -47,8 +47,6 @@ def find_sources(config: DataConfig) -> dict[str, list[Source]]:
     """
     if config.hr_dirs and config.dataset != DataConfig.dataset:
         raise DataError("data.dataset and data.hr_dirs exclude each other; pass one of them")
-    if config.val_images < 1:
-        raise DataError(f"data.val_images is {config.val_images}, expected at least 1")
     return _in_folders(config) if config.hr_dirs else _downloaded(config)
 
 
@@ -112,13 +110,16 @@ def _distinct(files: list[_File]) -> list[_File]:
 
 def _downloaded(config: DataConfig) -> dict[str, list[Source]]:
     parent = config.data_dir.expanduser() / PICTURES
-    splits: dict[str, list[Source]] = {}
-    for split, archives in download.DATASETS[config.dataset].items():
-        folders = [download.fetch(archive, parent) for archive in archives]
-        splits[split] = [file.source() for file in _list_files(folders)]
-    if len(splits["val"]) < config.val_images:
+    files = {
+        split: _list_files(download.fetch(archive, parent) for archive in archives)
+        for split, archives in download.DATASETS[config.dataset].items()
+    }
+    if len(files["val"]) < config.val_images:
         raise DataError(
             f"data.val_images is {config.val_images}, but {config.dataset} has only "
-            f"{len(splits['val'])} pictures for validation"
+            f"{len(files['val'])} pictures for validation"
         )
-    return splits | {"val": splits["val"][: config.val_images]}
+    val = files["val"][: config.val_images]
+    # Validation pictures come first, so that a copy is dropped from those to train on.
+    train = [file for file in _distinct(val + files["train"]) if file not in val]
+    return {"train": [file.source() for file in train], "val": [file.source() for file in val]}

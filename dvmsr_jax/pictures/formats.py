@@ -102,7 +102,7 @@ SAME = ".same"
 """Stands for the suffix of the picture's own format."""
 
 Quality = int | Literal["lossless"] | None
-"""Of JPEG and WebP; see `write`."""
+"""Quality of JPEG and WebP; see `write`."""
 
 
 def choose_suffix(picture: Picture, asked: str | None) -> str:

@@ -16,16 +16,15 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from dvmsr_jax import images, parallel
+from dvmsr_jax import parallel
 from dvmsr_jax.data.records import DataError, Preparation, hr_side, open_records
 from dvmsr_jax.files import checksum, replacing, write_json
-from dvmsr_jax.inference import upscale_batch
+from dvmsr_jax.inference import upscale_pixels
 from dvmsr_jax.model import Weights
 from dvmsr_jax.pretrained import load_weights
 
@@ -227,9 +226,7 @@ def _make_teacher(
     mesh = parallel.make_mesh(batch_size)
 
     def forward(weights, lr):
-        teacher = weights.model()
-        lr = lr.astype(jnp.float32) / 255
-        return upscale_batch(teacher, lr, self_ensemble=self_ensemble)
+        return upscale_pixels(weights.model(), lr, self_ensemble=self_ensemble)
 
     replicated, sharded = PartitionSpec(), PartitionSpec(parallel.AXIS)
     forward = jax.jit(
@@ -248,7 +245,7 @@ def _make_teacher(
         return forward(weights, parallel.shard_batch(padded, mesh)), len(lr)
 
     def finish(output, count):
-        return images.to_uint8(np.asarray(output)[:count])
+        return np.asarray(output)[:count]
 
     def teach(batches):
         under_way = None

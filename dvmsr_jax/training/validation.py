@@ -1,13 +1,12 @@
 """Scores of the weights during training, on the validation pictures."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
 from dvmsr_jax import bicubic, data, images, metrics
 from dvmsr_jax.config import TrainConfig
-from dvmsr_jax.inference import upscale_batch
+from dvmsr_jax.inference import upscale_pixels
 from dvmsr_jax.model import Weights
 
 
@@ -41,14 +40,12 @@ class Validator:
         # By way of the host, so that the arrays are no longer spread over a mesh.
         weights = jax.tree.map(np.asarray, weights)
         return [
-            images.to_uint8(np.asarray(self._forward(weights, ensemble, record["lr"])))
-            for record in self._records
+            np.asarray(self._forward(weights, ensemble, record["lr"])) for record in self._records
         ]
 
     def _upscale(self, weights, ensemble, lr):
         model = weights.model(self._config.compute)
-        image = lr[None].astype(jnp.float32) / 255
-        return upscale_batch(model, image, self_ensemble=ensemble)[0]
+        return upscale_pixels(model, lr[None], self_ensemble=ensemble)[0]
 
     def _mean_psnr_y(self, results):
         scale = self._config.model.scale
