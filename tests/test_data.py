@@ -262,7 +262,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("cut_at", [0, 3, 5])
-def test_preparation_goes_on_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at, locks):
+def test_preparation_resumes_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at, locks):
     """And the records depend neither on that nor on the number of cores."""
     monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 2)
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=2))
@@ -406,7 +406,7 @@ def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, capsys):
     assert not unfinished.exists()
 
 
-def test_mended_pictures_are_read_again(photos, tmp_path):
+def test_repaired_pictures_are_read_again(photos, tmp_path):
     """Though their names, sizes and middles are what they were."""
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     path = photos / "3.png"
@@ -484,7 +484,7 @@ def test_an_explicit_folder(photos, tmp_path):
         data.load_records(DataConfig(prepared=folder, hr_dirs=(photos,)), 4)
     with pytest.raises(UserError, match="prepared: holds records of other pictures"):
         prepare.prepare({"train": pictures["train"][1:], "val": pictures["val"]}, 4, folder)
-    with pytest.raises(UserError, match="photos: holds something else"):
+    with pytest.raises(UserError, match="photos: is a file, or holds something else"):
         prepare.prepare(pictures, 4, photos)
     assert len(images.find_images(photos)) == 6
 
@@ -557,7 +557,9 @@ def test_the_change_of_pictures_is_described(photos, tmp_path):
     assert change() == "pictures: 2 added, 1 removed"
     changed = data.load_records(config, 4).folder
     shutil.rmtree(first)
-    assert data.describe_change(changed, before).startswith("7 pictures now; the folder of")
+    assert data.describe_change(changed, before).startswith(
+        "7 pictures now; the folder of the earlier"
+    )
 
 
 def test_superseded_folders_are_named(photos, tmp_path, capsys):
@@ -572,7 +574,7 @@ def test_superseded_folders_are_named(photos, tmp_path, capsys):
     for _ in range(2):  # preparing, and then finding it prepared
         data.load_records(config, 4)
         (line,) = capsys.readouterr().out.splitlines()
-        assert re.search(rf"0\.0 GB; may be deleted .*: {first}$", line)
+        assert re.search(rf"0\.0 GB that you may delete .*: {first}$", line)
     assert len(open_records(first).train) == 5
 
 
@@ -649,7 +651,10 @@ def test_another_preparation_file_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda pairs: [(np.roll(lr, 1, 1), hr, n) for lr, hr, n in pairs], "LR is not HR"),
+        (
+            lambda pairs: [(np.roll(lr, 1, 1), hr, n) for lr, hr, n in pairs],
+            "LR is not its downscaled HR",
+        ),
         (lambda pairs: pairs[:-1], "holds 2 records, 3 were written"),
         (lambda pairs: [*pairs, pairs[0]], "holds 4 records, 3 were written"),
         (lambda pairs: [pairs[1], pairs[0], pairs[2]], "record [01] is of .*, not of"),

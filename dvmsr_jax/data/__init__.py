@@ -1,9 +1,9 @@
 """Training data: pictures -> records of aligned sub-images -> batches of aligned crops.
 
-Pictures are decoded once, cut into equal sub-images with their LR by bicubic, and written as a
-TFDS dataset of raw pixels in ArrayRecord files. Batch i is a function of the seed and i alone: a
-plan says which crops it holds, and they are cut from the records by the host or from a copy of all
-of them by the device.
+Pictures are decoded once, cut into sub-images of equal size, downscaled by bicubic interpolation,
+and written as a TFDS dataset of raw pixels in ArrayRecord files. Batch i depends only on the seed
+and i: a plan lists its crops, which the host cuts from the records, or each device from its copy of
+all of them.
 
 `python -m dvmsr_jax.data --help` lists the commands that prepare and check.
 """

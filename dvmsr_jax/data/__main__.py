@@ -21,7 +21,7 @@ from dvmsr_jax.data.records import Preparation, read_counts
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.program import told_in_a_line
 
-# Problems that `check` prints at most; there can be one for each record.
+# Most problems that `check` prints; each record can have one.
 _SHOWN = 20
 
 
@@ -64,7 +64,7 @@ def check(folder: tyro.conf.Positional[Path]) -> None:
     `python -m dvmsr_jax.training check` checks the teachers' outputs that may lie in it.
 
     Args:
-        folder: what `prepare` made.
+        folder: a folder made by `prepare`.
     """
     folder = folder.expanduser()
     problems = find_problems(folder)
@@ -72,7 +72,7 @@ def check(folder: tyro.conf.Positional[Path]) -> None:
     if problems:
         print("\n".join(problems[:_SHOWN]))
         more = f", the first {_SHOWN} above" if len(problems) > _SHOWN else ""
-        remedy = "remove the folder and prepare it anew"
+        remedy = "remove the folder and prepare it again"
         sys.exit(f"error: {len(problems)} problems{more}; {remedy}")
     print("no problems")
 
@@ -91,7 +91,7 @@ def _summary(folder: Path) -> str:
 
 
 def main() -> None:
-    """Does what the command line says."""
+    """Runs the command line."""
     with told_in_a_line(interrupted="stopped; the same command resumes"):
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="python -m dvmsr_jax.data", description=__doc__

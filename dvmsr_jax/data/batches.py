@@ -1,7 +1,7 @@
-"""Records -> batches of aligned crops, cut by the host or, from a copy of them all, by the device.
+"""Batches of aligned crops, cut by the host, or by the device from its copy of all records.
 
-Either way a batch follows a plan: which record, which square of it, and which of the eight flips
-and turns for each of its crops.
+Either way a batch follows a plan, which gives the record, the position and one of the eight flips
+and turns for each crop.
 """
 
 import functools
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from dvmsr_jax.config import DataConfig
 
 Plan = dict[str, Int32[np.ndarray, " b"]]
-"""A batch in small numbers: "index" of the record, "top" and "left" of the crop in LR pixels, and
-"symmetry": that many quarter turns modulo 4, then a left-right flip from 4 up."""
+"""The crops of a batch: "index" of the record, "top" and "left" in LR pixels, and "symmetry" from 0
+to 7: symmetry % 4 quarter turns, followed by a left-right flip if it is at least 4."""
 
 
 def batches(
@@ -37,10 +37,10 @@ def batches(
     """Batches `start` to `stop - 1` of the endless shuffled sequence: {"lr", "hr"} crops.
 
     Every epoch visits each sub-image once, in a new order, and takes one random crop of it, flipped
-    and turned at random. With `targets`, pictures of HR's size, their crops are there as "target".
+    and turned at random. `targets`, pictures of HR's size, add their crops as "target".
     `config.workers` threads read ahead.
 
-    Process i of n passes `shard` = (i, n) and gets the i-th block of the rows of the same batches.
+    Process i of n passes `shard` = (i, n) and gets the i-th block of each batch's rows.
     """
 
     def load(plan: Plan) -> dict[str, np.ndarray]:
@@ -78,7 +78,7 @@ def plans(
     stop: int,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Plan]:
-    """The plans of what `batches` yields for the same arguments, for `cut`."""
+    """The plans of the batches that `batches` yields for the same arguments, for `cut`."""
     dataset = _plans(records, config, seed, shard)[start:stop]
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -87,7 +87,7 @@ def load_cache(
     records: Sequence[dict[str, Any]],
     targets: Sequence[UInt8[np.ndarray, "H W 3"]] | None = None,
 ) -> dict[str, UInt8[np.ndarray, "n _ _ 3"]]:
-    """All "lr" and "hr" and, if there are targets, "target", an array each."""
+    """All records as arrays: "lr", "hr" and, if there are targets, "target"."""
 
     def load(i: int) -> dict[str, np.ndarray]:
         record = {name: records[i][name] for name in ("lr", "hr")}
@@ -108,7 +108,7 @@ def cut(
     lr_crop: int,
     scale: int,
 ) -> dict[str, UInt8[Array, "b _ _ 3"]]:
-    """The batch of a plan, cut from what `load_cache` gave; to be compiled into the step."""
+    """The batch of a plan, cut from the arrays of `load_cache`; traced as part of the step."""
 
     def crops(name: str, pictures: Array) -> Array:
         factor = _factor(name, scale)
@@ -155,13 +155,13 @@ def _plans(
             rng.integers(width - config.lr_crop + 1, size=b),
             rng.integers(8, size=b),
         )
-        # Numbers for all rows were drawn, so that these do not depend on the number of parts.
+        # Each process draws the numbers of all rows, so that they do not depend on its share.
         return {name: x[rows].astype(np.int32) for name, x in zip(_FIELDS, values, strict=True)}
 
     return grain.MapDataset.range(sys.maxsize).map(plan)
 
 
-# What a stream of random numbers is for.
+# Purposes of the streams of random numbers.
 _ORDER, _CROPS = 0, 1
 
 

@@ -13,21 +13,21 @@ from dvmsr_jax import bicubic
 from dvmsr_jax.data import records
 from dvmsr_jax.files import checksum
 
-# Pixels from the border of a sub-image that see what lies outside when the picture is shrunk.
+# LR pixels at the border of a sub-image that depend on HR pixels outside of it.
 _BORDER = 2
-# Largest mean difference, in grey levels, between LR and what HR gives when shrunk. It is 0 for
-# pictures that were shrunk here; one LR pixel's shift of a photograph makes several.
+# Largest mean difference, in grey levels, between LR and downscaled HR. It is 0 for pictures that
+# were downscaled here; shifting a photograph by one LR pixel makes several.
 _MAX_DIFFERENCE = 0.25
 
 
 def check(folder: Path) -> list[str]:
-    """What is wrong with a folder of records, a line each.
+    """Finds the problems of a folder of records, one line each.
 
-    Compares files with their checksums, and records with the pictures that they are said to be of:
-    how many, how large, and whether each LR is what bicubic makes of its HR.
+    Compares files with their checksums, and records with the list of pictures: their number and
+    order, and each LR with its HR downscaled by bicubic interpolation.
 
     Raises:
-        DataError: it is no folder of prepared records.
+        DataError: it is not a folder of prepared records.
     """
     preparation = records.Preparation.read(folder)
     scale, shards = preparation.scale, preparation.shards
@@ -45,7 +45,7 @@ def _check_counts(folder: Path, preparation: records.Preparation) -> Iterator[st
     for split, count in records.read_counts(folder).items():
         listed = sum(shard.records for shard in preparation.of_split(split).values())
         if count != listed:
-            yield f"{folder}: {count} {split} records by TFDS's files, {listed} were prepared"
+            yield f"{folder}: {count} {split} records in TFDS's metadata, {listed} were prepared"
 
 
 def _check_shard(path: Path, shard: records.ShardInfo, scale: int) -> Iterator[str]:
@@ -53,7 +53,7 @@ def _check_shard(path: Path, shard: records.ShardInfo, scale: int) -> Iterator[s
         yield f"{path}: is missing"
         return
     if checksum(path) != shard.sha256:
-        yield f"{path}: is damaged, its checksum is another one"
+        yield f"{path}: is damaged, its checksum differs"
         return
     pictures = [p for p in shard.pictures for _ in range(p.records)]
     count = 0
@@ -67,7 +67,7 @@ def _check_shard(path: Path, shard: records.ShardInfo, scale: int) -> Iterator[s
         difference = _difference(record["lr"], record["hr"], seen, scale)
         if difference > _MAX_DIFFERENCE:
             yield (
-                f"{path}: record {count - 1}, of {name}: LR is not HR made small, they differ by "
+                f"{path}: record {count - 1}, of {name}: LR is not its downscaled HR, they differ by "
                 f"{difference:.2f} grey levels on average"
             )
     if not count == len(pictures) == shard.records:
@@ -80,7 +80,7 @@ def _difference(
     picture_size: tuple[int, int],
     scale: int,
 ) -> float:
-    """Mean difference between LR and HR made small, where no border is near."""
+    """Mean difference between LR and downscaled HR in grey levels, away from borders."""
     inside = tuple(
         slice(_BORDER, min(size, whole) - _BORDER)
         for size, whole in zip(lr.shape, picture_size, strict=False)

@@ -1,4 +1,4 @@
-"""Pictures -> a folder of records, on all cores, in shards that an interruption leaves finished."""
+"""Prepares pictures as a folder of records, on all cores, in shards that survive interruptions."""
 
 import contextlib
 import hashlib
@@ -23,21 +23,21 @@ from dvmsr_jax.errors import printable
 from dvmsr_jax.files import checksum, has_locks, lock, replacing, write_json
 
 PICTURES_PER_SHARD = 16
-# In a folder that `load_records` made: a hash of the folders or data set that it was made from.
+# File in a folder made by `load_records`: a hash of the source folders or the data set's name.
 _SOURCES = "sources"
-# Files in the folder of an unfinished preparation. The lock tells whose folder it is; where file
-# systems have none, it is of the process that created the claim, until it removes that.
+# Files in the folder of an unfinished preparation. Its owner holds the lock or, on file systems
+# without locks, has created the claim, and removes it at the end.
 _LOCK, _CLAIM = "lock", "claim"
-# Seconds between looks at another process's claim, and after which one that is left alone is dead.
-# NFS shows other machines' files as they were up to a minute ago.
+# Seconds between looks at another process's claim, and without progress until giving up. NFS may
+# show other machines' changes a minute late.
 _POLL, _PATIENCE = 1.0, 600.0
 
 
 def load_records(config: DataConfig, scale: int) -> Records:
-    """The prepared sub-images, prepared now if they are not there yet.
+    """Opens the prepared sub-images, and prepares them first if necessary.
 
-    Those of `config.prepared`, or else of a folder under `config.data_dir` that is named by the
-    pictures' fingerprints.
+    They are in `config.prepared`, or else in a folder under `config.data_dir` whose name is a hash
+    of the pictures' fingerprints.
 
     Raises:
         DataError: there are no pictures, or too few, or too many of them cannot be read, or they
@@ -73,21 +73,22 @@ def load_records(config: DataConfig, scale: int) -> Records:
 
 
 def _name_superseded(folder: Path, sources: str) -> None:
-    """Prints which folders beside this one were made with the same settings, of other pictures."""
-    if not (folder / _SOURCES).exists():
-        with replacing(folder / _SOURCES) as temporary:
-            temporary.write_text(sources)
-    older = [
-        marker.parent
-        for marker in sorted(folder.parent.glob(f"*/{_SOURCES}"))
-        if marker.parent != folder and marker.read_text() == sources
-    ]
-    if older:
-        size = sum(path.stat().st_size for parent in older for path in parent.rglob("*"))
-        parallel.say(
-            f"prepared before the pictures changed, {size / 1e9:.1f} GB; may be deleted if no "
-            f"--data.prepared names it: {', '.join(map(str, older))}"
-        )
+    """Prints the other folders that were made with the same settings before pictures changed."""
+    with contextlib.suppress(OSError):  # the folder may be read-only
+        if not (folder / _SOURCES).exists():
+            with replacing(folder / _SOURCES) as temporary:
+                temporary.write_text(sources)
+        older = [
+            marker.parent
+            for marker in sorted(folder.parent.glob(f"*/{_SOURCES}"))
+            if marker.parent != folder and marker.read_text() == sources
+        ]
+        if older:
+            size = sum(path.stat().st_size for parent in older for path in parent.rglob("*"))
+            parallel.say(
+                f"from before the pictures changed, {size / 1e9:.1f} GB that you may delete unless "
+                f"you use them with --data.prepared: {', '.join(map(str, older))}"
+            )
 
 
 def prepare(
@@ -98,11 +99,11 @@ def prepare(
     *,
     max_unreadable: float = DataConfig.max_unreadable,
 ) -> None:
-    """Writes the pictures' sub-images as records; of "val" pictures, the middle one.
+    """Writes the pictures' sub-images as records; for "val" pictures, only the middle one.
 
-    The folder appears when it is complete. Until then finished shards are kept in `unfinished`, by
-    default .incomplete-NAME beside it, to go on from there. The records do not depend on the number
-    of cores. Does nothing if the folder holds them already.
+    The folder appears when it is complete. Until then, finished shards are kept in `unfinished`, by
+    default .incomplete-NAME beside it, so that a later call can resume. The records do not depend
+    on the number of cores. If the folder already holds them, nothing happens.
 
     TFDS's `GeneratorBasedBuilder` would shuffle the records, for which it needs TensorFlow as soon
     as they exceed a gigabyte; Grain shuffles at reading, so they are written as they come.
@@ -110,7 +111,7 @@ def prepare(
     Raises:
         DataError: a larger share of the pictures than `max_unreadable` cannot be read (up to that
             they are left out), or the folder holds something else.
-        OSError: the disk is full, say.
+        OSError: for example, the disk is full.
     """
     if unfinished is None:
         unfinished = folder.absolute().with_name(f".incomplete-{folder.absolute().name}")
@@ -148,7 +149,7 @@ def is_prepared(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Some pictures of a split, and the file that their records go to."""
+    """Some pictures of a split, and the file for their records."""
 
     split: str
     name: str
@@ -156,14 +157,14 @@ class _Shard:
     key: str
 
     def info_path(self, folder: Path) -> Path:
-        """Exists when the shard is finished."""
+        """The file that marks a finished shard, and describes it."""
         return folder / f"{self.name}.json"
 
     def read_info(self, folder: Path) -> ShardInfo | None:
-        """The finished shard's description, None if it has to be written (again).
+        """The finished shard's description; None if the shard must be written.
 
-        That is the case if it holds other pictures, or lacks some that could not be read: these may
-        have been repaired since.
+        That includes shards of other pictures, and those that lack unreadable ones, which may have
+        been repaired since.
         """
         try:
             info = ShardInfo.from_json(json.loads(self.info_path(folder).read_text()))
@@ -194,7 +195,7 @@ def _hash(*parts: str) -> str:
 def _write_shards(
     shards: list[_Shard], scale: int, folder: Path, max_unreadable: float
 ) -> dict[str, ShardInfo]:
-    """Writes those that are not there yet; what they hold, by name."""
+    """Writes the missing shards; returns the descriptions of all, by file name."""
     found = {shard.name: shard.read_info(folder) for shard in shards}
     kept = {name: info for name, info in found.items() if info is not None}
     known = {_LOCK, _CLAIM, *kept, *(f"{name}.json" for name in kept)}
@@ -246,9 +247,9 @@ def _check_unreadable(infos: dict[str, ShardInfo], total: int, at_most: float) -
 
 
 def _write_shard(shard: _Shard, scale: int, folder: Path, advance: Callable[[], bool]) -> ShardInfo:
-    """Writes a shard and what it holds.
+    """Writes a shard and its description.
 
-    Raises CancelledError if `advance`, called for each picture, says stop.
+    Raises CancelledError when `advance`, which is called for each picture, returns False.
     """
     pictures: list[PictureInfo] = []
     left_out: list[str] = []
@@ -287,14 +288,14 @@ def _write_shard(shard: _Shard, scale: int, folder: Path, advance: Callable[[], 
 
 @contextlib.contextmanager
 def _claim(unfinished: Path, finished: Path) -> Iterator[bool]:
-    """Gives UNFINISHED to this process alone; waits for others that have it.
+    """Makes UNFINISHED the working folder of this process alone, waiting for its turn.
 
-    Yields False if FINISHED is there, already or after the wait.
+    Yields False if FINISHED exists, from the start or after the wait.
     """
     while not is_prepared(finished):
         if finished.is_file() or (finished.is_dir() and any(finished.iterdir())):
             raise DataError(
-                f"{finished}: holds something else, or is a file; choose another folder"
+                f"{finished}: is a file, or holds something else; choose another folder"
             )
         unfinished.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -306,17 +307,17 @@ def _claim(unfinished: Path, finished: Path) -> Iterator[bool]:
                     held = stack.enter_context(_create_claim(unfinished / _CLAIM))
             except FileNotFoundError:
                 held = False
-            # Otherwise the other process has renamed the folder: look again.
+            # If not held, the other process has renamed the folder: look again.
             if held and not is_prepared(finished):
                 yield True
                 return
-            if held:  # made in vain, just after that
+            if held:  # recreated just after the other process was done
                 (unfinished / _LOCK).unlink()
     yield False
 
 
 def _take_lock(file: IO[Any], path: Path) -> bool:
-    """Waits for the lock; False if the file then no longer lies at PATH."""
+    """Waits for the lock; returns False if the file is no longer at PATH by then."""
     if not lock(file, wait=False):
         _say_waiting(path.parent)
         lock(file, wait=True)
@@ -325,12 +326,12 @@ def _take_lock(file: IO[Any], path: Path) -> bool:
 
 @contextlib.contextmanager
 def _create_claim(path: Path) -> Iterator[bool]:
-    """Creates PATH, which one process alone can do, and removes it in the end.
+    """Creates PATH, which only one process can, and removes it at the end.
 
-    While another process has it, waits, and yields False.
+    If the file exists, waits until it is removed, and yields False.
 
     Raises:
-        DataError: the other process shows no progress.
+        DataError: the process that created it makes no progress.
     """
     try:
         file = path.open("x")

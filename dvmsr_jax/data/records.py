@@ -1,6 +1,6 @@
-"""The form of prepared records: aligned sub-images, a TFDS dataset in ArrayRecord files.
+"""Prepared records: aligned sub-images, as a TFDS dataset in ArrayRecord files.
 
-A folder of them holds TFDS's own files and PREPARATION, which says what each shard was made of.
+Their folder also holds PREPARATION, which lists the pictures in each shard.
 """
 
 import bisect
@@ -34,7 +34,7 @@ PREPARATION = "preparation.json"
 
 
 class DataError(UserError):
-    """Training data that cannot be had, used or read; the message names it and says what to do."""
+    """Training data that are missing or unusable; the message names them and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class Preparation:
 class Records(NamedTuple):
     """Random-access sequences of sub-images, and the folder that they lie in.
 
-    Each is {"hr": (S, S, 3) uint8, "lr": (S / scale, S / scale, 3) uint8, "name": bytes}, of the
-    picture that it was cut from, with S = hr_side(scale).
+    Each is {"hr": (S, S, 3) uint8, "lr": (S / scale, S / scale, 3) uint8, "name": bytes}, where S
+    is hr_side(scale), and the name is the picture's path.
     """
 
     train: Sequence[dict[str, Any]]
@@ -138,7 +138,7 @@ class Records(NamedTuple):
 class SubImages(Sequence[dict[str, Any]]):
     """Records, read from disk as they are used.
 
-    `shards` are the files that `source`, of bytes, reads, and how many records each holds.
+    `source` holds the serialized records, `shards` the files it reads and their record counts.
     """
 
     # Not Sequence[bytes]: checking that in tests reads from files.
@@ -158,7 +158,7 @@ class SubImages(Sequence[dict[str, Any]]):
         except RuntimeError as error:
             path = self._paths[bisect.bisect(self._stops, index)]
             raise DataError(
-                f"{path}: cannot be read ({error}); this tells what is damaged:\n"
+                f"{path}: cannot be read ({error}); to find all damage, run\n"
                 f"  python -m dvmsr_jax.data check {path.parent}"
             ) from error
         return _decode(record)
@@ -174,7 +174,7 @@ def sub_images(
 ) -> Iterator[tuple[UInt8[np.ndarray, "_ _ 3"], UInt8[np.ndarray, "_ _ 3"]]]:
     """(LR, HR) squares of `side` HR pixels that cover the picture, overlapping as needed.
 
-    A picture smaller than that is continued by its mirror image.
+    Smaller pictures are extended by reflection.
     """
     lr_side = side // scale
     pad = [(0, max(lr_side - size, 0)) for size in lr.shape[:2]]
@@ -227,7 +227,7 @@ class ShardWriter:
             self._writer.write(record)
 
     def close(self) -> None:
-        """The file is whole after this."""
+        """Completes the file."""
         with _as_os_error():
             self._writer.close()
 
@@ -307,17 +307,17 @@ def write_metadata(folder: Path, scale: int, shards: dict[str, list[tuple[int, i
 
 
 def identity(folder: Path) -> str:
-    """12 hex digits that name what is in a folder of records, wherever it and the pictures lie.
+    """12 hex digits that identify the content of a folder of records.
 
-    The same ones for the same pictures (of which the same ones could be read) in the same order,
-    kept apart for validation in the same way, and prepared for the same scale.
+    They depend on the pictures, their order, which of them were read and which were kept apart for
+    validation, and on the scale, but not on where the folder and the pictures are.
 
     Raises:
-        DataError: it is no folder of prepared records.
+        DataError: it is not a folder of prepared records.
     """
     preparation = Preparation.read(folder)
-    # A shard's key stands for its pictures, but not for which of them were left out; and of their
-    # names, which are paths, only the last part is the same everywhere.
+    # A shard's key depends on all its pictures, including those left out; and of their paths, only
+    # the names are the same everywhere.
     contents = [
         (
             shard.split,
@@ -331,9 +331,10 @@ def identity(folder: Path) -> str:
 
 
 def describe_change(folder: Path, before: str) -> str:
-    """How the pictures in a folder of records differ from those with the identity `before`.
+    """Describes how the pictures in a folder of records differ from those of another one.
 
-    These are looked for in the folders beside it, and compared by their names and sizes.
+    The other one has the identity `before`, and is searched for beside the folder. Pictures are
+    compared by name and size.
     """
     now = Preparation.read(folder)
     earlier = None
@@ -344,7 +345,9 @@ def describe_change(folder: Path, before: str) -> str:
                 break
     if earlier is None:
         count = sum(len(shard.pictures) for shard in now.shards.values())
-        return f"{count:,} pictures now; the folder of the former ones is not beside {folder}"
+        return (
+            f"{count:,} pictures now; the folder of the earlier ones is no longer beside {folder}"
+        )
     if earlier.scale != now.scale:
         return f"prepared for x{earlier.scale} there, for x{now.scale} now"
 
@@ -376,15 +379,15 @@ def describe_change(folder: Path, before: str) -> str:
 
 
 def read_counts(folder: Path) -> dict[str, int]:
-    """Numbers of records by split, as TFDS has them. Raises DataError if its files are damaged."""
+    """Record counts by split, from TFDS's metadata. Raises DataError if that is damaged."""
     return {split: info.num_examples for split, info in _builder(folder).info.splits.items()}
 
 
 def open_records(folder: Path) -> Records:
-    """The records in a folder that was prepared.
+    """Opens a folder of prepared records.
 
     Raises:
-        DataError: it is none, or files of it are missing or damaged.
+        DataError: it is not one, or some of its files are missing or damaged.
     """
     preparation = Preparation.read(folder)
     for name, shard in preparation.shards.items():
@@ -392,7 +395,7 @@ def open_records(folder: Path) -> Records:
         size = path.stat().st_size if path.exists() else None
         if size != shard.bytes:
             fault = "is missing" if size is None else f"has {size} bytes, not {shard.bytes}"
-            raise DataError(f"{path}: {fault}; remove the folder and prepare it anew")
+            raise DataError(f"{path}: {fault}; remove the folder and prepare it again")
     builder = _builder(folder)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     train, val = (
@@ -408,8 +411,8 @@ def open_records(folder: Path) -> Records:
 def _builder(folder: Path) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder_from_directory(folder)
-    except Exception as error:  # whatever TFDS stumbles over
+    except Exception as error:  # damaged metadata can fail in any way
         raise DataError(
             f"{folder}: TFDS cannot read it ({type(error).__name__}: {error}); remove the folder "
-            "and prepare it anew"
+            "and prepare it again"
         ) from error

@@ -1,7 +1,7 @@
 """A teacher's outputs for the training sub-images, computed once and kept beside them.
 
-Each teacher has a folder of them, with arrays in files of `PER_SHARD` and, in INFO, their checksums
-and where the teacher was found.
+Each teacher has a folder for them: arrays in files of `PER_SHARD`, and INFO, with their checksums
+and the teacher's path.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
 
 
 def teacher_id(teacher: Weights) -> str:
-    """A short name for a teacher, another one for other weights."""
+    """A short name for a teacher, which depends on its weights and configuration."""
     config = json.dumps(dataclasses.asdict(teacher.config), sort_keys=True)
     digest = hashlib.sha256(config.encode())
     for name, x in sorted(teacher.parameters.items()):
@@ -62,10 +62,10 @@ def teacher_id(teacher: Weights) -> str:
 
 
 def load_targets(folder: Path, teacher: str, *, self_ensemble: bool, ckpt: Path) -> Targets:
-    """What `distill` left in a folder of records for the teacher of this `teacher_id`.
+    """Opens the targets that `distill` wrote for the teacher with this `teacher_id`.
 
     Raises:
-        DataError: not all of it is there; the message says how to make it from `ckpt`.
+        DataError: some are missing; the message says how to make them from `ckpt`.
     """
     path = folder / "targets" / _name(teacher, self_ensemble)
     missing = _missing(path, ckpt)
@@ -75,12 +75,12 @@ def load_targets(folder: Path, teacher: str, *, self_ensemble: bool, ckpt: Path)
 
 
 def target_folders(folder: Path) -> list[Path]:
-    """Those beside a folder of records, one for each teacher."""
+    """The folders of targets in a folder of records, one per teacher."""
     return sorted(path for path in (folder / "targets").glob("*") if path.is_dir())
 
 
 def shard_shapes(path: Path) -> dict[Path, tuple[int, ...]]:
-    """The files that a folder of targets is to hold, and the shapes of their arrays."""
+    """The files of a complete folder of targets, and the shapes of their arrays."""
     preparation = Preparation.read(path.parents[1])
     count = sum(shard.records for shard in preparation.of_split("train").values())
     side = hr_side(preparation.scale)
@@ -114,19 +114,18 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def find_unfinished(folder: Path) -> list[str]:
-    """What is still to be computed of the targets beside a folder of records, and how."""
+    """A line for each incomplete folder of targets in a folder of records, with the command."""
     missing = [_missing(path, read_info(path)["ckpt"]) for path in target_folders(folder)]
     return [line for line in missing if line is not None]
 
 
 def check(folder: Path) -> list[str]:
-    """What is wrong with the teachers' outputs beside a folder of records, a line each.
+    """Finds the problems of all targets in a folder of records, one line each.
 
-    Compares shapes and checksums of the files that are there; `find_unfinished` tells of
-    others.
+    Compares shapes and checksums of the existing files; `find_unfinished` lists missing ones.
 
     Raises:
-        DataError: it is no folder of prepared records.
+        DataError: it is not a folder of prepared records.
     """
     shards = [
         (path, shape, read_info(parent)["sha256"].get(path.name))
@@ -148,7 +147,7 @@ def _check_shard(path: Path, shape: tuple[int, ...], expected: str | None) -> st
     if expected is None:
         return f"{path}: has no checksum; distil again to have it written"
     if checksum(path) != expected:
-        return f"{path}: is damaged, its checksum is another one; remove it and distil again"
+        return f"{path}: is damaged, its checksum differs; remove it and distil again"
     return None
 
 
@@ -172,11 +171,11 @@ def _missing(path: Path, ckpt: Path | str) -> str | None:
 def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -> Path:
     """Computes a teacher's outputs, 8-bit, for the training sub-images in a folder of records.
 
-    In batches of `batch_size`, or more for the devices to share them evenly. What an interrupted
-    run has finished is kept.
+    They are computed in batches of `batch_size`, rounded up so that all devices share them evenly.
+    Files that an interrupted run finished are kept.
 
     Raises:
-        UserError: teacher or records cannot be used, or do not fit each other.
+        UserError: the teacher or the records cannot be used, or their scales differ.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, expected at least 1")
