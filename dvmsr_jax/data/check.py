@@ -67,8 +67,8 @@ def _check_shard(path: Path, shard: records.ShardInfo, scale: int) -> Iterator[s
         difference = _difference(record["lr"], record["hr"], seen, scale)
         if difference > _MAX_DIFFERENCE:
             yield (
-                f"{path}: record {count - 1}, of {name}: LR is not its downscaled HR, they differ by "
-                f"{difference:.2f} grey levels on average"
+                f"{path}: record {count - 1}, of {name}: LR is not its downscaled HR, they "
+                f"differ by {difference:.2f} grey levels on average"
             )
     if not count == len(pictures) == shard.records:
         yield f"{path}: holds {count} records, {shard.records} were written"
