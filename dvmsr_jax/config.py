@@ -195,6 +195,17 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """The loss between the upscaled crops and their HR pictures: L1, and what is added to it."""
+
+    fft_weight: Annotated[float, Within(0)] = 0.0
+    """Weight of the L1 between their two-dimensional Fourier transforms. SAFMN and SMFANet: 0.05."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--loss.")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training phase."""
 
@@ -203,7 +214,14 @@ class TrainConfig:
     workdir: Annotated[Path, Effect.NOTHING] = Path("runs/dvmsr")
     """Folder for checkpoints, metrics and samples, which go to WORKDIR/PHASE."""
     model: Annotated[ModelConfig, Effect.SHAPES] = field(default_factory=ModelConfig)
+    # The weights matter, not where they are: checkpoints identify them among the sources.
+    init: Annotated[Path | None, Effect.NOTHING] = None
+    """Weights to start from instead of random ones: a checkpoint directory, .safetensors or .pth
+    file. For another scale, all but the last convolution is taken."""
+    init_partial: Annotated[bool, Effect.NOTHING] = False
+    """With --init of another depth or width: take the parameters that fit."""
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     steps: Annotated[int, Within(1)] = 500_000
@@ -226,6 +244,8 @@ class TrainConfig:
         check_fields(self, "--")
         if self.phase == "teacher" and (given := self.distill.given()):
             raise UserError(f"{', '.join(given)}: for --phase=student only")
+        if self.init_partial and self.init is None:
+            raise UserError("--init-partial is for --init only")
 
 
 @dataclass(frozen=True)

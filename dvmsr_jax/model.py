@@ -8,6 +8,8 @@ Legend of the shapes, used by every signature of this package:
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -198,6 +200,15 @@ class Weights:
         weights = cls(config, as_float32)
         check_finite(weights.parameters)
         return weights
+
+    def identity(self) -> str:
+        """12 hex digits of a hash of the configuration and the parameters."""
+        config = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+        digest = hashlib.sha256(config.encode())
+        for name, x in sorted(self.parameters.items()):
+            digest.update(name.encode())
+            digest.update(np.asarray(x, np.float32).tobytes())
+        return digest.hexdigest()[:12]
 
     def model(self, compute: Compute = Compute()) -> DVMSR:
         """The network with these weights."""

@@ -46,7 +46,7 @@ def teacher(tmp_path, request):
 
 def id_of(teacher):
     model = load_model(teacher)
-    return targets.teacher_id(Weights.of(model))
+    return Weights.of(model).identity()
 
 
 def load(records, teacher, self_ensemble=False):
@@ -213,8 +213,7 @@ def test_another_scale_is_refused(records, tmp_path):
 
 def test_other_weights_are_another_teacher():
     parameters = named_parameters(DVMSR(TEACHER, rngs=nnx.Rngs(0)))
-    first = targets.teacher_id(Weights(TEACHER, parameters))
-    assert first == targets.teacher_id(Weights(TEACHER, dict(reversed(parameters.items()))))
-    assert first != targets.teacher_id(
-        Weights(TEACHER, parameters | {"conv_last.bias": jnp.ones(4)})
-    )
+    first = Weights(TEACHER, parameters).identity()
+    assert first == Weights(TEACHER, dict(reversed(parameters.items()))).identity()
+    other = parameters | {"conv_last.bias": jnp.ones(4)}
+    assert first != Weights(TEACHER, other).identity()

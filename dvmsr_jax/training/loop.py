@@ -53,6 +53,7 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
     sources = {
         "data": data.identity(run.records.folder),
         "teacher": run.teacher_id,
+        "init": None if run.initial is None else run.initial.identity(),
     }
     with (
         _sole_use(directory),

@@ -11,6 +11,13 @@ def pixel(output: Float[Array, "*shape"], hr: Float[Array, "*shape"]) -> Float[A
     return _l1(output, hr)
 
 
+def fourier(output: Float[Array, "b h w c"], hr: Float[Array, "b h w c"]) -> Float[Array, ""]:
+    """L1 between the two-dimensional Fourier transforms: the mean over their real and imaginary
+    parts, as in SAFMN's published code (arXiv 2302.13800)."""
+    difference = jnp.fft.rfft2(output - hr, axes=(1, 2))
+    return (jnp.mean(jnp.abs(difference.real)) + jnp.mean(jnp.abs(difference.imag))) / 2
+
+
 def output_level(
     output: Float[Array, "*shape"], target: Float[Array, "*shape"]
 ) -> Float[Array, ""]:

@@ -13,8 +13,9 @@ from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import Weights
 from dvmsr_jax.pretrained import load_weights
+from dvmsr_jax.training.initial import load_initial, take
 from dvmsr_jax.training.step import TrainState, TrainStep, init_state
-from dvmsr_jax.training.targets import Targets, load_targets, teacher_id
+from dvmsr_jax.training.targets import Targets, load_targets
 from dvmsr_jax.vimm import check_scan
 
 
@@ -27,11 +28,16 @@ class Run:
         self.config = config
         self.mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
         self.teacher = load_teacher(config)
+        self.initial = load_initial(config)
         self.records = data.load_records(config.data, config.model.scale)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on the devices."""
-        return parallel.replicate(init_state(self.config, self.teacher), self.mesh)
+        taken = {}
+        if self.initial is not None:
+            model = self.config.model
+            taken = take(model, self.initial, partial=self.config.init_partial)
+        return parallel.replicate(init_state(self.config, self.teacher, taken), self.mesh)
 
     def make_step(self) -> TrainStep:
         """The step. Raises UserError if it needs a teacher's outputs and there are none."""
@@ -54,8 +60,8 @@ class Run:
 
     @functools.cached_property
     def teacher_id(self) -> str | None:
-        """See `targets.teacher_id`."""
-        return None if self.teacher is None else teacher_id(self.teacher)
+        """See `Weights.identity`."""
+        return None if self.teacher is None else self.teacher.identity()
 
     @functools.cached_property
     def _feed(self) -> data.Feed:

@@ -7,10 +7,12 @@ schedule and average the weights; validation, export and distillation use the av
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
@@ -88,15 +90,19 @@ def rssb_pairs(config: TrainConfig, teacher: ModelConfig) -> tuple[tuple[int, in
     return config.distill.rssbs
 
 
-def init_state(config: TrainConfig, teacher: Weights | None) -> TrainState:
-    """The state before the first step."""
+def init_state(
+    config: TrainConfig,
+    teacher: Weights | None,
+    initial: Mapping[str, Array | np.ndarray] | None = None,
+) -> TrainState:
+    """The state before the first step; parameters not in `initial`, by name, are random."""
     optimizer = make_optimizer(config.optim, config.steps)
 
     # Compiled once rather than operation by operation.
     @functools.partial(jax.jit, compiler_options=_on_cpus(_HASTY))
-    def init():
+    def init(initial):
         key = jax.random.key(config.seed)
-        model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key)))
+        model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key))) | initial
         params = {"model": model, "projections": {}}
         if teacher is not None and config.distill.level == "mid":
             shape = (config.model.channels, teacher.config.channels)
@@ -105,7 +111,7 @@ def init_state(config: TrainConfig, teacher: Weights | None) -> TrainState:
                 params["projections"][f"{i}"] = projection
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), model)
 
-    return init()
+    return init(dict(initial or {}))
 
 
 def loss_function(
@@ -123,6 +129,8 @@ def loss_function(
     model = Weights(config.model, params["model"]).model(config.compute)
     output, features = model.with_features(batch["lr"], keys=keys, remat=config.remat)
     pixel = losses.pixel(output, batch["hr"])
+    if config.loss.fft_weight:
+        pixel += config.loss.fft_weight * losses.fourier(output, batch["hr"])
     if teacher is None:
         return pixel, {"loss": pixel, "pixel_loss": pixel}
 
@@ -199,11 +207,12 @@ class TrainStep:
             grads = jax.lax.optimization_barrier(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            # Early averages would remember the random start: let the memory grow with the run (as
+            # Early averages would remember a random start: let the memory grow with the run (as
             # TensorFlow's ExponentialMovingAverage does, given the step). Not by way of
             # optax.incremental_update, which takes 1 - decay and rounds otherwise in early steps.
             t = state.step.astype(jnp.float32)
-            decay = jnp.minimum(config.optim.ema_decay, (1 + t) / (10 + t))
+            grown = (1 + t) / (10 + t) if config.init is None else 1.0
+            decay = jnp.minimum(config.optim.ema_decay, grown)
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params["model"])
             parts |= {
                 "gradient_norm": optax.tree.norm(grads),

@@ -4,8 +4,6 @@ Each teacher has a folder for them: arrays in files of `PER_SHARD`, and INFO, wi
 and the teacher's path.
 """
 
-import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -51,18 +49,8 @@ class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
         return self._shards[index // PER_SHARD][index % PER_SHARD]
 
 
-def teacher_id(teacher: Weights) -> str:
-    """A short name for a teacher, which depends on its weights and configuration."""
-    config = json.dumps(dataclasses.asdict(teacher.config), sort_keys=True)
-    digest = hashlib.sha256(config.encode())
-    for name, x in sorted(teacher.parameters.items()):
-        digest.update(name.encode())
-        digest.update(np.asarray(x, np.float32).tobytes())
-    return digest.hexdigest()[:12]
-
-
 def load_targets(folder: Path, teacher: str, *, self_ensemble: bool, ckpt: Path) -> Targets:
-    """Opens the targets that `distill` wrote for the teacher with this `teacher_id`.
+    """Opens the targets that `distill` wrote for the teacher with this `Weights.identity`.
 
     Raises:
         DataError: some are missing; the message says how to make them from `ckpt`.
@@ -189,7 +177,7 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
     devices = jax.device_count()
     batch_size = math.ceil(batch_size / devices) * devices
     teach = _make_teacher(weights, self_ensemble, batch_size)
-    path = folder / "targets" / _name(teacher_id(weights), self_ensemble)
+    path = folder / "targets" / _name(weights.identity(), self_ensemble)
     path.mkdir(parents=True, exist_ok=True)
     info = read_info(path) | {"ckpt": str(ckpt.absolute())}
     write_json(path / INFO, info)
