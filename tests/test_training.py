@@ -322,9 +322,9 @@ def test_rssb_pairs():
     for expected in ((0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 2, 2), (0, 1, 2, 3), (1, 2, 3, 4)):
         pairs = step.rssb_pairs(config, ModelConfig(rssbs=expected[-1] + 1))
         assert pairs == tuple(enumerate(expected))
-    chosen = dataclasses.replace(config, distill=DistillConfig(rssbs=((0, 7),)))
+    chosen = dataclasses.replace(config, distill=DistillConfig(level="mid", rssbs=((0, 7),)))
     assert step.rssb_pairs(chosen, teacher) == ((0, 7),)
-    wrong = dataclasses.replace(config, distill=DistillConfig(rssbs=((4, 0),)))
+    wrong = dataclasses.replace(config, distill=DistillConfig(level="mid", rssbs=((4, 0),)))
     with pytest.raises(UserError, match=r"names \(4, 0\), but the student has 4"):
         step.rssb_pairs(wrong, teacher)
 
