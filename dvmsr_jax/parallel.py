@@ -4,6 +4,7 @@ Every process runs the same program on its own devices and its own share of each
 one alone writes to the terminal and the logs.
 """
 
+import atexit
 import collections
 import contextlib
 import itertools
@@ -181,6 +182,8 @@ class _Failures:
     def __init__(self) -> None:
         self._client: Any = None
         self._ending = threading.Lock()  # taken once, by the thread that ends this process
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._stopped = threading.Event()
 
     @property
     def watching(self) -> bool:
@@ -190,7 +193,10 @@ class _Failures:
     def watch(self) -> None:
         """Ends this process when another has failed."""
         self._client = multihost.get_jax_distributed_client()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher.start()
+        # Before JAX's own, which was registered before. A thread that the end of the interpreter
+        # finds in JAX's client aborts the process.
+        atexit.register(self._stop)
 
     def end_all(self, line: str) -> None:
         """See the function."""
@@ -207,7 +213,8 @@ class _Failures:
     def _watch(self) -> None:
         last: dict[str, tuple[str, float]] = {}  # process -> its count, and since when that stands
         for beat in itertools.count():
-            time.sleep(_POLL)
+            if self._stopped.wait(_POLL):
+                return
             if (line := self._found()) and self._ending.acquire(blocking=False):
                 self._end(line, linger=0)
             now = time.monotonic()
@@ -225,6 +232,12 @@ class _Failures:
                             f"error: process {key.rpartition('/')[2]} of the run has ended or does "
                             "not answer; start all of them again to resume"
                         )
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        self._watcher.join()
+        with contextlib.suppress(Exception):  # others may still be at work, and are not to miss it
+            self._client.key_value_delete(f"{_BEATS}{jax.process_index()}")
 
     def _found(self) -> str | None:
         try:

@@ -325,6 +325,7 @@ def test_every_free_field_may_differ(config):
             config.data,
             hr_dirs=(Path("photos"),),
             dataset="df2k",
+            max_unreadable=0.5,
             prepared=Path("records"),
             val_images=3,
             data_dir=Path("elsewhere"),
