@@ -246,6 +246,9 @@ def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(data_commands, monkeypatch, "check", tmp_path)
     assert re.match(r"error: .*: holds no prepared records", stop.value.code)
+    with pytest.raises(SystemExit) as stop:
+        run_main(training_commands, monkeypatch, "check", tmp_path)
+    assert re.match(r"error: .*: holds no prepared records", stop.value.code)
 
 
 def test_loader_benchmark_runs(capsys):

@@ -394,7 +394,7 @@ def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, capsys):
     bad.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
     with pytest.raises(
-        UserError, match=rf"1 of 7 pictures \(0\.14 .*max-unreadable .*\n  {re.escape(str(bad))}"
+        UserError, match=rf"1 of 7 pictures \(14\.3%\) .*max-unreadable .*\n  {re.escape(str(bad))}"
     ):
         data.load_records(config, 4)
     (unfinished,) = (tmp_path / "data").glob("*/*")

@@ -239,8 +239,8 @@ def _check_unreadable(infos: dict[str, ShardInfo], total: int, at_most: float) -
     bad = [reason for info in infos.values() for reason in info.left_out]
     if len(bad) > at_most * total:
         raise DataError(
-            f"{len(bad)} of {total} pictures ({len(bad) / total:.2g} of them) cannot be read, more "
-            f"than the share of {at_most:g} that may be left out. Fix or remove them, or raise "
+            f"{len(bad)} of {total} pictures ({len(bad) / total:.1%}) cannot be read, more than "
+            f"the {at_most:.1%} that may be left out. Fix or remove them, or raise "
             "--data.max-unreadable (--max-unreadable for `prepare`), and run the same command "
             "again:\n  " + "\n  ".join(bad)
         )

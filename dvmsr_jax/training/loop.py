@@ -102,13 +102,16 @@ def _take_steps(
     batches = run.batches(start)
     recent = _Recent(start)
     stop_anywhere = parallel.AnyProcess(run.mesh)
-    with tqdm(
-        total=config.steps,
-        initial=start,
-        unit="step",
-        desc=config.phase,
-        disable=not parallel.is_first(),
-    ) as bar:
+    with (
+        contextlib.closing(log) if log else contextlib.nullcontext(),
+        tqdm(
+            total=config.steps,
+            initial=start,
+            unit="step",
+            desc=config.phase,
+            disable=not parallel.is_first(),
+        ) as bar,
+    ):
         for step in range(start + 1, config.steps + 1):
             with recent.waiting():
                 batch = next(batches)
@@ -140,8 +143,6 @@ def _take_steps(
                 checkpoints.save(step, best, state.ema, state._replace(ema={}))
             if last:
                 break
-    if log:
-        log.close()
     return step, best
 
 

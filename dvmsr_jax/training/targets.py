@@ -115,6 +115,7 @@ def check(folder: Path) -> list[str]:
     Raises:
         DataError: it is not a folder of prepared records.
     """
+    Preparation.read(folder)
     shards = [
         (path, shape, read_info(parent)["sha256"].get(path.name))
         for parent in target_folders(folder)
