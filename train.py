@@ -3,8 +3,10 @@
     python train.py --phase=teacher --data.hr-dirs DIR [DIR ...]
     python train.py --phase=student --data.hr-dirs DIR [DIR ...]
 
---preset=demo trains a small model briefly instead of the paper's. To resume a run that was
-stopped, give the same command again.
+    python train.py --phase=teacher --preset=finetune --init PATH --data.hr-dirs DIR [DIR ...]
+
+--preset=demo trains a small model briefly instead of the paper's; --preset=finetune trains given
+weights further. To resume a run that was stopped, give the same command again.
 """
 
 import signal
@@ -13,9 +15,11 @@ if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the p
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -23,6 +27,7 @@ import tyro
 from configs import PRESETS
 from dvmsr_jax import parallel
 from dvmsr_jax.config import Cluster, TrainConfig, Within, check_fields
+from dvmsr_jax.pretrained import load_weights
 from dvmsr_jax.program import told_in_a_line
 from dvmsr_jax.training.loop import dry_run, train
 
@@ -46,14 +51,27 @@ class Arguments:
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
-    """The preset that --phase and --preset name, with every other argument overriding a field."""
+    """The preset that --phase and --preset name, with every other argument overriding a field.
+
+    With --init, the network is that of the weights, unless an argument overrides it.
+
+    Raises:
+        UserError: an argument is out of range, or the weights cannot be read.
+    """
     choose = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     choose.add_argument("--phase", choices=["teacher", "student"], default="student")
     choose.add_argument("--preset", choices=sorted(PRESETS), default="paper")
+    choose.add_argument("--init", type=Path)
     chosen, rest = choose.parse_known_args(arguments)
+    config = PRESETS[chosen.preset][chosen.phase]
+    if chosen.init is not None:
+        model = dataclasses.replace(
+            load_weights(chosen.init).config, drop_path=config.model.drop_path
+        )
+        config = dataclasses.replace(config, init=chosen.init, model=model)
     return tyro.cli(
         Arguments,
-        default=Arguments(PRESETS[chosen.preset][chosen.phase]),
+        default=Arguments(config),
         args=rest,
         prog="train.py",
         description=__doc__,

@@ -63,7 +63,7 @@ def make_step(config: ModelConfig) -> Callable[[dict[str, jax.Array]], Any]:
 
     def loss(parameters, batch):
         lr, hr = (batch[name].astype(jnp.float32) / 255 for name in ("lr", "hr"))
-        return losses.pixel(Weights(config, parameters).model()(lr), hr)
+        return losses.l1(Weights(config, parameters).model()(lr), hr)
 
     parameters = named_parameters(DVMSR(config, rngs=nnx.Rngs(0)))
     gradients = jax.jit(jax.grad(loss))

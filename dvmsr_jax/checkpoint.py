@@ -2,7 +2,8 @@
 
 A run's checkpoints are in WORKDIR/PHASE/checkpoints/STEP, each with the items
 
-    config  the TrainConfig, as JSON, and "sources": the data and the teacher it was made from
+    config  the TrainConfig, as JSON, "sources" (identities of the data, the teacher and the weights
+            that it started from), and "lineage" (a description of those weights)
     best    the best validation so far, as JSON
     ema     the averaged weights, by name: what evaluation, export and distillation read
     state   the weights being trained and the optimizer's state, which resuming also reads
@@ -90,17 +91,21 @@ class Checkpoints:
         config: TrainConfig,
         sources: Mapping[str, str | None] | None = None,
         *,
+        lineage: Sequence[Mapping[str, Any]] = (),
         allow_changes: bool = False,
         describe_data: Callable[[str], str] = lambda identity: "",
     ):
         """A run resumes only with the configuration and the `sources` in its checkpoint.
 
-        `sources` identifies the data and the teacher. `allow_changes` lets both differ, except for
-        fields that determine the shapes of the weights. `describe_data` returns how the data differ
-        from those of another "data" source, for the messages.
+        `sources` identifies the data, the teacher and the weights it started from. `lineage`
+        describes those weights and the ones before them, oldest first, and is only recorded.
+        `allow_changes` lets configuration and sources differ, except for fields that determine the
+        shapes of the weights. `describe_data` returns how the data differ from those of another
+        "data" source, for the messages.
         """
         self.config = config
         self._description = to_json(config) | {"sources": dict(sources or {})}
+        self._lineage = {"lineage": list(lineage)} if lineage else {}
         self._allow_changes = allow_changes
         self._describe_data = describe_data
         self.directory = phase_directory(config) / "checkpoints"
@@ -133,7 +138,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    config=ocp.args.JsonSave(self._description),
+                    config=ocp.args.JsonSave(self._description | self._lineage),
                     best=ocp.args.JsonSave(best._asdict()),
                     ema=ocp.args.StandardSave(ema),
                     state=ocp.args.StandardSave(state),
@@ -222,8 +227,11 @@ class Checkpoints:
         """The fields that differ. Raises CheckpointError if they must not."""
         current = flat(self._description)
         # A field that an older version did not have is as it was then: at its default.
-        defaults = to_json(TrainConfig()) | {"sources": self._description["sources"]}
+        defaults = to_json(TrainConfig()) | {
+            "sources": self._description["sources"] | {"init": None}
+        }
         stored = flat(defaults) | flat(stored)
+        stored.pop("lineage", None)
         differing = [
             name
             for name in sorted(stored.keys() | current.keys())

@@ -196,10 +196,12 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss between the upscaled crops and their HR pictures: L1, and what is added to it."""
+    """The loss between the upscaled crops and their HR pictures."""
 
+    pixel: Literal["l1", "charbonnier", "l2"] = "l1"
+    """l1: the paper's. charbonnier: L1 that is smooth within about 1e-3. l2: the mean square."""
     fft_weight: Annotated[float, Within(0)] = 0.0
-    """Weight of the L1 between their two-dimensional Fourier transforms. SAFMN and SMFANet: 0.05."""
+    """Weight of the L1 between their two-dimensional Fourier transforms; 0.05 in SAFMN."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--loss.")
@@ -210,7 +212,7 @@ class TrainConfig:
     """One training phase."""
 
     phase: Annotated[Literal["teacher", "student"], Effect.SHAPES] = "student"
-    """teacher: L1 to the HR pictures. student: the same plus distillation."""
+    """teacher: the loss to the HR pictures. student: the same plus distillation."""
     workdir: Annotated[Path, Effect.NOTHING] = Path("runs/dvmsr")
     """Folder for checkpoints, metrics and samples, which go to WORKDIR/PHASE."""
     model: Annotated[ModelConfig, Effect.SHAPES] = field(default_factory=ModelConfig)

@@ -316,6 +316,8 @@ def test_damaged_checkpoints_are_passed_over(config, item, capsys):
 def test_every_free_field_may_differ(config):
     save(config, 7)
     changed = {
+        "init": Path("weights.safetensors"),
+        "init_partial": True,
         "compute": Compute(scan="sequential"),
         "log_every": 1,
         "val_every": 1,

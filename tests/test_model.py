@@ -489,7 +489,7 @@ def test_losses():
     rng = np.random.default_rng(0)
     x, y = rng.random((2, 2, 3, 4, 3), np.float32)
     expected = np.mean(np.abs(x.astype(np.float64) - y))
-    for loss in (losses.pixel, losses.output_level):
+    for loss in losses.PIXEL.values():
         np.testing.assert_allclose(loss(jnp.asarray(x), jnp.asarray(y)), expected, rtol=1e-6)
 
     student = rng.random((2, 1, 3, 4, 5), np.float32)

@@ -53,7 +53,7 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
     sources = {
         "data": data.identity(run.records.folder),
         "teacher": run.teacher_id,
-        "init": None if run.initial is None else run.initial.identity(),
+        "init": None if run.initial is None else run.initial.identity,
     }
     with (
         _sole_use(directory),
@@ -62,6 +62,7 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
             Checkpoints(
                 config,
                 sources,
+                lineage=() if run.initial is None else run.initial.lineage,
                 allow_changes=allow_changes,
                 describe_data=functools.partial(data.describe_change, run.records.folder),
             )
@@ -71,6 +72,8 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
         if (restored := checkpoints.restore(state.ema, state._replace(ema={}))) is not None:
             best, state = restored.best, restored.state._replace(ema=restored.ema)
         start = int(state.step)
+        if start == 0 and run.initial is not None:
+            parallel.say(f"starting from {run.initial}")
         parallel.say(
             f"{config.phase}: steps {start} to {config.steps}, on {run.devices}, in {directory}"
         )
@@ -97,7 +100,7 @@ def _take_steps(
     """Runs the loop; returns (the last step taken, the best validation)."""
     config, start = run.config, int(state.step)
     train_step = run.make_step()
-    validate = Validator(config, run.records, run.teacher)
+    validate = Validator(config, run.records, run.teacher, run.start)
     log = report.Log(phase_directory(config), start) if parallel.is_first() else None
     batches = run.batches(start)
     recent = _Recent(start)

@@ -107,7 +107,7 @@ def _parse(line: str) -> dict[str, int | float] | None:
 def plot_training(directories: Sequence[Path], path: Path) -> None:
     """Losses, validation PSNR-Y and learning rate over the steps, as a PNG.
 
-    A curve for each phase directory, and for a student's its teacher's PSNR-Y as a line.
+    A curve for each phase directory, and lines for the PSNR-Y of its start and its teacher.
     """
     figure = matplotlib.figure.Figure(figsize=(15, 4), layout="constrained")
     losses, psnr, rate = figure.subplots(1, 3)
@@ -117,6 +117,7 @@ def plot_training(directories: Sequence[Path], path: Path) -> None:
         _plot(losses, lines, "distill_loss", f"{name}, to its teacher")
         _plot(psnr, lines, "val_psnr_y", name)
         _plot(psnr, lines, "val_teacher_psnr_y", f"the {name}'s teacher", "--")
+        _plot(psnr, lines, "val_start_psnr_y", f"the {name}'s start", "-.")
         _plot(rate, lines, "learning_rate", name)
     _plot(psnr, lines, "val_bicubic_psnr_y", "bicubic", ":")
     losses.set(xlabel="step", ylabel="L1 in training", yscale="log")

@@ -13,7 +13,7 @@ from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import Weights
 from dvmsr_jax.pretrained import load_weights
-from dvmsr_jax.training.initial import load_initial, take
+from dvmsr_jax.training.initial import load_initial
 from dvmsr_jax.training.step import TrainState, TrainStep, init_state
 from dvmsr_jax.training.targets import Targets, load_targets
 from dvmsr_jax.vimm import check_scan
@@ -23,7 +23,7 @@ class Run:
     """The parts of a phase. Whatever takes long, or much memory, is made only when asked for."""
 
     def __init__(self, config: TrainConfig):
-        """Raises UserError if the devices, the data or the teacher cannot be used."""
+        """Raises UserError if the devices, the data, the teacher or the start cannot be used."""
         check_scan(config.compute)
         self.config = config
         self.mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
@@ -33,15 +33,14 @@ class Run:
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on the devices."""
-        taken = {}
-        if self.initial is not None:
-            model = self.config.model
-            taken = take(model, self.initial, partial=self.config.init_partial)
+        taken = {} if self.initial is None else self.initial.taken
         return parallel.replicate(init_state(self.config, self.teacher, taken), self.mesh)
 
     def make_step(self) -> TrainStep:
         """The step. Raises UserError if it needs a teacher's outputs and there are none."""
-        return TrainStep(self.config, self.mesh, self.teacher, self._feed)
+        return TrainStep(
+            self.config, self.mesh, self.teacher, self._feed, random_start=self.start is None
+        )
 
     def batches(self, start: int) -> Iterator[Any]:
         """Those from step `start` to the end, on the devices. Raises as `make_step`."""
@@ -52,6 +51,13 @@ class Run:
             shard=(jax.process_index(), jax.process_count()),
         )
         return parallel.prefetch(inputs, self.mesh)
+
+    @property
+    def start(self) -> Weights | None:
+        """The weights before the first step, if all of them are given."""
+        if self.initial is None or self.initial.new:
+            return None
+        return Weights(self.config.model, dict(self.initial.taken))
 
     @property
     def devices(self) -> str:

@@ -1,8 +1,8 @@
 """The training step of both phases: state, losses, gradients, update.
 
-teacher: L1 to the HR pictures. student: that plus lambda times L1 to a frozen teacher, at the
-output or at chosen RSSBs (arXiv 2405.03008, section 3.3). Both minimise with Adam under the paper's
-schedule and average the weights; validation, export and distillation use the average.
+teacher: the loss to the HR pictures, L1 in the paper. student: that plus lambda times L1 to a
+frozen teacher, at the output or at chosen RSSBs (arXiv 2405.03008, section 3.3). Both minimise with
+Adam under a schedule and average the weights; validation, export and distillation use the average.
 """
 
 import functools
@@ -95,7 +95,8 @@ def init_state(
     teacher: Weights | None,
     initial: Mapping[str, Array | np.ndarray] | None = None,
 ) -> TrainState:
-    """The state before the first step; parameters not in `initial`, by name, are random."""
+    """The state before the first step. The parameters in `initial`, by name, are given; the others
+    are random."""
     optimizer = make_optimizer(config.optim, config.steps)
 
     # Compiled once rather than operation by operation.
@@ -128,19 +129,21 @@ def loss_function(
     """
     model = Weights(config.model, params["model"]).model(config.compute)
     output, features = model.with_features(batch["lr"], keys=keys, remat=config.remat)
-    pixel = losses.pixel(output, batch["hr"])
+    loss = losses.PIXEL[config.loss.pixel](output, batch["hr"])
+    parts = {"pixel_loss": loss}
     if config.loss.fft_weight:
-        pixel += config.loss.fft_weight * losses.fourier(output, batch["hr"])
+        parts["fft_loss"] = losses.fourier(output, batch["hr"])
+        loss += config.loss.fft_weight * parts["fft_loss"]
     if teacher is None:
-        return pixel, {"loss": pixel, "pixel_loss": pixel}
+        return loss, {"loss": loss, **parts}
 
     if "target" in batch:
-        distillation = losses.output_level(output, batch["target"])
+        distillation = losses.l1(output, batch["target"])
     else:
         teach = teacher.model(config.compute)
         if config.distill.level == "output":
             target = upscale_batch(teach, batch["lr"], self_ensemble=config.distill.self_ensemble)
-            distillation = losses.output_level(output, jax.lax.stop_gradient(target))
+            distillation = losses.l1(output, jax.lax.stop_gradient(target))
         else:
             pairs = rssb_pairs(config, teacher.config)
             target_features = jax.lax.stop_gradient(teach.with_features(batch["lr"])[1])
@@ -149,8 +152,8 @@ def loss_function(
                 [target_features.rssbs[j] for _, j in pairs],
                 [params["projections"][f"{i}"] for i in range(len(pairs))],
             )
-    loss = pixel + config.distill.weight * distillation
-    return loss, {"loss": loss, "pixel_loss": pixel, "distill_loss": distillation}
+    loss += config.distill.weight * distillation
+    return loss, {"loss": loss, **parts, "distill_loss": distillation}
 
 
 class TrainStep:
@@ -171,7 +174,10 @@ class TrainStep:
         mesh: Mesh,
         teacher: Weights | None = None,
         feed: data.Feed | None = None,
+        *,
+        random_start: bool = True,
     ):
+        """`random_start` says that not all parameters were given at step 0."""
         optimizer = make_optimizer(config.optim, config.steps)
         schedule = learning_rate(config.optim, config.steps)
         replicated, sharded = PartitionSpec(), PartitionSpec(parallel.AXIS)
@@ -211,7 +217,7 @@ class TrainStep:
             # TensorFlow's ExponentialMovingAverage does, given the step). Not by way of
             # optax.incremental_update, which takes 1 - decay and rounds otherwise in early steps.
             t = state.step.astype(jnp.float32)
-            grown = (1 + t) / (10 + t) if config.init is None else 1.0
+            grown = (1 + t) / (10 + t) if random_start else 1.0
             decay = jnp.minimum(config.optim.ema_decay, grown)
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params["model"])
             parts |= {
@@ -231,8 +237,8 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Array]]:
         """The state after the step and the metrics of its batch, means over it.
 
-        loss, pixel_loss and, with a teacher, distill_loss; gradient_norm (before it is clipped),
-        weight_norm and learning_rate.
+        loss, pixel_loss and, where there are such, fft_loss and distill_loss; gradient_norm (before
+        it is clipped), weight_norm and learning_rate.
         """
         return self._step(state, self._constants, batch)
 

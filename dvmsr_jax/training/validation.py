@@ -13,14 +13,24 @@ from dvmsr_jax.model import Weights
 class Validator:
     """Upscales the validation sub-images, on one device."""
 
-    def __init__(self, config: TrainConfig, records: data.Records, teacher: Weights | None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        records: data.Records,
+        teacher: Weights | None,
+        start: Weights | None = None,
+    ):
+        """`start` are the weights that training starts from, if they are not random."""
         self._config = config
         self._records = [records.val[i] for i in range(len(records.val))]
         self._forward = jax.jit(self._upscale, static_argnums=1)
         bicubics = [bicubic.upscale(record["lr"], config.model.scale) for record in self._records]
         self._first_bicubic = bicubics[0]
         self.fixed_scores = {"bicubic": self._mean_psnr_y(bicubics)}
-        """PSNR-Y that stays the same: of bicubic and, if there is one, of the teacher."""
+        """PSNR-Y that stays the same: of bicubic and, where there are such, of the start and the
+        teacher."""
+        if start is not None:
+            self.fixed_scores["start"] = self._mean_psnr_y(self._results(start))
         if teacher is not None:
             results = self._results(teacher, config.distill.self_ensemble)
             self.fixed_scores["teacher"] = self._mean_psnr_y(results)
