@@ -22,7 +22,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -311,18 +311,24 @@ def load_facts(path: Path) -> dict[str, Any]:
         CheckpointError: there is no readable checkpoint at `path`.
     """
     step = find_step(path)
-    with _reading(step, ("config",)):
-        return {"step": int(step.name), **_read_json(step, "config")}
+    with _reading(step, ("config", "state")):
+        # Not the folder's name, which a copy may not have.
+        taken = int(read_arrays(step / "state", only=("step",))["step"])
+        return {"step": taken, **_read_json(step, "config")}
 
 
-def read_arrays(item: Path) -> Any:
-    """An item of a checkpoint as NumPy arrays, whatever devices they were saved from."""
+def read_arrays(item: Path, only: Collection[str] = ()) -> Any:
+    """An item of a checkpoint as NumPy arrays, whatever devices they were saved from; those of its
+    entries that `only` names, or all."""
     item = item.absolute()
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).tree
+        tree = reader.metadata(item).tree
+        wanted = {name: tree[name] for name in only or tree}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        return reader.restore(
+            item,
+            args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True),
         )
-        return reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 def _read_json(step: Path, item: str) -> dict[str, Any]:

@@ -7,9 +7,13 @@ import json
 import os
 import secrets
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from dvmsr_jax.errors import UserError, printable
 
 
 @contextlib.contextmanager
@@ -36,28 +40,109 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def lock(file: IO[Any], *, wait: bool) -> bool:
-    """Locks the open file until it is closed. If another process holds the lock, waits if `wait`,
-    else returns False. On file systems without locks, always succeeds."""
+def lock(file: IO[Any], *, wait: bool) -> bool | None:
+    """Locks the open file until it is closed.
+
+    If another process holds the lock, waits if `wait`, else returns False. Returns None on file
+    systems without locks.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:
-        pass
+        return None
     return True
 
 
-def has_locks(file: IO[Any]) -> bool:
-    """Whether the open file lies on a file system with locks."""
+@contextlib.contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Waits until no other process is in the body for the same PATH.
+
+    PATH is a file that exists while one is. It is also locked, so that a killed process, which
+    leaves it behind, keeps nobody waiting. On file systems without locks, a process owns the file
+    that it has created, and touches it regularly.
+
+    Raises:
+        UserError: on a file system without locks, the owner has ceased to touch the file.
+        OSError: the file cannot be created.
+    """
+    waiting = False
+    while True:
+        try:
+            file, created = path.open("x"), True
+        except FileExistsError:
+            try:
+                file, created = path.open("r+"), False
+            except FileNotFoundError:  # removed in between
+                continue
+        with file:
+            locked = lock(file, wait=False)
+            if locked is False or (locked is None and not created):
+                if not waiting:
+                    print(printable(f"waiting for the process that holds {path}"), flush=True)
+                waiting = True
+                if locked is None:
+                    _wait_for_removal(path)
+                    continue
+                lock(file, wait=True)
+            if not _is_at(file, path):  # its owner was done, and has removed it
+                continue
+            try:
+                with _touching(file) if locked is None else contextlib.nullcontext():
+                    yield
+            finally:
+                if _is_at(file, path):
+                    path.unlink()
+            return
+
+
+# Seconds between looks at another process's file, between touches of one's own, and without any of
+# them until giving up. NFS may show other machines' changes a minute late.
+_POLL, _TOUCH, _PATIENCE = 1.0, 30.0, 600.0
+
+
+def _wait_for_removal(path: Path) -> None:
+    touched, since = -1, 0.0
+    while True:
+        try:
+            now = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        if now != touched:
+            touched, since = now, time.monotonic()
+        elif time.monotonic() - since > _PATIENCE:
+            raise UserError(
+                f"{path}: the process that created this file has not touched it for "
+                f"{_PATIENCE:.0f} s. If it has ended, remove the file, and the same command "
+                "continues its work"
+            )
+        time.sleep(_POLL)
+
+
+@contextlib.contextmanager
+def _touching(file: IO[Any]) -> Iterator[None]:
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(_TOUCH):
+            with contextlib.suppress(OSError):  # it was removed
+                os.utime(file.fileno())
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        fcntl.flock(file, fcntl.LOCK_UN)
-    except BlockingIOError:
-        return True
-    except OSError:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
         return False
-    return True
 
 
 def regular_size(path: Path, *, at_most: int) -> int:

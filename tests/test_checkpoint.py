@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from dvmsr_jax import checkpoint
-from dvmsr_jax.checkpoint import Best, CheckpointError, Checkpoints, load_weights, read_arrays
+from dvmsr_jax.checkpoint import (
+    Best,
+    CheckpointError,
+    Checkpoints,
+    load_facts,
+    load_weights,
+    read_arrays,
+)
 from dvmsr_jax.config import Compute, Effect, ModelConfig, TrainConfig, effects
 from dvmsr_jax.model import parameter_shapes
 from dvmsr_jax.pretrained import PretrainedError, load_model
@@ -369,6 +376,14 @@ def test_other_fields_may_not(config, change, line):
         f"{directory / '7'} was made with another configuration:",
         line,
     ]
+
+
+def test_a_renamed_checkpoint_says_how_many_steps_it_took(tmp_path, config):
+    shutil.copytree(save(config, 9) / "9", tmp_path / "best")
+    assert load_facts(tmp_path / "best")["step"] == STATE["step"]
+    (tmp_path / "copies").mkdir()
+    shutil.copytree(tmp_path / "best", tmp_path / "copies" / "1000")
+    assert load_facts(tmp_path / "copies")["step"] == STATE["step"]
 
 
 def test_paths(tmp_path, config):

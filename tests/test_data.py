@@ -1,7 +1,6 @@
 """Crops are aligned, batches are a function of seed and step, pictures are prepared once."""
 
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dvmsr_jax import data, images
+from dvmsr_jax import data, files, images
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import prepare
 from dvmsr_jax.data.check import check
@@ -46,19 +45,6 @@ def photos(tmp_path):
         picture = rng.integers(0, 256, (40 + i, 50, 3), np.uint8)
         images.write_png(folder / ("more" if i < 2 else "") / f"{i}.png", picture)
     return folder
-
-
-def without_locks(*arguments):
-    """Takes flock's place; some file systems, of NFS, Lustre and FUSE, have no locks."""
-    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-
-@pytest.fixture(params=["locks", "no locks"])
-def locks(request, monkeypatch):
-    """The file system with and without locks."""
-    if request.param == "no locks":
-        monkeypatch.setattr("fcntl.flock", without_locks)
-        monkeypatch.setattr(prepare, "_POLL", 0.01)
 
 
 def aligned_records(count, side, scale):
@@ -317,7 +303,6 @@ def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch, loc
             future.result()
     assert len(read) == 6
     assert check(tmp_path / "out") == []
-    assert not {"lock", "claim"} & {path.name for path in (tmp_path / "out").iterdir()}
     assert not list(tmp_path.glob(".incomplete*"))
 
 
@@ -331,6 +316,7 @@ def flock(*arguments):
 fcntl.flock = flock
 from dvmsr_jax import images
 from dvmsr_jax.config import DataConfig
+from dvmsr_jax import files
 from dvmsr_jax.data import prepare
 from dvmsr_jax.data.sources import find_sources
 
@@ -341,7 +327,7 @@ def slow(path):
     sys.stdin.readline()
     return read_rgb(path)
 
-images.read_rgb, prepare._POLL = slow, 0.01
+images.read_rgb, files._POLL = slow, 0.01
 pictures = find_sources(DataConfig(hr_dirs=(folder / "photos",), val_images=1))
 prepare.prepare(pictures, 4, folder / "out")
 """
@@ -373,18 +359,18 @@ def test_two_processes_without_locks_prepare_once(photos, tmp_path):
     assert not list(tmp_path.glob(".incomplete*"))
 
 
-def test_without_locks_a_killed_process_is_named_and_its_work_kept(photos, tmp_path, monkeypatch):
+def test_without_locks_a_killed_process_is_named_and_its_work_kept(
+    photos, tmp_path, monkeypatch, no_locks
+):
     with preparing(tmp_path) as killed:
         assert killed.stdout.readline() == "read\n"
         killed.kill()
-    monkeypatch.setattr("fcntl.flock", without_locks)
-    monkeypatch.setattr(prepare, "_POLL", 0.01)
-    monkeypatch.setattr(prepare, "_PATIENCE", 0.1)
+    monkeypatch.setattr(files, "_PATIENCE", 0.1)
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
-    claim = tmp_path / ".incomplete-out" / "claim"
-    with pytest.raises(UserError, match=f"{claim}: .* has prepared no picture for .* remove"):
+    lock = tmp_path / ".incomplete-out.lock"
+    with pytest.raises(UserError, match=f"{lock}: .* has not touched it for .* remove"):
         prepare.prepare(pictures, 4, tmp_path / "out")
-    claim.unlink()
+    lock.unlink()
     prepare.prepare(pictures, 4, tmp_path / "out")
     assert check(tmp_path / "out") == []
 

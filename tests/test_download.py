@@ -198,7 +198,7 @@ def test_div2k_is_the_default(server, config, folder):
     np.testing.assert_array_equal(record["lr"][:50, :50], bicubic.downscale(hr, 4))
     assert server.asked == [("DIV2K_train_HR.zip", None), ("DIV2K_valid_HR.zip", None)]
     left = {path.name for path in folder.iterdir()}
-    assert left == {".lock", "DIV2K_train_HR", "DIV2K_valid_HR"}
+    assert left == {"DIV2K_train_HR", "DIV2K_valid_HR"}
 
     server.status = 503  # not asked again
     assert data.load_records(config, 4).folder == records.folder
@@ -418,7 +418,7 @@ def test_too_little_space_to_unpack(server, config, folder, contents, monkeypatc
         patch.setattr(download.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**5))
         with pytest.raises(UserError, match=rf"{folder}: DIV2K_train_HR.zip needs .* GB here"):
             data.load_records(config, 4)
-    assert {path.name for path in folder.iterdir()} == {".lock", name}
+    assert {path.name for path in folder.iterdir()} == {name}
     assert len(data.load_records(config, 4).train) == 5
     assert [asked for asked, _ in server.asked] == ["DIV2K_valid_HR.zip"]
 
@@ -437,7 +437,7 @@ def test_an_incomplete_folder_of_pictures(server, config, folder):
         data.load_records(config, 4)
 
 
-def test_two_processes_download_once(server, config):
+def test_two_processes_download_once(server, config, locks):
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: data.load_records(config, 4).folder, range(2)))
     assert folders[0] == folders[1]

@@ -174,6 +174,33 @@ def test_targets_without_a_checksum_get_one(records, teacher):
     assert problems_of(path) == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "nothing",
+        '{"ckpt": 1, "sha256": {}}',
+        '{"ckpt": "a", "sha256": null}',
+        '{"ckpt": "a", "sha256": {"00000.npy": 1}}',
+        "[" * 100_000,
+    ],
+)
+def test_another_description_is_refused(records, teacher, text):
+    path = targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
+    description = (path / "targets.json").read_text()
+    (path / "targets.json").write_text(text)
+    message = re.escape(f"{path / 'targets.json'}: is damaged (")
+    try:
+        for use in (targets.check, targets.find_unfinished):
+            with pytest.raises(UserError, match=message):
+                use(records.folder)
+        with pytest.raises(UserError, match=message):
+            targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
+    finally:
+        (path / "targets.json").write_text(description)
+
+
 def test_devices_change_no_target(records, teacher):
     """Two of them, in a process of its own, against one; a batch of three is one of four there."""
     path = targets.distill(teacher, records.folder, self_ensemble=False, batch_size=4)

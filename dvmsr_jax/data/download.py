@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dvmsr_jax.data.records import DataError
 from dvmsr_jax.errors import StoppedError
-from dvmsr_jax.files import checksum, lock, replacing
+from dvmsr_jax.files import checksum, replacing, turn
 
 MIRROR = "DVMSR_MIRROR"
 """Environment variable: the URL of a folder with copies of the archives, used instead of theirs."""
@@ -100,7 +100,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
     try:
         if not pictures.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with _turn(folder):
+            with turn(folder / ".lock"):
                 if not pictures.exists():  # it may have appeared during the wait
                     _make(archive, folder, pictures)
         found = sum(path.suffix.lower() == ".png" for path in pictures.iterdir())
@@ -115,15 +115,6 @@ def fetch(archive: Archive, folder: Path) -> Path:
             f"to have {archive.name} downloaded and unpacked again"
         )
     return pictures
-
-
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        if not lock(file, wait=False):
-            print(f"waiting for the process that downloads to {folder}", flush=True)
-            lock(file, wait=True)
-        yield
 
 
 def _make(archive: Archive, folder: Path, pictures: Path) -> None:

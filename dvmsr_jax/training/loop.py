@@ -263,7 +263,7 @@ def _sole_use(directory: Path) -> Iterator[None]:
         return
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:
-        if not files.lock(file, wait=False):
+        if files.lock(file, wait=False) is False:
             raise UserError(
                 f"another run is writing to {directory}; stop it, or use another --workdir"
             )

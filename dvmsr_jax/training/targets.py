@@ -1,7 +1,6 @@
 """A teacher's outputs for the training sub-images, computed once and kept beside them.
 
-Each teacher has a folder for them: arrays in files of `PER_SHARD`, and INFO, with their checksums
-and the teacher's path.
+Each teacher has a folder for them: arrays in files of `PER_SHARD`, and INFO, which describes them.
 """
 
 import json
@@ -9,8 +8,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -31,6 +30,38 @@ PER_SHARD = 256
 INFO = "targets.json"
 _ENSEMBLE = "-ensemble"
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+@dataclass
+class Info:
+    """The content of INFO: whose targets a folder holds."""
+
+    ckpt: str
+    """The teacher's path."""
+    sha256: dict[str, str]
+    """Checksums by file name."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Info":
+        """That of a folder of targets; without one, empty. Raises DataError if it is damaged."""
+        try:
+            match json.loads((path / INFO).read_text()):
+                case {"ckpt": str(ckpt), "sha256": dict(sha256)} if all(
+                    isinstance(digest, str) for digest in sha256.values()
+                ):
+                    return cls(ckpt, sha256)
+            raise ValueError("it was not written by `distill`")
+        except FileNotFoundError:
+            return cls("TEACHER", {})
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path / INFO}: is damaged ({error}); remove it, and distil again to have it "
+                "written"
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Writes what `read` returns."""
+        write_json(path / INFO, dataclasses.asdict(self))
 
 
 class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
@@ -89,21 +120,9 @@ def open_shard(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n H W 3
     return shard
 
 
-def read_info(path: Path) -> dict[str, Any]:
-    """{"ckpt", "sha256"} of a folder of targets: the teacher's path, and checksums by file."""
-    try:
-        return json.loads((path / INFO).read_text())
-    except FileNotFoundError:
-        return {"ckpt": "TEACHER", "sha256": {}}
-    except ValueError as error:
-        raise DataError(
-            f"{path / INFO}: is damaged ({error}); remove it, and distil again to have it written"
-        ) from error
-
-
 def find_unfinished(folder: Path) -> list[str]:
     """A line for each incomplete folder of targets in a folder of records, with the command."""
-    missing = [_missing(path, read_info(path)["ckpt"]) for path in target_folders(folder)]
+    missing = [_missing(path, Info.read(path).ckpt) for path in target_folders(folder)]
     return [line for line in missing if line is not None]
 
 
@@ -117,8 +136,9 @@ def check(folder: Path) -> list[str]:
     """
     Preparation.read(folder)
     shards = [
-        (path, shape, read_info(parent)["sha256"].get(path.name))
+        (path, shape, checksums.get(path.name))
         for parent in target_folders(folder)
+        for checksums in [Info.read(parent).sha256]
         for path, shape in shard_shapes(parent).items()
         if path.exists()
     ]
@@ -180,8 +200,8 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
     teach = _make_teacher(weights, self_ensemble, batch_size)
     path = folder / "targets" / _name(weights.identity(), self_ensemble)
     path.mkdir(parents=True, exist_ok=True)
-    info = read_info(path) | {"ckpt": str(ckpt.absolute())}
-    write_json(path / INFO, info)
+    info = Info(str(ckpt.absolute()), Info.read(path).sha256)
+    info.write(path)
 
     def read(indices: range) -> np.ndarray:
         return np.stack([records[i]["lr"] for i in indices])
@@ -198,12 +218,12 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
                 for output in teach(dataset):
                     outputs.append(output)
                     bar.update(len(output))
-                info["sha256"].pop(shard.name, None)
+                info.sha256.pop(shard.name, None)
                 with replacing(shard) as temporary, temporary.open("wb") as file:
                     np.save(file, np.concatenate(outputs))
-            if shard.name not in info["sha256"]:  # an interruption may have come between
-                info["sha256"][shard.name] = checksum(shard)
-                write_json(path / INFO, info)
+            if shard.name not in info.sha256:  # an interruption may have come between
+                info.sha256[shard.name] = checksum(shard)
+                info.write(path)
     return path
 
 
