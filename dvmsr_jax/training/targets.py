@@ -3,6 +3,7 @@
 Each teacher has a folder for them: arrays in files of `PER_SHARD`, and INFO, which describes them.
 """
 
+import dataclasses
 import json
 import math
 import os
