@@ -12,8 +12,9 @@ import evaluate
 from configs import PRESETS
 from dvmsr_jax import evaluation, images
 from dvmsr_jax.inference import make_upscaler
-from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
+from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.registry import DEFAULT
 from dvmsr_jax.training import report
 from dvmsr_jax.training.loop import train
 
@@ -34,7 +35,7 @@ def main() -> None:
     (example,) = evaluation.find_benchmarks([benchmark], scale=4)["held-out"]
     print("The weights in checkpoints/, on a photograph that they were not trained on:")
     evaluate.run(evaluate.Arguments(data=(benchmark,)))
-    compare(example, {"DVMSR": DEFAULT_WEIGHTS}, FOLDER / "upscaled.png")
+    compare(example, {"DVMSR": Path(DEFAULT)}, FOLDER / "upscaled.png")
     print(f"Look at {FOLDER / 'upscaled.png'}. Now a smaller teacher and student are trained.")
 
     phases = {}

@@ -27,8 +27,9 @@ from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import printable
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.model import parameter_count
-from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
+from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.program import keep_compiled_programs, told_in_a_line
+from dvmsr_jax.registry import DEFAULT
 
 # The size for which papers state the cost of x4 models.
 COST_SIZE = 256
@@ -38,9 +39,9 @@ COST_SIZE = 256
 class Arguments:
     """What to evaluate and on which pictures."""
 
-    ckpt: Path = DEFAULT_WEIGHTS
-    """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file. By
-    default, the project's own weights."""
+    ckpt: Path = Path(DEFAULT)
+    """A name of weights (see checkpoints/README.md), a checkpoint directory (WORKDIR/PHASE), a
+    .safetensors file or a published .pth file."""
     data: tuple[Path, ...] = ()
     """Benchmarks (folders with HR/ and, optionally, LR/), or folders of several benchmarks.
     Default: photographs from scikit-image."""

@@ -29,7 +29,6 @@ from tqdm import tqdm
 from dvmsr_jax.errors import UserError, printable
 from dvmsr_jax.pictures import batch, formats
 from dvmsr_jax.pictures.upscaler import Upscaler
-from dvmsr_jax.pretrained import DEFAULT_WEIGHTS
 from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, told_in_a_line
 
 
@@ -55,8 +54,9 @@ class Arguments:
     self_ensemble: bool = False
     """Average over the eight flips and rotations of each picture: slightly better, eight times
     slower."""
-    ckpt: Path = DEFAULT_WEIGHTS
-    """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file."""
+    ckpt: Annotated[Path | None, tyro.conf.arg(aliases=["--model"])] = None
+    """A name of weights (see checkpoints/README.md), a checkpoint directory (WORKDIR/PHASE), a
+    .safetensors file or a published .pth file. None: the project's own for the scale."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is faster on GPUs and TPUs; results differ by rounding."""
     device: Literal["cpu", "gpu", "tpu"] | None = None

@@ -163,7 +163,7 @@ class DistillConfig:
     """The student phase's second loss: L1 between student and teacher."""
 
     teacher: Annotated[Path | None, Effect.NOTHING] = None
-    """Teacher checkpoint. None: the teacher phase's under the same workdir."""
+    """Teacher, as for --init. None: the teacher phase's under the same workdir."""
     weight: Annotated[float, Within(0)] = 1.0
     """Factor lambda of the distillation loss."""
     level: Annotated[Literal["output", "mid"], Effect.SHAPES] = "output"
@@ -218,8 +218,8 @@ class TrainConfig:
     model: Annotated[ModelConfig, Effect.SHAPES] = field(default_factory=ModelConfig)
     # The weights matter, not where they are: checkpoints identify them among the sources.
     init: Annotated[Path | None, Effect.NOTHING] = None
-    """Weights to start from instead of random ones: a checkpoint directory, .safetensors or .pth
-    file. For another scale, all but the last convolution is taken."""
+    """Weights to start from instead of random ones: a name, a checkpoint directory, a .safetensors
+    or a .pth file. For another scale, all but the last convolution is taken."""
     init_partial: Annotated[bool, Effect.NOTHING] = False
     """With --init of another depth or width: take the parameters that fit."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -211,13 +212,14 @@ def _verify(remote: Remote, path: Path) -> None:
     size = _size(path)
     if remote.size is not None and size != remote.size:
         raise DamagedError(f"has {size:,} bytes, expected {remote.size:,}")
-    print(f"computing the checksum of {path}", flush=True)
+    print(f"computing the checksum of {path}", file=sys.stderr)
     found = checksum(path)
     if remote.sha256 is None:
         line = f"{found}  {remote.name}\n"
         print(
             f"{remote.name}: no checksum is published; its SHA-256 is {found}, "
-            f"noted in {path.parent / CHECKSUMS}"
+            f"noted in {path.parent / CHECKSUMS}",
+            file=sys.stderr,
         )
         with (path.parent / CHECKSUMS).open("a+") as file:
             file.seek(0)

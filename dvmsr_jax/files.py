@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ def turn(path: Path) -> Iterator[None]:
             locked = lock(file, wait=False)
             if locked is False or (locked is None and not created):
                 if not waiting:
-                    print(printable(f"waiting for the process that holds {path}"), flush=True)
+                    print(printable(f"waiting for the process that holds {path}"), file=sys.stderr)
                 waiting = True
                 if locked is None:
                     _wait_for_removal(path)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -95,6 +96,15 @@ class DVMSR(nnx.Module):
         self.norm_last = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
         self.conv_last = Conv3x3(c, c, compute, rngs=rngs)
         self.reconstruct = Conv3x3(c, 3 * s * s, compute, rngs=rngs)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, compute: Compute = Compute()
+    ) -> "DVMSR":
+        """The same as `pretrained.load_model`."""
+        from dvmsr_jax.pretrained import load_model  # which builds on this module
+
+        return load_model(source, compute=compute)
 
     @property
     def rows_late(self) -> int:

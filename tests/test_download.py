@@ -159,7 +159,7 @@ def test_df2k_takes_only_high_resolution_pictures(server, config, folder, conten
     }
     digest = hashlib.sha256(contents["Flickr2K.tar"]).hexdigest()
     assert (folder / "SHA256SUMS").read_text() == f"{digest}  Flickr2K.tar\n"
-    assert f"no checksum is published; its SHA-256 is {digest}" in capsys.readouterr().out
+    assert f"no checksum is published; its SHA-256 is {digest}" in capsys.readouterr().err
 
 
 def test_a_validation_picture_is_not_trained_on(server, config, capsys):

@@ -37,7 +37,7 @@ def test_what_a_killed_process_leaves_keeps_nobody_waiting(tmp_path, capsys):
     (tmp_path / "lock").touch()
     with files.turn(tmp_path / "lock"):
         pass
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_without_locks_long_work_is_not_taken_for_a_killed_process(
@@ -57,7 +57,7 @@ def test_without_locks_long_work_is_not_taken_for_a_killed_process(
             threading.Event().wait(1.5)
             assert not waits.done()
         assert waits.result()
-    assert capsys.readouterr().out == f"waiting for the process that holds {path}\n"
+    assert capsys.readouterr().err == f"waiting for the process that holds {path}\n"
 
     path.touch()
     os.utime(path, (0, 0))

@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import ExifTags, Image
 
 from configs import PRESETS
-from dvmsr_jax import Upscaler, bicubic, pretrained
+from dvmsr_jax import Upscaler, bicubic, registry
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries
@@ -271,15 +271,15 @@ def test_self_ensemble(weights):
 
 
 def test_weights_that_are_not_there(tmp_path, monkeypatch):
-    with pytest.raises(PretrainedError, match="no such file"):
+    with pytest.raises(PretrainedError, match=r"no such file .*nor a name of weights \(x4, "):
         Upscaler(tmp_path / "none.safetensors")
-    monkeypatch.setattr(pretrained, "DEFAULT_WEIGHTS", tmp_path / "own.safetensors")
-    with pytest.raises(UserError, match="--ckpt"):
-        Upscaler(tmp_path / "own.safetensors")
+    monkeypatch.setattr(registry, "_FOLDER", tmp_path)
+    with pytest.raises(UserError, match=rf"{tmp_path}/x4.safetensors: .*named x4 are missing"):
+        Upscaler()
 
 
 def test_several_threads(weights):
-    upscale = Upscaler.from_checkpoint(weights / "False.safetensors")
+    upscale = Upscaler.from_pretrained(weights / "False.safetensors")
     pictures = [RNG.integers(0, 256, (h, w, 3), np.uint8) for h in (5, 40) for w in (7, 16)] * 3
     expected = [upscale(picture) for picture in pictures]
     with ThreadPoolExecutor(4) as threads:
@@ -293,11 +293,10 @@ def test_importing_the_package_is_light():
 
 
 def test_the_projects_own_weights():
-    model = load_model(pretrained.DEFAULT_WEIGHTS)
+    model = load_model("x4")
     student = PRESETS["paper"]["student"].model
     assert dataclasses.replace(model.config, drop_path=student.drop_path) == student
     assert parameter_count(model) == 424_428
-    assert pretrained.DEFAULT_WEIGHTS.stat().st_size < 2e6
     picture = RNG.integers(0, 256, (6, 5, 3), np.uint8)
     ours = Upscaler()(picture)
-    np.testing.assert_array_equal(ours, Upscaler(pretrained.DEFAULT_WEIGHTS)(picture))
+    np.testing.assert_array_equal(ours, Upscaler("x4")(picture))

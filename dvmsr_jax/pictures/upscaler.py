@@ -1,7 +1,7 @@
 """Upscales pictures of all kinds: grey, colour, transparent, 8 and 16 bits, by any factor.
 
 >>> from dvmsr_jax import Upscaler
->>> upscale = Upscaler()  # or Upscaler.from_checkpoint("dvmsr.safetensors")
+>>> upscale = Upscaler()  # or Upscaler("x4-scratch"), Upscaler(scale=3)
 >>> large = upscale(Image.open("photo.jpg"))
 >>> large.save("photo_x4.png", **large.info)  # with ICC profile, DPI and EXIF
 """
@@ -9,7 +9,6 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -28,7 +27,8 @@ from dvmsr_jax.inference import (
     make_tiler,
 )
 from dvmsr_jax.pictures.reading import BandedFrame, Frame, from_pillow, to_pillow
-from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
+from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.registry import default_for
 
 MAX_SCALE = 16
 
@@ -197,7 +197,7 @@ class Upscaler(PictureUpscaler):
 
     def __init__(
         self,
-        path: str | os.PathLike[str] = DEFAULT_WEIGHTS,
+        weights: str | os.PathLike[str] | None = None,
         *,
         scale: int | float | None = None,
         self_ensemble: bool = False,
@@ -208,8 +208,8 @@ class Upscaler(PictureUpscaler):
         """Loads a model.
 
         Args:
-            path: a checkpoint directory, a .safetensors file or a published .pth file. By default,
-                the project's own weights.
+            weights: a name (see `registry`), a checkpoint directory, a .safetensors file or a
+                published .pth file. None: the project's own for this scale.
             scale: enlargement factor, not necessarily an integer. None: the model's.
             self_ensemble: average over the eight flips and rotations of each picture: slightly
                 better, eight times slower, and the result is held in memory in float32.
@@ -221,7 +221,9 @@ class Upscaler(PictureUpscaler):
         Raises:
             UserError: the weights cannot be read, or an argument is invalid or has no effect.
         """
-        model = load_model(Path(path), compute=Compute(precision=precision))
+        if weights is None:
+            weights = default_for(scale)
+        model = load_model(weights, compute=Compute(precision=precision))
         if tile is None and model.config.bidirectional:
             tile = 256
         if tile is not None:
@@ -235,11 +237,9 @@ class Upscaler(PictureUpscaler):
         super().__init__(upscale, model.config.scale, scale=scale)
 
     @classmethod
-    def from_checkpoint(
-        cls, path: str | os.PathLike[str] = DEFAULT_WEIGHTS, **options: Any
-    ) -> "Upscaler":
-        """The same as `Upscaler(path, **options)`."""
-        return cls(path, **options)
+    def from_pretrained(cls, weights: str | os.PathLike[str], **options: Any) -> "Upscaler":
+        """The same as `Upscaler(weights, **options)`."""
+        return cls(weights, **options)
 
 
 def _check_values(pixels: np.ndarray) -> None:
