@@ -55,35 +55,25 @@ class RgbView:
 RgbUpscale = Callable[[np.ndarray | RgbView], Iterator[np.ndarray]]
 
 
-def make_upscaler(
-    model: DVMSR, *, self_ensemble: bool = False
-) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
-    """A function from RGB pictures to RGB pictures, `scale` times larger, compiled once a size.
-
-    With `self_ensemble` it averages the results of the eight flips and turns, turned back.
-    """
-    graph, parameters = nnx.split(model)
-
-    @jax.jit
-    def run(parameters, picture):
-        model = nnx.merge(graph, parameters)
-        return upscale_pixels(model, picture[None], self_ensemble=self_ensemble)[0]
-
-    return lambda picture: np.asarray(run(parameters, picture))
-
-
 def upscale_pixels(
-    model: Callable[[Array], Array], pictures: UInt8[Array, "b h w 3"], *, self_ensemble: bool
-) -> UInt8[Array, "b H W 3"]:
+    model: Callable[[AnyArray], AnyArray],
+    pictures: UInt8[AnyArray, "b h w 3"],
+    *,
+    self_ensemble: bool,
+) -> UInt8[AnyArray, "b H W 3"]:
     """Upscales 8-bit pictures as `upscale_batch` does images; clamps and rounds to 8 bits."""
-    images = pictures.astype(jnp.float32) / 255
+    xp = pictures.__array_namespace__()  # NumPy's or JAX's
+    images = pictures.astype(np.float32) / np.float32(255)
     upscaled = upscale_batch(model, images, self_ensemble=self_ensemble)
-    return jnp.rint(jnp.clip(upscaled, 0, 1) * 255).astype(jnp.uint8)
+    return xp.rint(xp.clip(upscaled, 0, 1) * 255).astype(np.uint8)
 
 
 def upscale_batch(
-    model: Callable[[Array], Array], images: Float[Array, "b h w 3"], *, self_ensemble: bool
-) -> Float[Array, "b H W 3"]:
+    model: Callable[[AnyArray], AnyArray],
+    images: Float[AnyArray, "b h w 3"],
+    *,
+    self_ensemble: bool,
+) -> Float[AnyArray, "b H W 3"]:
     """The model's answer to the images, or the average over their symmetries."""
     return average_over_symmetries(model, images) if self_ensemble else model(images)
 
@@ -151,6 +141,30 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
                 yield np.asarray(upscaled)[start * s : end * s, : w * s]
 
     return stream
+
+
+def make_upscaler(
+    model: DVMSR, *, self_ensemble: bool = False
+) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
+    """A function from RGB pictures to RGB pictures, `scale` times larger.
+
+    It streams, so that pictures of many sizes share a program; only for bidirectional models, which
+    cannot, it is compiled for each size. With `self_ensemble` it averages the results of the eight
+    flips and turns, turned back.
+    """
+    if model.config.bidirectional:
+        graph, parameters = nnx.split(model)
+        run = jax.jit(lambda parameters, images: nnx.merge(graph, parameters)(images))
+
+        def whole(images: np.ndarray) -> np.ndarray:
+            return np.asarray(run(parameters, images))
+    else:
+        stream = make_streamer(model)
+
+        def whole(images: np.ndarray) -> np.ndarray:
+            return np.concatenate([*stream(images[0])])[None]
+
+    return lambda picture: upscale_pixels(whole, picture[None], self_ensemble=self_ensemble)[0]
 
 
 def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> RgbUpscale:

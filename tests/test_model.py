@@ -15,7 +15,7 @@ from flax import nnx
 from configs import PRESETS
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import average_over_symmetries, make_upscaler
+from dvmsr_jax.inference import average_over_symmetries, make_upscaler, upscale_pixels
 from dvmsr_jax.model import (
     DVMSR,
     Weights,
@@ -480,17 +480,43 @@ def test_upscaler(self_ensemble):
     assert 0.1 < np.mean((expected > 0) & (expected < 1)) < 0.9  # some are clamped, some not
     model = Weights(SMALLEST, parameters).model()
     upscaled = make_upscaler(model, self_ensemble=self_ensemble)(picture)
+    assert upscaled.dtype == np.uint8
     assert upscaled.shape == (16, 20, 3)
     # Rounding to the nearest of 0 .. 255, but for rounding errors beforehand.
     np.testing.assert_allclose(upscaled, np.clip(expected, 0, 1) * 255, atol=0.501, rtol=0)
+
+
+def test_many_sizes_share_a_program():
+    """Those of 17 and 18 columns, of any height; the pictures are those of whole images."""
+    model = Weights(SMALLEST, weights(SMALLEST)).model()
+    upscale = make_upscaler(model)
+    compiled = []
+
+    def note(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration_secs)
+
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (h, w, 3), np.uint8) for h in (9, 20, 33) for w in (17, 18)]
+    upscale(pictures[0])
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        results = [upscale(picture) for picture in pictures]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not compiled
+    for picture, result in zip(pictures, results, strict=True):
+        whole = upscale_pixels(model, jnp.asarray(picture)[None], self_ensemble=False)[0]
+        difference = np.abs(result.astype(int) - np.asarray(whole, int))
+        assert difference.max() <= 1  # where rounding decides
+        assert (difference > 0).mean() < 1e-3
 
 
 def test_losses():
     rng = np.random.default_rng(0)
     x, y = rng.random((2, 2, 3, 4, 3), np.float32)
     expected = np.mean(np.abs(x.astype(np.float64) - y))
-    for loss in losses.PIXEL.values():
-        np.testing.assert_allclose(loss(jnp.asarray(x), jnp.asarray(y)), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses.l1(jnp.asarray(x), jnp.asarray(y)), expected, rtol=1e-6)
 
     student = rng.random((2, 1, 3, 4, 5), np.float32)
     teacher = rng.random((2, 1, 3, 4, 6), np.float32)
