@@ -11,11 +11,15 @@ from dvmsr_jax.model import Weights
 
 
 class Validator:
-    """Upscales the validation sub-images, on one device."""
+    """Upscales the validation sub-images, on one device.
+
+    Their LR is degraded by the preset that training uses, so that the best checkpoint is the best
+    at this.
+    """
 
     def __init__(self, config: TrainConfig, records: data.Records, teacher: Weights | None):
         self._config = config
-        self._records = [records.val[i] for i in range(len(records.val))]
+        self._records = data.validation_pictures(records.val, config.data, config.model.scale)
         self._forward = jax.jit(self._upscale, static_argnums=1)
         bicubics = [bicubic.upscale(record["lr"], config.model.scale) for record in self._records]
         self._first_bicubic = bicubics[0]
