@@ -102,10 +102,10 @@ PRESETS: dict[str, tuple[Level, ...]] = {
                     up_down_keep=(0.15, 0.15, 0.7),
                     factors=(0.85, 1.2),
                     to_lr=True,
-                    noise=0.5,
+                    noise=0.4,
                     gaussian_sigma=(0.0, 15.0),
                     poisson_scale=(0.05, 1.0),
-                    jpeg=0.7,
+                    jpeg=0.6,
                     quality=(40.0, 95.0),
                 ),
             ),
@@ -204,7 +204,7 @@ def degrade(
     height, width = (size // scale for size in hr.shape[:2])
 
     picture = hr.astype(np.float32)
-    for step in level.rounds:
+    for number, step in enumerate(level.rounds, 1):
         if rng.random() < step.blur:
             picture = blur(picture, _random_kernel(rng, step))
         base = 1 if step.to_lr else scale
@@ -212,7 +212,7 @@ def degrade(
         picture = _resize_randomly(rng, picture, round(height * factor), round(width * factor))
         if rng.random() < step.noise:
             picture = _add_random_noise(rng, picture, step)
-        if step is not level.rounds[-1]:
+        if number < len(level.rounds):
             picture = _compress_randomly(rng, picture, step)
 
     def resize_to_lr(picture):
@@ -317,7 +317,7 @@ def blur(picture: Picture, kernel: Float[np.ndarray, "n n"]) -> Picture:
 
 def resize(
     picture: Picture, height: int, width: int, kind: Literal["area", "bilinear", "bicubic"]
-) -> Picture:
+) -> Float32[np.ndarray, "{height} {width} 3"]:
     """The picture in another size; each kernel widens when it shrinks."""
     for axis, size in enumerate((height, width)):
         if size != picture.shape[axis]:
@@ -386,7 +386,7 @@ def _random_factor(rng: np.random.Generator, step: Round) -> float:
 
 def _resize_randomly(
     rng: np.random.Generator, picture: Picture, height: int, width: int
-) -> Picture:
+) -> Float32[np.ndarray, "_ _ 3"]:
     kind: Any = RESIZINGS[rng.choice(len(RESIZINGS))]
     return resize(picture, max(height, 1), max(width, 1), kind)
 
