@@ -8,7 +8,7 @@ changes nothing but the outermost pixels of the result).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Float, Float64, UInt8
@@ -28,7 +28,7 @@ def resize(
     # The axis that shrinks most first, rows before columns, as rounding makes the order matter.
     for axis in sorted((0, 1), key=lambda axis: sizes[axis] / image.shape[axis]):
         lines = image.swapaxes(0, axis)
-        weights = _weights(len(lines), sizes[axis])
+        weights = resampling(len(lines), sizes[axis])
         resized = weights @ lines.reshape(len(lines), -1)
         image = resized.reshape(sizes[axis], *lines.shape[1:]).swapaxes(0, axis)
         if rounded:
@@ -40,14 +40,14 @@ def resize_bands(
     bands: Iterable[Float[np.ndarray, "rows w c"]], h: int, height: int, width: int
 ) -> Iterator[Float[np.ndarray, "rows width c"]]:
     """`resize` of a float image of h rows that comes in bands of them, in float32 and likewise."""
-    weights = _weights(h, height).astype(np.float32)
+    weights = resampling(h, height).astype(np.float32)
     weights.sum_duplicates()  # and put in order
     starts, ends = weights.indptr[:-1], weights.indptr[1:]
     first_sources, last_sources = weights.indices[starts], weights.indices[ends - 1]
     columns, held, first, done = None, None, 0, 0
     for band in bands:
         if columns is None:
-            columns = _weights(band.shape[1], width).astype(np.float32)
+            columns = resampling(band.shape[1], width).astype(np.float32)
         lines = (columns @ band.swapaxes(0, 1).reshape(band.shape[1], -1)).astype(np.float32)
         lines = lines.reshape(width, len(band), -1).swapaxes(0, 1)
         held = lines if held is None else np.concatenate([held, lines])
@@ -85,25 +85,34 @@ def upscale(image: UInt8[np.ndarray, "h w 3"], scale: int) -> UInt8[np.ndarray, 
     return resize(image, image.shape[0] * scale, image.shape[1] * scale)
 
 
-def _weights(n_in: int, n_out: int) -> csr_array:
-    """(n_out, n_in) matrix that resizes a line of pixels."""
-    scale = n_out / n_in
-    shrink = min(scale, 1.0)
-    taps = math.ceil(4 / shrink)
-    # Pixel i covers [i, i + 1], so its centre is at i + 0.5; here in pixels of the input.
-    centres = (np.arange(n_out) + 0.5) / scale - 0.5
-    first = np.floor(centres - 2 / shrink).astype(int) + 1
-    sources = first[:, None] + np.arange(taps)
-    weights = _keys((sources - centres[:, None]) * shrink)
-    weights /= weights.sum(axis=1, keepdims=True)
-    # Where the border pixel repeats it is listed more than once in a row, and its weights add up.
-    columns = np.clip(sources, 0, n_in - 1)
-    row_starts = np.arange(n_out + 1) * taps
-    return csr_array((weights.ravel(), columns.ravel(), row_starts), shape=(n_out, n_in))
-
-
 def _keys(x: np.ndarray) -> np.ndarray:
     x = np.abs(x)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def resampling(
+    n_in: int,
+    n_out: int,
+    kernel: Callable[[np.ndarray], np.ndarray] = _keys,
+    radius: float = 2.0,
+) -> csr_array:
+    """(n_out, n_in) matrix that resizes a line of pixels.
+
+    `kernel`, which is zero beyond `radius`, is widened when the line shrinks. It need not be
+    normalised.
+    """
+    scale = n_out / n_in
+    shrink = min(scale, 1.0)
+    taps = math.ceil(2 * radius / shrink)
+    # Pixel i covers [i, i + 1], so its centre is at i + 0.5; here in pixels of the input.
+    centres = (np.arange(n_out) + 0.5) / scale - 0.5
+    first = np.floor(centres - radius / shrink).astype(int) + 1
+    sources = first[:, None] + np.arange(taps)
+    weights = kernel((sources - centres[:, None]) * shrink)
+    weights /= weights.sum(axis=1, keepdims=True)
+    # Where the border pixel repeats it is listed more than once in a row, and its weights add up.
+    columns = np.clip(sources, 0, n_in - 1)
+    row_starts = np.arange(n_out + 1) * taps
+    return csr_array((weights.ravel(), columns.ravel(), row_starts), shape=(n_out, n_in))

@@ -38,7 +38,7 @@ from dvmsr_jax.model import Weights, check_finite
 _EFFECTS = effects(TrainConfig)
 # What the score of given weights depends on, besides the scale: validations before and after one of
 # these changed cannot be compared.
-_VALIDATED_ON = ("sources.data", "compute.precision")
+_VALIDATED_ON = ("sources.data", "data.degradation", "compute.precision")
 _ITEMS = ("config", "best", "ema", "state")
 # In the folder of a checkpoint: SHA-256 of each of its items' files, by path, as JSON.
 CHECKSUMS = "checksums.json"
@@ -179,7 +179,8 @@ class Checkpoints:
             if best.step and not changed.isdisjoint(_VALIDATED_ON):
                 parallel.say(
                     f"the best validation so far, {best.psnr_y:.2f} dB at step {best.step}, no "
-                    "longer counts: it was on other data or in another precision",
+                    "longer counts: it was on other or otherwise degraded data, or in another "
+                    "precision",
                     file=sys.stderr,
                 )
                 best = Best()

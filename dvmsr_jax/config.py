@@ -127,7 +127,11 @@ class DataConfig:
     workers: Annotated[int, Within(0), Effect.NOTHING] = 2
     """Threads that load and augment ahead of the training step."""
     cache: Annotated[Literal["none", "device"], Effect.NOTHING] = "none"
-    """none: stream crops from disk. device: keep all sub-images in device memory and crop there."""
+    """none: stream crops from disk. device: keep all sub-images in device memory and crop there.
+    Either way the host makes degraded crops, from disk."""
+    degradation: Literal["clean", "mild", "real"] = "clean"
+    """Low-resolution crops. clean: bicubic reductions. mild: some with slight blur, noise or JPEG.
+    real: mostly worse, as in Real-ESRGAN and DASR. Validation pictures are degraded likewise."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--data.")
@@ -248,6 +252,11 @@ class TrainConfig:
             raise UserError(f"{', '.join(given)}: for --phase=student only")
         if self.init_partial and self.init is None:
             raise UserError("--init-partial is for --init only")
+        if self.distill.targets == "precomputed" and self.data.degradation != "clean":
+            raise UserError(
+                f"--distill.targets=precomputed is what the teacher makes of clean crops, not of "
+                f"--data.degradation={self.data.degradation}; use --distill.targets=online"
+            )
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def test_phase_and_preset_choose_the_defaults():
         (["--scan", "fast"], "chunked"),
         (["--phase=students"], "student"),
         (["--profile=-3"], "--profile is -3"),
+        (["--data.degradation=strong"], "mild"),
         (["--optim.warmup=2"], "--optim.warmup is 2"),
     ],
 )

@@ -136,7 +136,10 @@ def test_two_processes_are_like_one(start, tmp_path):
     """In both phases, stopped by a signal to one of them and started again."""
     for phase, options in (
         ("teacher", []),
-        ("student", ["--distill.teacher", tmp_path / "one/teacher"]),
+        (
+            "student",
+            ["--distill.teacher", tmp_path / "one/teacher", "--data.degradation=mild"],
+        ),
     ):
         finish(start(phase, "one", 4, *options))
         both = pair(start, phase, "two", *options)

@@ -409,6 +409,30 @@ def test_the_best_validation_counts_on_its_own_pictures_only(config, photos, tmp
     assert kept == after
 
 
+def test_validation_is_degraded_as_training_is(config, capsys):
+    """Bicubic scores less, the same in every run, and another degradation is another score."""
+    degraded = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, degradation="real"), steps=3
+    )
+    directory = loop.train(config)
+    lines = report.read_metrics(directory / "metrics.jsonl")
+    (clean,) = {line["val_bicubic_psnr_y"] for line in lines if "val_psnr_y" in line}
+    scores = set()
+    for seed in (0, 1):
+        other = dataclasses.replace(degraded, seed=seed, workdir=config.workdir / f"{seed}")
+        lines = report.read_metrics(loop.train(other) / "metrics.jsonl")
+        scores |= {line["val_bicubic_psnr_y"] for line in lines if "val_psnr_y" in line}
+    (score,) = scores
+    assert score < clean - 1
+
+    longer = dataclasses.replace(degraded, steps=9)
+    with pytest.raises(UserError, match=r"data\.degradation: clean there, real now"):
+        loop.train(longer)
+    capsys.readouterr()
+    loop.train(longer, allow_changes=True)
+    assert re.search(r"dB at step \d, no longer counts", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("wrong", [{"more": 1}, {"psnr_y": None}, {"step": None}, {"step": "3"}])
 def test_a_best_validation_of_other_content_is_damage(config, wrong, capsys):
     directory = loop.train(dataclasses.replace(config, steps=4))

@@ -8,7 +8,7 @@ all of them.
 `python -m dvmsr_jax.data --help` lists the commands that prepare and check.
 """
 
-from dvmsr_jax.data.batches import batches, plans
+from dvmsr_jax.data.batches import batches, plans, validation_pictures
 from dvmsr_jax.data.feed import Feed, make_feed
 from dvmsr_jax.data.prepare import load_records
 from dvmsr_jax.data.records import Records, describe_change, identity
@@ -22,4 +22,5 @@ __all__ = [
     "load_records",
     "make_feed",
     "plans",
+    "validation_pictures",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from dvmsr_jax.config import DataConfig
-from dvmsr_jax.data.batches import batches, cut, load_cache, plans
+from dvmsr_jax.data.batches import batches, cut, degraded_plans, load_cache, plans
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,19 @@ class _HostFeed(Feed):
 
 
 class _DeviceFeed(Feed):
-    """Each device cuts from its copy of all sub-images: an input is a plan."""
+    """Each device cuts from its copy of all sub-images: an input is a plan.
+
+    LR crops that are to be degraded come from the host, with the plan.
+    """
 
     def inputs(self, *, seed, start, stop, shard=(0, 1)):
-        return plans(self.records, self.config, seed=seed, start=start, stop=stop, shard=shard)
+        span = {"seed": seed, "start": start, "stop": stop, "shard": shard}
+        if self.config.degradation == "clean":
+            return plans(self.records, self.config, **span)
+        return degraded_plans(self.records, self.config, scale=self.scale, **span)
 
     def load_cache(self):
-        return load_cache(self.records, self.targets)
+        return load_cache(self.records, self.config, self.targets)
 
     def crops(self, cache, step_input):
         return cut(cache, step_input, self.config.lr_crop, self.scale)

@@ -11,7 +11,11 @@ from dvmsr_jax.model import Weights
 
 
 class Validator:
-    """Upscales the validation sub-images, on one device."""
+    """Upscales the validation sub-images, on one device.
+
+    Their LR is degraded by the preset that training uses, so that the best checkpoint is the best
+    at this.
+    """
 
     def __init__(
         self,
@@ -22,7 +26,7 @@ class Validator:
     ):
         """`start` are the weights that training starts from, if they are not random."""
         self._config = config
-        self._records = [records.val[i] for i in range(len(records.val))]
+        self._records = data.validation_pictures(records.val, config.data, config.model.scale)
         self._forward = jax.jit(self._upscale, static_argnums=1)
         bicubics = [bicubic.upscale(record["lr"], config.model.scale) for record in self._records]
         self._first_bicubic = bicubics[0]
