@@ -1,6 +1,7 @@
 """Scores a model on benchmarks: PSNR-Y and SSIM-Y beside bicubic, parameters, MACs and time.
 
     python evaluate.py --ckpt PATH --data Set5 Set14
+    python evaluate.py --ckpt x4-real --data Set5 --degrade blur=1 noise=10 jpeg=50
 
 Without --data, photographs that come with scikit-image are upscaled.
 """
@@ -31,6 +32,8 @@ from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.program import keep_compiled_programs, told_in_a_line
 from dvmsr_jax.registry import DEFAULT
 
+# Those in the table; --json has more.
+METRICS = ("psnr_y", "ssim_y")
 # The size for which papers state the cost of x4 models.
 COST_SIZE = 256
 
@@ -45,6 +48,9 @@ class Arguments:
     data: tuple[Path, ...] = ()
     """Benchmarks (folders with HR/ and, optionally, LR/), or folders of several benchmarks.
     Default: photographs from scikit-image."""
+    degrade: tuple[str, ...] = ()
+    """Degrade the LR pictures: blur=SIGMA (in LR pixels), noise=SIGMA (in levels of 255) and
+    jpeg=QUALITY, in this order. grid: not at all, each, and all combinations."""
     json: Path | None = None
     """Also write the scores to this file."""
     save_images: Path | None = None
@@ -64,12 +70,21 @@ def run(arguments: Arguments) -> dict[str, Any]:
     model = load_model(arguments.ckpt, compute=arguments.compute)
     scale = model.config.scale
     if arguments.data:
-        benchmarks = evaluation.find_benchmarks(arguments.data, scale)
+        found = evaluation.find_benchmarks(arguments.data, scale)
     else:
-        benchmarks = {"samples": evaluation.sample_benchmark(scale)}
+        found = {"samples": evaluation.sample_benchmark(scale)}
+    benchmarks: dict[str, evaluation.Benchmark | evaluation.Degraded] = {**found}
+    if arguments.degrade:
+        cells = evaluation.parse_degradations(arguments.degrade)
+        benchmarks = {
+            f"{name} {cell}": evaluation.Degraded(benchmark, strengths)
+            for name, benchmark in found.items()
+            for cell, strengths in cells.items()
+        }
     upscale = make_upscaler(model, self_ensemble=arguments.self_ensemble)
 
-    row = "{:12} {:>6} {:>10} {:>8} {:>10} {:>8} {:>10}".format
+    width = max(12, *(len(printable(name)) for name in benchmarks))
+    row = (f"{{:{width}}}" + " {:>6} {:>10} {:>8} {:>10} {:>8} {:>10}").format
     print(row("x" + str(scale), "images", "PSNR-Y", "SSIM-Y", "bicubic", "", "s/image"))
     datasets = {}
     for name, examples in benchmarks.items():
@@ -77,7 +92,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
             upscale, examples, scale, name=name, save_dir=arguments.save_images
         )
         datasets[name] = scores
-        numbers = scores["psnr_y"], scores["ssim_y"], *scores["bicubic"].values()
+        numbers = [of[metric] for of in (scores, scores["bicubic"]) for metric in METRICS]
         formatted = [f"{x:.4f}" if i % 2 else f"{x:.3f}" for i, x in enumerate(numbers)]
         mean_seconds = statistics.mean(seconds.values())
         print(row(printable(name), len(seconds), *formatted, f"{mean_seconds:.2f}"), flush=True)

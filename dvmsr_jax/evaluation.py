@@ -1,5 +1,6 @@
 """Benchmarks, folders of test pictures, and a model's scores on them."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from dvmsr_jax import bicubic
+from dvmsr_jax.data import degradations
 from dvmsr_jax.errors import UserError, printable
 from dvmsr_jax.images import (
     SAMPLES,
@@ -21,7 +23,12 @@ from dvmsr_jax.images import (
     side_by_side,
     write_png,
 )
-from dvmsr_jax.metrics import psnr_y, ssim_y
+from dvmsr_jax.metrics import psnr_rgb, psnr_y, ssim_y
+
+_METRICS = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr_rgb": psnr_rgb}
+# The strengths of `parse_degradations`' grid: those in use for blind super-resolution since "A
+# Closer Look at Blind Super-Resolution" (arXiv 2205.04910), but for JPEG's, which is 60 there.
+_GRID = {"blur": 2.0, "noise": 20.0, "jpeg": 50}
 
 
 class Example(NamedTuple):
@@ -54,6 +61,55 @@ class Benchmark:
 
     def __iter__(self) -> Iterator[Example]:
         return (load_pair(pair, self.scale) for pair in self.pairs)
+
+
+@dataclass(frozen=True)
+class Degraded:
+    """A benchmark with degraded LR pictures, the same every time."""
+
+    benchmark: Benchmark
+    strengths: Mapping[str, Any]
+    """Arguments of `degradations.apply`."""
+
+    def __len__(self) -> int:
+        return len(self.benchmark)
+
+    def __iter__(self) -> Iterator[Example]:
+        for seed, example in enumerate(self.benchmark):
+            yield example._replace(lr=degradations.apply(example.lr, seed=seed, **self.strengths))
+
+
+def parse_degradations(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The degradations that `evaluate.py --degrade` names: their strengths, by their names.
+
+    Args:
+        arguments: "blur=SIGMA", "noise=SIGMA" and "jpeg=QUALITY", as in `degradations.apply`, each
+            at most once. With "grid", all combinations of the three, whose strengths have defaults.
+
+    Raises:
+        UserError: an argument is none of these, or out of range.
+    """
+    given: dict[str, Any] = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if argument == "grid":
+            continue
+        if name not in _GRID or name in given:
+            raise UserError(
+                f"--degrade {argument}: expected blur=SIGMA, noise=SIGMA and jpeg=QUALITY, each at "
+                "most once, or grid"
+            )
+        try:
+            given[name] = type(_GRID[name])(value)
+        except ValueError as error:
+            raise UserError(f"--degrade {argument}: {value!r} is no number") from error
+    degradations.check(**given)
+    if "grid" in arguments:
+        choices = sorted(itertools.product((False, True), repeat=len(_GRID)), key=sum)
+        cells = [dict(itertools.compress((_GRID | given).items(), choice)) for choice in choices]
+    else:
+        cells = [{name: given[name] for name in _GRID if name in given}]
+    return {" ".join(f"{n}={x:g}" for n, x in cell.items()) or "clean": cell for cell in cells}
 
 
 def find_benchmarks(dirs: Sequence[Path], scale: int) -> dict[str, Benchmark]:
@@ -110,9 +166,9 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Scores `upscale`, a function from LR to SR pictures, both uint8, and bicubic upscaling.
 
-    Returns the scores, {"psnr_y", "ssim_y", "bicubic": {"psnr_y", "ssim_y"}, "images": {NAME:
-    {"psnr_y", "ssim_y"}}}, with means over the examples outside "images", and the seconds taken for
-    each picture, without those for compiling.
+    Returns the scores, {METRICS, "bicubic": {METRICS}, "images": {NAME: {METRICS}}}, where METRICS
+    are "psnr_y", "ssim_y" and "psnr_rgb", with means over the examples outside "images"; and the
+    seconds taken for each picture, without those for compiling.
 
     Progress goes to stderr if that is a terminal, under the benchmark's `name`. With `save_dir`,
     SR pictures are written to SAVE_DIR/NAME/PICTURE.png. Raises UserError if there are no
@@ -166,13 +222,12 @@ def _timed(upscale: Callable[[np.ndarray], np.ndarray], lr: np.ndarray) -> tuple
 
 
 def _score(sr: np.ndarray, hr: np.ndarray, border: int) -> dict[str, float]:
-    return {"psnr_y": psnr_y(sr, hr, border), "ssim_y": ssim_y(sr, hr, border)}
+    return {name: metric(sr, hr, border) for name, metric in _METRICS.items()}
 
 
 def _mean(scores: dict[str, dict[str, float]]) -> dict[str, float]:
     return {
-        metric: float(np.mean([score[metric] for score in scores.values()]))
-        for metric in ("psnr_y", "ssim_y")
+        metric: float(np.mean([score[metric] for score in scores.values()])) for metric in _METRICS
     }
 
 

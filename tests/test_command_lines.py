@@ -182,6 +182,26 @@ def test_evaluation_prints_and_writes_scores(weights, tmp_path, monkeypatch, cap
     assert "GMACs" in printed
 
 
+def test_evaluation_of_degraded_pictures(weights, tmp_path, monkeypatch, capsys):
+    picture = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    images.write_png(tmp_path / "Mine" / "HR" / "one.png", picture)
+    result = tmp_path / "scores.json"
+    arguments = ("--ckpt", weights, "--data", tmp_path / "Mine", "--json", result)
+    run_main(evaluate, monkeypatch, *arguments)
+    plain = json.loads(result.read_text())["datasets"]["Mine"]
+    run_main(evaluate, monkeypatch, *arguments, "--degrade", "grid", "blur=1")
+    cells = json.loads(result.read_text())["datasets"]
+    assert len(cells) == 8
+    assert cells["Mine clean"] == plain
+    assert len({cell["psnr_y"] for cell in cells.values()}) == 8
+    printed = capsys.readouterr().out
+    for name, scores in cells.items():
+        assert re.search(rf"^{name} +1 +{scores['psnr_y']:.3f} ", printed, re.MULTILINE)
+    assert "Mine blur=1 noise=20 jpeg=50" in cells
+    with pytest.raises(SystemExit, match="error: --degrade rain=1: expected blur=SIGMA"):
+        run_main(evaluate, monkeypatch, *arguments, "--degrade", "rain=1")
+
+
 def test_self_ensemble_changes_the_scores(weights, tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
     images.write_png(tmp_path / "Mine" / "HR" / "one.png", picture)

@@ -249,13 +249,9 @@ def apply(
         seed: of the noise.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: as `check`.
     """
-    for name, value in (("blur", blur), ("noise", noise)):
-        if not 0 <= value < np.inf:
-            raise UserError(f"{name} is {value}, expected a number from 0 up")
-    if jpeg is not None and not 1 <= jpeg <= 100:
-        raise UserError(f"jpeg is {jpeg}, expected a quality from 1 to 100")
+    check(blur=blur, noise=noise, jpeg=jpeg)
     picture = lr.astype(np.float32)
     if blur:
         picture = scipy.ndimage.gaussian_filter(picture, blur, axes=(0, 1))
@@ -264,6 +260,15 @@ def apply(
     if jpeg is not None:
         picture = compress(picture, jpeg, subsampled=True)
     return _to_bytes(picture)
+
+
+def check(*, blur: float = 0.0, noise: float = 0.0, jpeg: int | None = None) -> None:
+    """Raises UserError if a strength of `apply` is out of its range."""
+    for name, value in (("blur", blur), ("noise", noise)):
+        if not 0 <= value < np.inf:
+            raise UserError(f"{name} is {value}, expected a number from 0 up")
+    if jpeg is not None and not 1 <= jpeg <= 100:
+        raise UserError(f"jpeg is {jpeg}, expected a quality from 1 to 100")
 
 
 def blur_kernel(
