@@ -65,15 +65,21 @@ def photos(tmp_path):
 
 @pytest.fixture
 def start(tmp_path, photos):
-    """start(phase, name, devices, *options): a process that trains in the folder `name`."""
+    """start(phase, name, devices, *options): a process that trains in the folder `name`.
+
+    It takes others for lost after `silence` seconds.
+    """
     processes = []
 
-    def start(phase, name, devices, *options):
+    def start(phase, name, devices, *options, silence=parallel._SILENCE):
+        program = f"from dvmsr_jax import parallel; parallel._SILENCE = {silence}; "
+        program += "import train; train.main()"
         words = ["--workdir", tmp_path / name, "--data.hr-dirs", photos]
         words += ["--data.data-dir", tmp_path / "records"]
         flags = f"--xla_force_host_platform_device_count={devices}"
         process = subprocess.Popen(
-            [sys.executable, ROOT / "train.py", f"--phase={phase}", *SMALL, *words, *options],
+            [sys.executable, "-c", program, f"--phase={phase}", *SMALL, *words, *options],
+            cwd=ROOT,
             env=os.environ
             | {
                 "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
@@ -103,14 +109,14 @@ def finish(*processes, status=0):
     return outputs
 
 
-def pair(start, phase, name, *options, devices=(2, 2)):
+def pair(start, phase, name, *options, devices=(2, 2), **others):
     """Two processes of so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     addresses = ["--cluster.coordinator-address", f"localhost:{port}", "--cluster.num-processes=2"]
     return [
-        start(phase, name, count, *options, *addresses, f"--cluster.process-id={i}")
+        start(phase, name, count, *options, *addresses, f"--cluster.process-id={i}", **others)
         for i, count in enumerate(devices)
     ]
 
@@ -179,7 +185,8 @@ def test_uneven_processes(start):
 
 
 def test_a_lost_process_ends_the_others(start, tmp_path):
-    first, second = pair(start, "teacher", "lost", "--steps=100000")
+    # In earnest it is a minute, within the 100 s after which JAX would abort.
+    first, second = pair(start, "teacher", "lost", "--steps=100000", silence=10)
     while not read_metrics(tmp_path / "lost/teacher/metrics.jsonl"):
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.05)
