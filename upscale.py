@@ -62,8 +62,8 @@ class Arguments:
     device: Literal["cpu", "gpu", "tpu"] | None = None
     """None: the fastest one available."""
     tile: int | None = None
-    """Upscale in square tiles of this side, in pixels. None: in rows, which is exact and takes as
-    little memory; only bidirectional models need tiles."""
+    """Upscale in square tiles of this side, in pixels. None: in rows, which equals the
+    whole picture up to rounding and takes as little memory. Bidirectional models need tiles."""
     overlap: int | None = None
     """Overlap of the tiles in pixels. None: 16."""
     max_megapixels: float = 500
