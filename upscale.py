@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from dvmsr_jax.errors import UserError, printable
-from dvmsr_jax.pictures import batch, formats
+from dvmsr_jax.pictures import formats, jobs
 from dvmsr_jax.pictures.upscaler import Upscaler
 from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, told_in_a_line
 
@@ -62,8 +62,8 @@ class Arguments:
     device: Literal["cpu", "gpu", "tpu"] | None = None
     """None: the fastest one available."""
     tile: int | None = None
-    """Upscale in square tiles of this side, in pixels. None: in rows, which is exact and takes as
-    little memory; only bidirectional models need tiles."""
+    """Upscale in square tiles of this side, in pixels. None: in rows, which equals the
+    whole picture up to rounding and takes as little memory. Bidirectional models need tiles."""
     overlap: int | None = None
     """Overlap of the tiles in pixels. None: 16."""
     max_megapixels: float = 500
@@ -101,46 +101,46 @@ def run(arguments: Arguments) -> int:
         overlap=arguments.overlap,
         precision=arguments.precision,
     )
-    jobs = batch.plan(
+    planned = jobs.plan(
         arguments.inputs,
         arguments.output,
         scale=upscaler.scale,
         suffix=arguments.format and f".{arguments.format}",
     )
-    waiting = [job for job in jobs if isinstance(job, batch.Job)]
-    if any(job.source == batch.STANDARD for job in waiting) and sys.stdin is None:
+    waiting = [job for job in planned if isinstance(job, jobs.Job)]
+    if any(job.source == jobs.STANDARD for job in waiting) and sys.stdin is None:
         raise UserError("standard input is closed")
-    if any(job.target == batch.STANDARD for job in waiting):
+    if any(job.target == jobs.STANDARD for job in waiting):
         if sys.stdout is None:
             raise UserError("standard output is closed")
         if sys.stdout.isatty():
             raise UserError(
                 "standard output is a terminal: redirect it, or choose another --output"
             )
-    results = batch.run(
-        jobs,
+    results = jobs.run(
+        planned,
         upscaler,
         keep=arguments.inputs,
         overwrite=arguments.overwrite,
         quality=arguments.quality,
         max_pixels=int(arguments.max_megapixels * 1e6),
     )
-    outcomes: list[batch.Outcome] = []
+    outcomes: list[jobs.Outcome] = []
     try:
-        silent = True if len(jobs) == 1 else None  # None: if stderr is no terminal
-        for outcome in tqdm(results, total=len(jobs), unit="picture", disable=silent):
+        silent = True if len(planned) == 1 else None  # None: if stderr is no terminal
+        for outcome in tqdm(results, total=len(planned), unit="picture", disable=silent):
             outcomes.append(outcome)
             if outcome.status == "done":
                 tqdm.write(printable(f"{outcome.source} -> {outcome.what}"), file=sys.stderr)
     except KeyboardInterrupt:
         status = INTERRUPTED
         print("interrupted; run the same command again to resume", file=sys.stderr)
-    except batch.DiskFullError as error:
+    except jobs.DiskFullError as error:
         status = 1
         print(f"stopped: {error}", file=sys.stderr)
     else:
         status = int(any(outcome.status == "failed" for outcome in outcomes))
-    print(batch.summary(outcomes), file=sys.stderr)
+    print(jobs.summary(outcomes), file=sys.stderr)
     return status
 
 

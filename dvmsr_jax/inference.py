@@ -95,10 +95,11 @@ def average_over_symmetries(
 
 
 def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
-    """Upscales in bands of rows, exactly, in memory that does not grow with the image's height.
+    """Upscales in bands of rows, in memory that does not grow with the image's height.
 
-    One compiled step serves images of any height and of many widths (see `_columns`). Raises
-    UserError if the model is bidirectional.
+    The result is that of the whole image, up to rounding (1.5e-6). One compiled step serves images
+    of any height and of many widths (see `_columns`). Raises UserError if the model is
+    bidirectional.
     """
     if model.config.bidirectional:
         raise UserError("a bidirectional model reads a picture from both ends: upscale it in tiles")

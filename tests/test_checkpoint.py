@@ -240,45 +240,53 @@ def test_numbers_that_are_not_finite(config, item, value, capsys):
     assert "holds numbers that are not finite" in capsys.readouterr().err
 
 
-def test_only_regular_files_are_read(config):
-    """Devices and pipes may never end. In a process, for a time limit."""
-    directory = save(config, 7)
-    program = f"""
-import resource
+LOADING = """
+import resource, sys
 from pathlib import Path
 from dvmsr_jax.checkpoint import CheckpointError, load_facts, load_weights
 resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
-for load in (load_facts, load_weights):
-    try:
-        load(Path({str(directory)!r}))
-        print("read")
-    except CheckpointError as error:
-        print(error)
+for path in map(Path, sys.argv[1:]):
+    for load in (load_facts, load_weights):
+        try:
+            load(path)
+            problem = "none"
+        except CheckpointError as error:
+            problem = str(error)
+    print(problem)
 """
 
-    def problem():
-        command = [sys.executable, "-c", program]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr[-1000:]
-        *_, line = done.stdout.splitlines()
-        assert line.startswith(f"{directory}/7: cannot be read (")
-        return line
+
+def test_only_regular_files_are_read(tmp_path, config):
+    """Devices and pipes may never end. In a process, for limits of time and memory."""
+    whole = save(config, 7) / "7"
+    expected = {}
+
+    def copy():
+        folder = tmp_path / f"copy{len(expected)}"
+        shutil.copytree(whole, folder)
+        return folder
 
     for name in ("config/metadata", "ema/manifest.ocdbt", checkpoint.CHECKSUMS):
-        path = directory / "7" / name
-        contents = path.read_bytes()
-        path.unlink()
-        path.symlink_to("/dev/zero")
-        assert f"{path}: not a regular file" in problem()
-        path.unlink()
-        os.mkfifo(path)
-        assert f"{path}: not a regular file" in problem()
-        path.unlink()
-        path.write_bytes(contents)
-    folder = directory / "7" / "ema"
-    (folder / "more").symlink_to("/proc")
-    assert f"{folder / 'more'}: is a link to a folder" in problem()
+        for replace in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
+            folder = copy()
+            (folder / name).unlink()
+            replace(folder / name)
+            expected[folder] = f"{folder / name}: not a regular file"
+    folder = copy()
+    (folder / "ema" / "more").symlink_to("/proc")
+    expected[folder] = f"{folder / 'ema' / 'more'}: is a link to a folder"
+
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, *map(str, expected)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    for (path, problem), line in zip(expected.items(), done.stdout.splitlines(), strict=True):
+        assert line.startswith(f"{path}: cannot be read (")
+        assert problem in line
 
 
 @pytest.mark.parametrize("item", ["config", "best", "ema", "state"])

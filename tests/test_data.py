@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from dvmsr_jax import data, files, images
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import prepare
-from dvmsr_jax.data.check import check
+from dvmsr_jax.data.check import find_problems
 from dvmsr_jax.data.records import ShardWriter, open_records, open_shard, sub_images
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.errors import UserError
@@ -302,7 +302,7 @@ def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch, loc
         ]:
             future.result()
     assert len(read) == 6
-    assert check(tmp_path / "out") == []
+    assert find_problems(tmp_path / "out") == []
     assert not list(tmp_path.glob(".incomplete*"))
 
 
@@ -355,7 +355,7 @@ def test_two_processes_without_locks_prepare_once(photos, tmp_path):
         assert works.stdout.read() == "read\n" * 5
         assert waits.stdout.read() == ""
     assert first.returncode == second.returncode == 0
-    assert check(tmp_path / "out") == []
+    assert find_problems(tmp_path / "out") == []
     assert not list(tmp_path.glob(".incomplete*"))
 
 
@@ -372,7 +372,7 @@ def test_without_locks_a_killed_process_is_named_and_its_work_kept(
         prepare.prepare(pictures, 4, tmp_path / "out")
     lock.unlink()
     prepare.prepare(pictures, 4, tmp_path / "out")
-    assert check(tmp_path / "out") == []
+    assert find_problems(tmp_path / "out") == []
 
 
 def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, capsys):
@@ -575,7 +575,7 @@ def prepared(photos, tmp_path):
 
 
 def test_check_finds_no_fault_in_good_records(prepared):
-    assert check(prepared) == []
+    assert find_problems(prepared) == []
 
 
 @pytest.mark.parametrize("file", ["train.array_record-00001-of-00002", "val.array_record-00000"])
@@ -590,7 +590,7 @@ def test_check_finds_no_fault_in_good_records(prepared):
 def test_check_finds_damaged_files(prepared, file, damage, problem):
     (path,) = prepared.glob(f"*{file}*")
     damage(path)
-    (found,) = check(prepared)
+    (found,) = find_problems(prepared)
     assert re.search(rf"{path.name}: .*{problem}", found)
 
 
@@ -629,7 +629,7 @@ SHARD = {"key": "", "split": "train", "records": 0, "bytes": 0, "sha256": "", "l
 )
 def test_another_preparation_file_is_refused(tmp_path, text):
     (tmp_path / "preparation.json").write_text(text)
-    for use in (check, data.identity, open_records):
+    for use in (find_problems, data.identity, open_records):
         with pytest.raises(UserError, match="holds no prepared records"):
             use(tmp_path)
 
@@ -658,6 +658,6 @@ def test_check_finds_wrong_records(prepared, change, problem):
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
     preparation["shards"][path.name]["sha256"] = checksum
     (prepared / "preparation.json").write_text(json.dumps(preparation))
-    found = check(prepared)
+    found = find_problems(prepared)
     assert found
     assert all(re.search(problem, line) for line in found)

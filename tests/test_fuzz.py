@@ -9,7 +9,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageCms, ImageSequence
 
-from dvmsr_jax.pictures import batch, png
+from dvmsr_jax.pictures import jobs, png
 from dvmsr_jax.pictures.metadata import Metadata
 from dvmsr_jax.pictures.reading import BandedFrame
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
@@ -124,9 +124,9 @@ def test_damaged_files(tmp_path, capfd, doubling):
     statuses: Counter[str] = Counter()
     for i, suffix in enumerate((None, ".png", ".tif", ".jpg", ".webp", ".gif", ".bmp")):
         results = tmp_path / f"results{suffix}"
-        jobs = batch.plan(files[i::7], f"{results}/", scale=2.0, suffix=suffix)
+        planned = jobs.plan(files[i::7], f"{results}/", scale=2.0, suffix=suffix)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        for outcome in batch.run(jobs, PictureUpscaler(doubling, 2), max_pixels=20_000):
+        for outcome in jobs.run(planned, PictureUpscaler(doubling, 2), max_pixels=20_000):
             faulthandler.dump_traceback_later(SECONDS, exit=True)
             statuses[outcome.status] += 1
             written = list(results.glob(f"*{outcome.source.stem}*"))

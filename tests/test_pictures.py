@@ -15,7 +15,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms
 
 from dvmsr_jax.images import ImageError
-from dvmsr_jax.pictures import batch
+from dvmsr_jax.pictures import jobs
 from dvmsr_jax.pictures.metadata import MAIN, Metadata
 from dvmsr_jax.pictures.reading import Picture, from_pillow, to_pillow
 
@@ -546,14 +546,14 @@ def test_no_picture_of_a_folder_is_left_out_in_silence(tmp_path, monkeypatch, pa
         (tmp_path / "in" / name).touch()
     (tmp_path / "in" / "link").rename(tmp_path / "elsewhere")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
-    jobs = batch.plan([f"{tmp_path}/in{pattern}"], None, scale=4.0, suffix=None)
-    failed = {job.source.name: job.what for job in jobs if isinstance(job, batch.Outcome)}
+    found = jobs.plan([f"{tmp_path}/in{pattern}"], None, scale=4.0, suffix=None)
+    failed = {job.source.name: job.what for job in found if isinstance(job, jobs.Outcome)}
     assert {name: what.split()[0] for name, what in failed.items()} == {
         "d.jp2": "JPEG",
         "e.nef": "camera",
     }
     files = ["a.png", "b.avif", "c.heic"]
-    planned = [job.source.name for job in jobs if isinstance(job, batch.Job)]
+    planned = [job.source.name for job in found if isinstance(job, jobs.Job)]
     assert planned == (files if pattern else [*files, "f.gif"])
 
 
@@ -562,8 +562,8 @@ def test_a_link_to_the_output_folder_is_left_out(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
-    jobs = batch.plan([f"{tmp_path}/in"], f"{tmp_path}/out", scale=4.0, suffix=None)
-    assert [job.source for job in jobs] == [tmp_path / "in" / "a.png"]
+    found = jobs.plan([f"{tmp_path}/in"], f"{tmp_path}/out", scale=4.0, suffix=None)
+    assert [job.source for job in found] == [tmp_path / "in" / "a.png"]
 
 
 def test_frames_that_are_only_claimed():

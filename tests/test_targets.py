@@ -57,7 +57,7 @@ def load(records, teacher, self_ensemble=False):
 
 def problems_of(path):
     """What `check` says of this folder of targets; other tests' lie beside it."""
-    return [line for line in targets.check(path.parents[1]) if str(path) in line]
+    return [line for line in targets.find_problems(path.parents[1]) if str(path) in line]
 
 
 def unfinished_of(path):
@@ -192,7 +192,7 @@ def test_another_description_is_refused(records, teacher, text):
     (path / "targets.json").write_text(text)
     message = re.escape(f"{path / 'targets.json'}: is damaged (")
     try:
-        for use in (targets.check, targets.find_unfinished):
+        for use in (targets.find_problems, targets.find_unfinished):
             with pytest.raises(UserError, match=message):
                 use(records.folder)
         with pytest.raises(UserError, match=message):

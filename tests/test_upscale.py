@@ -22,8 +22,8 @@ import upscale
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR
-from dvmsr_jax.pictures import batch, formats, reading
-from dvmsr_jax.pictures.batch import STANDARD, Job, Outcome
+from dvmsr_jax.pictures import formats, jobs, reading
+from dvmsr_jax.pictures.jobs import STANDARD, Job, Outcome
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 from dvmsr_jax.pretrained import save_safetensors
 
@@ -46,18 +46,18 @@ def make(*names, size=(4, 3)):
         Image.new("RGB", size, "red").save(name)
 
 
-def targets(jobs):
+def targets(planned):
     """By source, as written on the command line."""
-    return {str(job.source): str(job.target) for job in jobs if isinstance(job, Job)}
+    return {str(job.source): str(job.target) for job in planned if isinstance(job, Job)}
 
 
 def plan(*inputs, output=None, suffix=None):
-    return batch.plan(inputs, output, scale=4.0, suffix=suffix)
+    return jobs.plan(inputs, output, scale=4.0, suffix=suffix)
 
 
 def run(upscaler, *inputs, output=None, suffix=None, **options):
-    jobs = batch.plan(inputs, output, scale=2.0, suffix=suffix)
-    return {str(outcome.source): outcome for outcome in batch.run(jobs, upscaler, **options)}
+    planned = jobs.plan(inputs, output, scale=2.0, suffix=suffix)
+    return {str(outcome.source): outcome for outcome in jobs.run(planned, upscaler, **options)}
 
 
 def test_results_lie_beside_the_inputs():
@@ -163,9 +163,9 @@ def test_results_in_the_inputs_own_formats(upscaler):
 
 def test_results_of_earlier_runs_are_no_inputs():
     make("a.jpg", "b.jpg", "b.png", "a_x4.png", "a_x2.webp", "b_jpg_x1.5.png", "c_x4.png")
-    jobs = plan(".")
-    assert set(targets(jobs)) == {"a.jpg", "b.jpg", "b.png", "c_x4.png"}
-    skipped = {str(job.source) for job in jobs if isinstance(job, Outcome)}
+    planned = plan(".")
+    assert set(targets(planned)) == {"a.jpg", "b.jpg", "b.png", "c_x4.png"}
+    skipped = {str(job.source) for job in planned if isinstance(job, Outcome)}
     assert skipped == {"a_x4.png", "a_x2.webp", "b_jpg_x1.5.png"}
     assert targets(plan("a_x4.png")) == {"a_x4.png": "a_x4_x4"}  # the wish is clear
     make("out/d.png")
@@ -294,14 +294,14 @@ def test_failures_are_told_and_the_rest_is_done(upscaler):
     assert reasons["missing.png"] == "no such file"
     assert "--max-megapixels" in reasons["in/large.png"]
     assert sorted(Path("in").glob("*_x2*")) == [Path("in/a_x2.png"), Path("in/z_x2.png")]
-    text = batch.summary(list(outcomes.values()))
+    text = jobs.summary(list(outcomes.values()))
     assert text.startswith("2 done, 0 skipped, 4 failed\n")
     assert "  failed: in/empty.png: is empty" in text.splitlines()
 
 
 def test_summary_is_short():
     outcomes = [Outcome(Path(f"{i}.png"), "skipped", "exists") for i in range(9)]
-    lines = batch.summary([*outcomes, Outcome(Path("a.png"), "done", "b.png")]).splitlines()
+    lines = jobs.summary([*outcomes, Outcome(Path("a.png"), "done", "b.png")]).splitlines()
     assert lines[0] == "1 done, 9 skipped, 0 failed"
     assert lines[-1] == "  skipped: 6 more"
     assert len(lines) == 5
@@ -394,10 +394,11 @@ def test_inputs_that_cannot_be_looked_for(upscaler):
 def test_two_names_of_a_file():
     make("a.png", "folder.png/b.png", "line\nbreak.png", "line\nbreak_x4.png")
     Path("link.png").symlink_to("a.png")
-    assert plan("a.png", "link.png")[::-1] == [
-        Job(Path("a.png"), Path("a_x4"), None),
-        Outcome(Path("link.png"), "skipped", "is a.png"),
-    ]
+    for names in (("a.png", "link.png"), ("link.png", "a.png")):
+        assert plan(*names)[::-1] == [
+            Job(Path("a.png"), Path("a_x4"), None),
+            Outcome(Path("link.png"), "skipped", "is a.png"),
+        ]
     assert plan("a.png", "link.png", output="x.png")[-1] == Job(Path("a.png"), Path("x.png"), "")
     assert set(targets(plan("*.png"))) == {"a.png", "line\nbreak.png"}
 
@@ -423,9 +424,9 @@ def test_a_full_disk_stops_the_run(doubling, upscaler, monkeypatch):
         Path(path).touch()
 
     monkeypatch.setattr(formats, "write", write)
-    outcomes = batch.run(batch.plan(["."], None, scale=2.0, suffix=None), upscaler)
+    outcomes = jobs.run(jobs.plan(["."], None, scale=2.0, suffix=None), upscaler)
     assert next(outcomes).status == "done"
-    with pytest.raises(batch.DiskFullError, match=r"b_x2\.png: No space.*--output"):
+    with pytest.raises(jobs.DiskFullError, match=r"b_x2\.png: No space.*--output"):
         next(outcomes)
     assert sorted(map(str, Path().iterdir())) == ["a.png", "a_x2.png", "b.png", "c.png"]
 
@@ -523,7 +524,7 @@ def test_a_full_folder_for_temporary_files_is_named(upscaler, monkeypatch, tmp_p
     make("a.png")
     monkeypatch.setattr(formats, "write", write)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(batch.DiskFullError, match=rf"^{tmp_path}/.*: No space.*TMPDIR"):
+    with pytest.raises(jobs.DiskFullError, match=rf"^{tmp_path}/.*: No space.*TMPDIR"):
         run(upscaler, "a.png", output="-")
     assert os.listdir() == ["a.png"]
 
@@ -533,7 +534,7 @@ def test_a_full_disk_behind_standard_output(upscaler, monkeypatch):
     make("a.png")
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr("sys.stdout", types.SimpleNamespace(buffer=full))
-        with pytest.raises(batch.DiskFullError, match=r"^standard output: No space left"):
+        with pytest.raises(jobs.DiskFullError, match=r"^standard output: No space left"):
             run(upscaler, "a.png", output="-")
 
 

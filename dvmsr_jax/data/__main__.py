@@ -15,7 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from dvmsr_jax.config import DataConfig
-from dvmsr_jax.data.check import check as find_problems
+from dvmsr_jax.data.check import find_problems
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
 from dvmsr_jax.data.records import Preparation, read_counts
 from dvmsr_jax.data.sources import find_sources

@@ -20,7 +20,7 @@ _BORDER = 2
 _MAX_DIFFERENCE = 0.25
 
 
-def check(folder: Path) -> list[str]:
+def find_problems(folder: Path) -> list[str]:
     """Finds the problems of a folder of records, one line each.
 
     Compares files with their checksums, and records with the list of pictures: their number and

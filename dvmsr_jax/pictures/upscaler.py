@@ -213,8 +213,9 @@ class Upscaler(PictureUpscaler):
             scale: enlargement factor, not necessarily an integer. None: the model's.
             self_ensemble: average over the eight flips and rotations of each picture: slightly
                 better, eight times slower, and the result is held in memory in float32.
-            tile: upscale in square tiles of this side, in pixels. None: in bands of rows, which is
-                exact and needs as little memory, except for bidirectional models, which use 256.
+            tile: upscale in square tiles of this side, in pixels. None: in bands of rows, which
+                equals the whole picture up to rounding and needs as little memory, except for
+                bidirectional models, which use 256.
             overlap: overlap of the tiles in pixels. None: 16.
             precision: see `config.Compute`.
 

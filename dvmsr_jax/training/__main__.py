@@ -40,7 +40,7 @@ def check(folder: tyro.conf.Positional[Path]) -> None:
         folder: the prepared folder, as given to `distill --data`.
     """
     folder = folder.expanduser()
-    problems = targets.check(folder)
+    problems = targets.find_problems(folder)
     for path in targets.target_folders(folder):
         print(path)
     for line in targets.find_unfinished(folder):

@@ -127,7 +127,7 @@ def find_unfinished(folder: Path) -> list[str]:
     return [line for line in missing if line is not None]
 
 
-def check(folder: Path) -> list[str]:
+def find_problems(folder: Path) -> list[str]:
     """Finds the problems of all targets in a folder of records, one line each.
 
     Compares shapes and checksums of the existing files; `find_unfinished` lists missing ones.

@@ -97,15 +97,19 @@ def plan(
         jobs.append(Outcome(path, "failed", printable(error).removeprefix(f"{printable(path)}: ")))
 
     unusable = 0
+    named_files: list[tuple[Path, Path]] = []
     for name in inputs:
         try:
-            for path, inner in _find(name, leave_out=folder, fail=fail):
-                first, _ = found.setdefault(os.path.realpath(path), (path, inner))
-                if first != path:
-                    jobs.append(Outcome(path, "skipped", f"is {first}"))
+            named_files.extend(_find(name, leave_out=folder, fail=fail))
         except UserError as error:
             fail(Path(name), error)
             unusable += 1
+    # So that the result has the name of the file, and not of a link to it that comes first.
+    named_files.sort(key=lambda file: os.path.realpath(file[0]) != os.path.abspath(file[0]))
+    for path, inner in named_files:
+        first, _ = found.setdefault(os.path.realpath(path), (path, inner))
+        if first != path:
+            jobs.append(Outcome(path, "skipped", f"is {first}"))
     if file is not None and len(found) + unusable > 1:
         remedy = "name a folder" if file == STANDARD else f"end a folder's name in {os.sep}"
         raise UserError(f"{file} is one file for several results; {remedy}")
