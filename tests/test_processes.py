@@ -139,39 +139,15 @@ def assert_same_run(one, other, **tolerance):
 
 
 def test_two_processes_are_like_one(start, tmp_path):
-<<<<<<< HEAD
-    """In both phases, stopped by a signal to one of them and started again."""
-    for phase, options in (
-        ("teacher", []),
-        (
-            "student",
-            ["--distill.teacher", tmp_path / "one/teacher", "--data.degradation=mild"],
-        ),
-    ):
-        finish(start(phase, "one", 4, *options))
-        both = pair(start, phase, "two", *options)
-        while not read_metrics(tmp_path / "two" / phase / "metrics.jsonl"):
-            assert both[0].poll() is None, both[0].communicate()[0]
-            time.sleep(0.01)
-        both[1].send_signal(signal.SIGTERM)  # the one that logs learns of it from the other
-        first, second = finish(*both, status=130)
-        assert re.search(r"stopped after step [1-5]; the same command resumes", first), first
-        assert "step/s" not in second  # one of them speaks
-        cached = ("--data.cache", "device")  # which does not matter, either
-        first, _ = finish(*pair(start, phase, "two", *options, *cached))
-        assert not re.search("steps 0 to 6", first), first
-        runs = (tmp_path / name / phase for name in ("one", "two"))
-        assert_same_run(*runs, rtol=1e-5, atol=1e-5)
-=======
     """In both phases; the student's is stopped by a signal to one of them and started again."""
     finish(start("teacher", "one", 4))
     _, second = finish(*pair(start, "teacher", "two"))
     assert "step/s" not in second  # one of them speaks
     assert_same_run(tmp_path / "one/teacher", tmp_path / "two/teacher", rtol=1e-5, atol=1e-5)
 
-    teacher = "--distill.teacher", tmp_path / "one/teacher"
-    finish(start("student", "one", 4, *teacher))
-    both = pair(start, "student", "two", *teacher)
+    options = "--distill.teacher", tmp_path / "one/teacher", "--data.degradation=mild"
+    finish(start("student", "one", 4, *options))
+    both = pair(start, "student", "two", *options)
     while not read_metrics(tmp_path / "two/student/metrics.jsonl"):
         assert both[0].poll() is None, both[0].communicate()[0]
         time.sleep(0.01)
@@ -179,10 +155,9 @@ def test_two_processes_are_like_one(start, tmp_path):
     first, _ = finish(*both, status=130)
     assert re.search(r"stopped after step [1-5]; the same command resumes", first), first
     cached = ("--data.cache", "device")  # which does not matter, either
-    first, _ = finish(*pair(start, "student", "two", *teacher, *cached))
+    first, _ = finish(*pair(start, "student", "two", *options, *cached))
     assert not re.search("steps 0 to 6", first), first
     assert_same_run(tmp_path / "one/student", tmp_path / "two/student", rtol=1e-5, atol=1e-5)
->>>>>>> left
 
 
 def errors_of(outputs):
