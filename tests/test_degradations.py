@@ -429,8 +429,10 @@ def test_degraded_batches_are_the_clean_ones_but_for_lr(records):
         a, b = (np.concatenate([x["lr"] for x in some]) for some in (clean, degraded))
         equal = (a == b).all((1, 2, 3))
         assert 0.05 < equal.mean() < 0.5 if preset == "mild" else not equal.any()
-        nearest = []  # of the eight orientations of the clean crop
-        for x, y in zip(a[~equal], b[~equal], strict=True):
+        nearest = []  # of the eight orientations of HR
+        hr = np.concatenate([x["hr"] for x in degraded])
+        for x, y in zip(hr[~equal], b[~equal], strict=True):
+            x = bicubic.downscale(x, 4)
             turned = [np.rot90(z, k) for z in (x, x[:, ::-1]) for k in range(4)]
             nearest.append(np.argmin([apart(y, z) for z in turned]))
         assert np.mean(np.array(nearest) == 0) > 0.8
@@ -448,8 +450,13 @@ def test_degraded_batches_are_a_function_of_seed_and_step(records, preset):
             np.testing.assert_array_equal(crops, together)
             if i >= 1:
                 np.testing.assert_array_equal(crops, resumed[i - 1][name])
-    again = batches(records * 3, stop=9, degradation=preset)  # three epochs of each
-    assert len({lr.tobytes() for batch in again for lr in batch["lr"]}) == 9 * 6
+
+
+def test_every_crop_is_degraded_anew(records):
+    """In each row and step, also if it is of the same pixels."""
+    small = [{"lr": records[5]["lr"][:12, :12], "hr": records[5]["hr"][:48, :48]}]
+    crops = [lr for batch in batches(small, stop=20, degradation="real") for lr in batch["lr"]]
+    assert len({lr.tobytes() for lr in crops}) == len(crops) == 20 * 6
 
 
 def test_device_cache_gets_the_same_degraded_crops(records):
