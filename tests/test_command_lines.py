@@ -275,7 +275,7 @@ def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
 def test_loader_benchmark_runs(capsys):
     loader.main(smoke=True)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 4
+    assert len(rows) == 2 + 4 + 2
 
 
 def test_inference_benchmark_runs(monkeypatch, capsys):

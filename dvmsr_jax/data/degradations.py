@@ -96,9 +96,10 @@ PRESETS: dict[str, tuple[Level, ...]] = {
         Level(
             0.8,
             (
+                _DASR(blur=0.5, sigma=(0.2, 2.0), to_lr=True, noise=0.0, jpeg=0.0),
                 _DASR(
-                    blur=0.5,
-                    sigma=(0.2, 2.0),
+                    blur=0.4,
+                    sigma=(0.2, 1.2),
                     up_down_keep=(0.15, 0.15, 0.7),
                     factors=(0.85, 1.2),
                     to_lr=True,
