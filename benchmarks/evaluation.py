@@ -1,8 +1,8 @@
 """Time to score pictures of as many sizes, as Urban100's are: `python -m benchmarks.evaluation`.
 
 `streamed` is evaluation as it is: pictures of many sizes share a program. `whole` compiles one for
-each size. Both include compiling, metrics and bicubic upscaling. No compiled program is kept from an
-earlier run. The pictures are a photograph of scikit-image, enlarged to sides like Urban100's: 1,024
+each size. Both include compiling, metrics and bicubic upscaling. No compiled program is kept from
+an earlier run. The pictures are a photograph of scikit-image, enlarged to sides like Urban100's: 1,024
 pixels one way and 512 to 1,020 the other.
 """
 
