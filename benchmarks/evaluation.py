@@ -2,8 +2,8 @@
 
 `streamed` is evaluation as it is: pictures of many sizes share a program. `whole` compiles one for
 each size. Both include compiling, metrics and bicubic upscaling. No compiled program is kept from
-an earlier run. The pictures are a photograph of scikit-image, enlarged to sides like Urban100's: 1,024
-pixels one way and 512 to 1,020 the other.
+an earlier run. The pictures are a photograph of scikit-image, enlarged to sides like Urban100's:
+1,024 pixels one way and 512 to 1,020 the other.
 """
 
 import time
