@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-import kernels  # noqa: F401  sets flags of XLA that must be there before JAX starts
+import kernels  # noqa: F401  sets XLA flags, which must happen before JAX starts
 
 if TYPE_CHECKING:
     from dvmsr_jax.pictures.upscaler import Upscaler
@@ -11,8 +11,7 @@ __all__ = ["Upscaler"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what it takes to upscale when it is asked for: whoever wants a part of the package
-    need not wait for all of it."""
+    """Imports `Upscaler` on first use, so that importing another part of the package stays fast."""
     if name == "Upscaler":
         from dvmsr_jax.pictures.upscaler import Upscaler
 

@@ -1,4 +1,4 @@
-"""Weights in and out: checkpoint directories, `.safetensors`, and the authors' published `.pth`.
+"""Reads and converts weights: checkpoint directories, `.safetensors`, the authors' `.pth`.
 
 python -m dvmsr_jax.pretrained IN OUT.safetensors
 """
@@ -20,7 +20,7 @@ from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.program import told_in_a_line
 
-# The project's own.
+# The project's own weights.
 DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "x4.safetensors"
 
 
@@ -39,7 +39,7 @@ def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
 
 
 def load_weights(path: Path) -> Weights:
-    """The weights in a checkpoint directory (the averaged ones), `.safetensors` or `.pth` file.
+    """Reads weights from a checkpoint directory (the averaged ones), `.safetensors` or `.pth` file.
 
     Raises:
         PretrainedError: the path does not exist, is none of the three, is damaged or unsafe, or its
@@ -80,7 +80,7 @@ def training_facts(path: Path) -> dict[str, Any] | None:
     Returns:
         "step", the number of steps taken, and the configuration's fields by names like
         "optim.schedule", without those that do not affect the result, such as paths. None if the
-        file does not say.
+        file does not contain them.
 
     Raises:
         CheckpointError, PretrainedError: it cannot be read.
@@ -98,7 +98,7 @@ def training_facts(path: Path) -> dict[str, Any] | None:
 
 def _read(path: Path) -> Weights:
     if path == DEFAULT_WEIGHTS and not path.exists():
-        raise PretrainedError(f"the project's own weights are not in {path}: name others (--ckpt)")
+        raise PretrainedError(f"{path}: the default weights are missing; choose others with --ckpt")
     if not path.exists():
         raise PretrainedError(f"{path}: no such file or directory")
     if path.is_dir():
@@ -214,8 +214,8 @@ def convert(source: Path, target: Path) -> None:
     if target.suffix != ".safetensors":
         raise PretrainedError(f"{target}: the output's name must end in .safetensors")
     if target.exists():
-        raise PretrainedError(f"{target}: exists already; remove it or choose another name")
-    # A run may write another checkpoint in the meantime.
+        raise PretrainedError(f"{target}: already exists; remove it or choose another name")
+    # Pinned, because a run may write another checkpoint in the meantime.
     weights = checkpoint.find_step(source) if source.is_dir() else source
     save_safetensors(load_model(weights), target, training_facts(weights))
     print(f"{source} -> {target}")

@@ -129,7 +129,7 @@ def test_what_cannot_be_scored_is_named():
     example = Example("small", bicubic.downscale(small, 2), small)
     with pytest.raises(UserError, match="Mine/small: 30x14 pixels are too few"):
         evaluate(bicubic_x2, [example], 2, name="Mine")
-    with pytest.raises(UserError, match=r"Mine/small: .* do not compare"):
+    with pytest.raises(UserError, match=r"Mine/small: cannot compare .*"):
         evaluate(lambda lr: lr, [example], 2, name="Mine")
     with pytest.raises(UserError, match="Mine: no pictures"):
         evaluate(bicubic_x2, [], 2, name="Mine")

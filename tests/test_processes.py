@@ -211,7 +211,7 @@ def test_cluster_that_is_not_there():
         text=True,
     )
     assert alone.returncode == 1
-    assert alone.stderr.startswith("error: a cluster is only half described: ")
+    assert alone.stderr.startswith("error: the cluster is described incompletely: ")
 
 
 def test_one_process_is_alone(monkeypatch):

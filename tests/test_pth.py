@@ -431,7 +431,7 @@ def test_tensors_are_together_no_larger_than_the_file(tmp_path):
 )
 def test_the_pickle_cannot_claim_memory(tmp_path, bomb):
     name, opcodes = bomb
-    with pytest.raises(PthError, match=f"does not write such a {name}$"):
+    with pytest.raises(PthError, match=f"does not write {name} instructions$"):
         read_pth(Pth().write(tmp_path / "x.pth", Raw(opcodes)))
 
 

@@ -553,7 +553,7 @@ def test_device(weights, monkeypatch):
     Path("a_x4.png").unlink()
     for elsewhere in {"gpu", "tpu"} - {here}:
         message = run_main(monkeypatch, "a.png", "--ckpt", weights, "--device", elsewhere)
-        assert message.startswith(f"error: --device {elsewhere}: JAX finds none here, only {here}")
+        assert message.startswith(f"error: --device {elsewhere}: JAX finds none, only {here}")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # as with JAX's CUDA plugin
     jax.config.update("jax_platforms", "cpu")  # as JAX_PLATFORMS does
     upscale.use_device("gpu")
