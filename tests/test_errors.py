@@ -1,4 +1,4 @@
-"""What command lines say of errors."""
+"""How commands report errors."""
 
 import jax
 import pytest
@@ -26,7 +26,7 @@ from dvmsr_jax.program import told_in_a_line
         (StoppedError("the same command resumes"), 130),
     ],
 )
-def test_what_is_no_defect_is_told_in_a_line(error, code):
+def test_other_errors_are_reported_in_one_line(error, code):
     with pytest.raises(SystemExit) as exit_, told_in_a_line(out_of_memory="try less"):
         raise error
     assert exit_.value.code == code

@@ -1,4 +1,4 @@
-"""Published weights run unchanged; our own files come back as they were."""
+"""Published weights run unchanged, and our own files are read as they were written."""
 
 import os
 import subprocess

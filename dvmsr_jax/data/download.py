@@ -24,15 +24,15 @@ from dvmsr_jax.errors import StoppedError
 from dvmsr_jax.files import checksum, lock, replacing
 
 MIRROR = "DVMSR_MIRROR"
-"""Environment variable: the URL of a folder with copies of the archives, used instead of theirs."""
+"""Environment variable: URL of a folder with copies of the archives, to download from instead."""
 CHECKSUMS = "SHA256SUMS"
-"""File with the checksums of downloads that have no published one, as `sha256sum` writes it."""
+"""File for checksums of downloads without a published one, in the format of `sha256sum`."""
 
-# Seconds before each new attempt; the count starts again whenever something was received.
+# Seconds before each new attempt; they start over whenever something was received.
 _WAITS: tuple[float, ...] = (1, 3, 10)
 # Seconds to wait for a connection, and for the next bytes.
 _TIMEOUT = (10, 60)
-# Bytes at a time. If a connection breaks, less than this is lost.
+# Bytes received at a time. If a connection breaks, less than this is lost.
 _BLOCK = 2**16
 
 
@@ -85,11 +85,11 @@ class _DamagedError(Exception):
 
 
 def fetch(archive: Archive, folder: Path) -> Path:
-    """The folder of an archive's pictures, which is made under `folder` unless it exists.
+    """Returns the folder of an archive's pictures; downloads and unpacks it unless it exists.
 
-    The archive is downloaded to NAME.partial and removed when it is unpacked. If a file of its own
-    name is in `folder`, that is unpacked instead and kept. An interruption loses neither what was
-    downloaded nor what was unpacked. While one process works in `folder`, the others wait.
+    The archive is downloaded to NAME.partial, and removed once it is unpacked. If `folder` contains
+    NAME itself, that file is unpacked instead and kept. Interruptions lose neither downloaded nor
+    unpacked data. While one process works in `folder`, the others wait.
 
     Raises:
         DataError: the archive cannot be downloaded, is damaged or too large for the disk, or the
@@ -106,7 +106,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
         found = sum(path.suffix.lower() == ".png" for path in pictures.iterdir())
     except OSError as error:
         raise DataError(
-            f"{error.filename or folder}: {error.strerror or error}; once this is solved, the same "
+            f"{error.filename or folder}: {error.strerror or error}; once this is fixed, the same "
             f"command resumes the download of {archive.name}"
         ) from error
     if found != archive.pictures:
@@ -142,7 +142,7 @@ def _make(archive: Archive, folder: Path, pictures: Path) -> None:
         raise DataError(f"{path}: {error}; {remedy}") from error
     except KeyboardInterrupt:
         raise StoppedError(
-            f"stopped; what was downloaded and unpacked so far is kept; {_by_hand(archive, folder)}"
+            f"stopped; downloaded and unpacked files are kept; {_by_hand(archive, folder)}"
         ) from None
     if path == download:
         download.unlink()
@@ -161,7 +161,7 @@ def _address(archive: Archive) -> str:
 
 
 def _download(archive: Archive, path: Path) -> None:
-    """Completes the file. Raises DataError if the server or the connection fails for good."""
+    """Downloads the missing part. Raises DataError if the server or connection keeps failing."""
     failures = 0
     with tqdm(desc=archive.name, unit="B", unit_scale=True) as bar:
         while True:
@@ -183,18 +183,19 @@ def _download(archive: Archive, path: Path) -> None:
 
 
 def _receive(archive: Archive, path: Path, bar: tqdm) -> None:
-    """Appends what is missing, in one request.
+    """Appends the missing part, in one request.
 
-    A server that ignores the range sends everything; then what is there is skipped.
+    If the server ignores the requested range and sends the whole file, the part that exists is
+    skipped.
 
     Raises:
-        requests.RequestException: it failed, or the connection broke.
-        _DamagedError: the server has something else.
-        DataError: the disk is too small.
+        requests.RequestException: the request failed, or the connection broke.
+        _DamagedError: the server's file is another one.
+        DataError: there is too little disk space.
     """
     have = _size(path)
     if archive.size is not None and have >= archive.size:
-        return  # a size or content that is wrong is found later
+        return  # wrong size or content is detected later
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(
         _address(archive), headers=headers, stream=True, timeout=_TIMEOUT
@@ -206,17 +207,17 @@ def _receive(archive: Archive, path: Path, bar: tqdm) -> None:
         if response.status_code == requests.codes.requested_range_not_satisfiable and end:
             if have > end:
                 raise _DamagedError(f"has {have:,} bytes, the server's file only {end:,}")
-            return  # it was complete
+            return  # the file was complete
         response.raise_for_status()
         if response.status_code == requests.codes.partial_content:
             if ranges is None or ranges[1] != str(have):
-                raise requests.RequestException("sent other bytes than those asked for")
+                raise requests.RequestException("sent other bytes than requested")
             start, total = have, end
         else:
             start, total = 0, int(response.headers.get("Content-Length", 0))
         if archive.size is not None and total not in (0, archive.size):
             raise requests.RequestException(f"has {total:,} bytes, expected {archive.size:,}")
-        # PNG files are compressed already: unpacked they take about as much as the archive.
+        # PNG files are compressed, so unpacking takes about as much space again as the archive.
         _check_space(archive, path.parent, max(total - have, 0) + total)
         bar.total, bar.n = total or None, have
         bar.refresh()
@@ -228,7 +229,7 @@ def _receive(archive: Archive, path: Path, bar: tqdm) -> None:
                 file.write(kept)
                 bar.update(len(kept))
     if archive.size is not None and _size(path) < archive.size:
-        # Without Content-Length, an answer that ends early looks like a complete one.
+        # Without Content-Length, a response that ends early looks complete.
         raise requests.exceptions.ChunkedEncodingError
 
 
@@ -278,7 +279,7 @@ def _verify(archive: Archive, path: Path) -> None:
         line = f"{found}  {archive.name}\n"
         print(
             f"{archive.name}: no checksum is published; its SHA-256 is {found}, "
-            f"noted in {path.parent / CHECKSUMS}"
+            f"recorded in {path.parent / CHECKSUMS}"
         )
         with (path.parent / CHECKSUMS).open("a+") as file:
             file.seek(0)
@@ -289,10 +290,10 @@ def _verify(archive: Archive, path: Path) -> None:
 
 
 def _unpack(archive: Archive, path: Path, pictures: Path) -> None:
-    """Makes the folder of pictures, which appears when it is complete.
+    """Creates the folder of pictures, which appears only when it is complete.
 
-    Of a member of the archive only its content and the last part of its name are used, and of links
-    nothing, so that nothing is written elsewhere. Raises _DamagedError.
+    Only the content and the last part of the name of an archive's members are used, and links are
+    ignored, so that nothing can be written elsewhere. Raises _DamagedError.
     """
     incomplete = pictures.with_name(f".incomplete-{pictures.name}")
     try:

@@ -1,4 +1,4 @@
-"""Scores of the weights during training, on the validation pictures."""
+"""Scores the weights during training, on the validation pictures."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from dvmsr_jax.model import Weights
 
 
 class Validator:
-    """Upscales the validation sub-images, on one device."""
+    """Upscales and scores the validation sub-images, on one device."""
 
     def __init__(self, config: TrainConfig, records: data.Records, teacher: Weights | None):
         self._config = config
@@ -20,13 +20,13 @@ class Validator:
         bicubics = [bicubic.upscale(record["lr"], config.model.scale) for record in self._records]
         self._first_bicubic = bicubics[0]
         self.fixed_scores = {"bicubic": self._mean_psnr_y(bicubics)}
-        """PSNR-Y that stays the same: of bicubic and, if there is one, of the teacher."""
+        """PSNR-Y of bicubic and, if there is one, of the teacher, which do not change."""
         if teacher is not None:
             results = self._results(teacher, config.distill.self_ensemble)
             self.fixed_scores["teacher"] = self._mean_psnr_y(results)
 
     def __call__(self, weights: Weights) -> tuple[float, UInt8[np.ndarray, "H W 3"]]:
-        """(mean PSNR-Y, a sample picture bicubic | ours | HR)."""
+        """Returns (mean PSNR-Y, a sample picture bicubic | ours | HR)."""
         results = self._results(weights)
         panels = {"bicubic": self._first_bicubic, "ours": results[0], "HR": self._records[0]["hr"]}
         return self._mean_psnr_y(results), images.side_by_side(panels)
@@ -37,7 +37,7 @@ class Validator:
         return f"step {step}: PSNR-Y {psnr_y:.2f} dB ({', '.join(others)})"
 
     def _results(self, weights: Weights, ensemble: bool = False) -> list[np.ndarray]:
-        # By way of the host, so that the arrays are no longer spread over a mesh.
+        # Through the host, so that the arrays are no longer spread over a mesh.
         weights = jax.tree.map(np.asarray, weights)
         return [
             np.asarray(self._forward(weights, ensemble, record["lr"])) for record in self._records

@@ -26,7 +26,7 @@ def selective_scan(
             y_t = y_t * jax.nn.silu(z_t)
         return h, y_t
 
-    # Before the loop: XLA, on CPUs, converts a loop's bfloat16 arrays whole in each step.
+    # Outside the loop: on CPUs, XLA would convert the loop's whole bfloat16 arrays in each step.
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 1, 0), (u, delta, B, C, z))
     final_state, y = jax.lax.scan(step, initial_state, tokens)
     return jnp.moveaxis(y, 0, 1).astype(u.dtype), final_state
