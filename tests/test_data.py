@@ -478,7 +478,7 @@ def test_an_explicit_folder(photos, tmp_path):
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     prepare.prepare(pictures, 4, folder)
     assert len(data.load_records(config, 4).train) == 5
-    with pytest.raises(UserError, match="was prepared for x4, the model is to be x2"):
+    with pytest.raises(UserError, match="was prepared for x4, but the model is for x2"):
         data.load_records(config, 2)
     with pytest.raises(UserError, match=r"data\.prepared and data\.hr_dirs exclude each other"):
         data.load_records(DataConfig(prepared=folder, hr_dirs=(photos,)), 4)

@@ -10,7 +10,7 @@ from dvmsr_jax.program import told_in_a_line
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (UserError("mend this"), "error: mend this"),
+        (UserError("fix this"), "error: fix this"),
         (UserError("in\n  lines: \x1b[2J\u202e"), "error: in\n  lines: \\x1b[2J\\u202e"),
         (FileNotFoundError("no such file"), "error: no such file"),
         (MemoryError(), "error: out of memory (in main memory); try less"),

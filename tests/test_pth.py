@@ -1,6 +1,6 @@
-"""The .pth reader against hostile files; weights files that do not fit, by what is wrong with them.
+"""The .pth reader with hostile files, and files of weights that do not fit the network.
 
-The pickles are assembled by hand: torch.save's (protocol 2), and what it would never write.
+The pickles are assembled by hand: those of torch.save (protocol 2), and others.
 """
 
 import dataclasses

@@ -169,7 +169,7 @@ def test_online_self_ensemble(config, batch):
     expected = np.abs(output - total / 8).mean()
     np.testing.assert_allclose(parts["distill_loss"], expected, rtol=1e-4)
     plain = np.abs(output - teach(crops["lr"])).mean()
-    assert abs(plain / expected - 1) > 1e-3  # so that the two could be told apart
+    assert abs(plain / expected - 1) > 1e-3  # the test can distinguish the two
 
 
 def test_mid_level_projections_are_trained(config, batch):

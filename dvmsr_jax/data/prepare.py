@@ -23,7 +23,7 @@ from dvmsr_jax.errors import printable
 from dvmsr_jax.files import checksum, has_locks, lock, replacing, write_json
 
 PICTURES_PER_SHARD = 16
-# File in a folder made by `load_records`: a hash of the source folders, or of the data set's name.
+# File in a folder made by `load_records`: a hash of the source folders, or of the dataset's name.
 _SOURCES = "sources"
 # Files in the folder of an unfinished preparation. The process that works on it holds the lock or,
 # on file systems without locks, creates the claim at the start and removes it at the end.
@@ -69,7 +69,7 @@ def load_records(config: DataConfig, scale: int) -> Records:
             raise DataError("data.prepared and data.dataset exclude each other; pass one of them")
         there = Preparation.read(folder).scale
         if there != scale:
-            raise DataError(f"{folder}: was prepared for x{there}, the model is to be x{scale}")
+            raise DataError(f"{folder}: was prepared for x{there}, but the model is for x{scale}")
     return records.open_records(folder)
 
 

@@ -1,4 +1,4 @@
-"""Where training pictures come from: folders, or data sets that are downloaded."""
+"""The sources of training pictures: folders, or datasets to download."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from dvmsr_jax.data.records import DataError
 from dvmsr_jax.files import checksum
 
 PICTURES = "pictures"
-"""Folder under `DataConfig.data_dir` that data sets are downloaded to."""
+"""Folder under `DataConfig.data_dir` that datasets are downloaded to."""
 
 # Number of bytes in the middle of a file that tell it from others of the same name and size.
 _SAMPLE = 4096
@@ -41,7 +41,7 @@ def find_sources(config: DataConfig) -> dict[str, list[Source]]:
     necessary, and the first `config.val_images` pictures of DIV2K's validation set are held out.
 
     Raises:
-        DataError: there are too few pictures, or the data set cannot be downloaded.
+        DataError: there are too few pictures, or the dataset cannot be downloaded.
         images.ImageError: a folder is missing or holds no pictures.
     """
     if config.hr_dirs and config.dataset != DataConfig.dataset:

@@ -50,7 +50,7 @@ class Tokens(NamedTuple):
 def selective_scan(
     inputs: Inputs, delta_softplus: bool, *, parallel: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract."""
+    """Returns (y, final state); see `op.selective_scan` for the contract."""
     (b, l, d), dtype = inputs.u.shape, inputs.u.dtype
     # Before the padding, whose step size must be 0 (decay 1, input 0) to leave the state unchanged.
     delta = step_size(inputs.delta, inputs.delta_bias, delta_softplus)

@@ -46,7 +46,7 @@ class NativeUnavailableError(RuntimeError):
 def selective_scan(
     inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract."""
+    """Returns (y, final state); see `op.selective_scan` for the contract."""
     return _scan(delta_softplus, inputs)
 
 

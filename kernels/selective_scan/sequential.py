@@ -10,7 +10,7 @@ from kernels.selective_scan.inputs import Inputs
 def selective_scan(
     inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract."""
+    """Returns (y, final state); see `op.selective_scan` for the contract."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
 
     def step(h, token):

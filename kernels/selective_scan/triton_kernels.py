@@ -16,7 +16,7 @@ states stays within a lane, and a load of u, delta or z is one row of neighbouri
     h, g            the state and the gradient by it, (TILE_N, TILE_D)
     decay           exp(delta A), taken as 2^(delta A log2(e)), which is one instruction
 
-All arithmetic is float32, whatever the type of the inputs, and offsets of tokens have 64 bits.
+All arithmetic is float32, for inputs of any type, and offsets of tokens have 64 bits.
 """
 
 import inspect

@@ -48,7 +48,7 @@ MULTIPROCESSORS = 132  # those of an H100 or H200, assumed when lowering without
 def selective_scan(
     inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract."""
+    """Returns (y, final state); see `op.selective_scan` for the contract."""
     bias = jnp.zeros_like(inputs.D) if inputs.delta_bias is None else inputs.delta_bias
     inputs = inputs._replace(
         A=inputs.A.T[None],
