@@ -19,11 +19,10 @@ def folder() -> Path:
 
 
 def library_folder() -> Path:
-    """Like `folder`, for shared libraries, which cannot be loaded from a file system mounted
-    `noexec`.
+    """Like `folder`, for shared libraries, which cannot be loaded from a `noexec` file system.
 
     Uses the first of the user's cache, the runtime directory and the temporary directory that is
-    not mounted so.
+    not on such a file system.
     """
     first = folder()
     if not _is_noexec(first):

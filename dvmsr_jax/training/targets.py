@@ -1,5 +1,4 @@
-"""A teacher's outputs for the training sub-images ("targets"), computed once and stored beside
-them.
+"""Targets: a teacher's outputs for the training sub-images, computed once and stored beside them.
 
 Each teacher has a folder of targets: arrays, in files of `PER_SHARD` each, and INFO, with the
 files' checksums and the teacher's path.
@@ -66,8 +65,7 @@ def load_targets(folder: Path, teacher: str, *, self_ensemble: bool, ckpt: Path)
     """Opens the targets that `distill` wrote for the teacher with this `teacher_id`.
 
     Raises:
-        DataError: some are missing; the message contains the command that computes them from
-        `ckpt`.
+        DataError: some are missing; the message gives the command to compute them from `ckpt`.
     """
     path = folder / "targets" / _name(teacher, self_ensemble)
     missing = _missing(path, ckpt)

@@ -87,8 +87,7 @@ def load_tokens(x, sequence, t, l, channel, d: tl.constexpr, COUNT: tl.constexpr
 
 @jit
 def all_loads_out():
-    """A point before which all loads so far are issued, so that the program waits for them
-    together.
+    """A point before which all loads so far are issued, to be waited for together.
 
     Otherwise, the compiler would move each load close to its use, and the program would wait for
     every token.
@@ -164,8 +163,8 @@ def store_channel_sums(out, x, factor, real, n: tl.constexpr):
                 k += tl.where(upper, TILE_N >> i, 0)
             else:  # one state is left, which both lanes keep
                 given = x
-            # Not earlier, so that half of the products are fused with the sum, and not later, where
-            # two lanes that keep the same state would differ by rounding.
+            # Not before the loop, so that half of the products are fused with the sum; but with a
+            # single state, the two lanes that keep it would then differ by rounding.
             if i == 1 and TILE_N > 1:
                 x *= factor[None, :]
                 given *= factor[None, :]
@@ -409,8 +408,7 @@ def gradients(
             slopes += (slope,)
             dys += (dy_t,)
 
-        # Back through them: all other gradients. A is loaded again, so that its registers were
-        # free.
+        # Back through them: all other gradients. A is loaded again, to free registers until here.
         A_part = tl.load(A + weights * n * d + state)
         for i in tl.static_range(HELD - 1, -1, -1):
             row = sequence * l + tl.minimum(t + i, l - 1)

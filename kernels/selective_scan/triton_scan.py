@@ -5,8 +5,7 @@ before every `BLOCK` tokens. In this file, states are laid out as (n, d), and ev
 `Inputs` has a leading axis: A (w, n, d), D and delta_bias (w, d), and b first in the others, where
 w divides b:
 
-    b  sequences     w  sets of weights, each shared by b / w adjacent sequences (1 except under
-    vmap)
+    b  sequences    w  sets of weights, each shared by b / w adjacent sequences (1 without vmap)
 """
 
 import functools
