@@ -1,14 +1,14 @@
-"""Scores a model on benchmarks: PSNR-Y and SSIM-Y beside bicubic, parameters, MACs and time.
+"""Scores a model on benchmarks: PSNR-Y and SSIM-Y compared with bicubic, parameters, MACs, time.
 
     python evaluate.py --ckpt PATH --data Set5 Set14
     python evaluate.py --ckpt x4-real --data Set5 --degrade blur=1 noise=10 jpeg=50
 
-Without --data, photographs that come with scikit-image are upscaled.
+The default for --data is photographs that come with scikit-image.
 """
 
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the process
+if __name__ == "__main__":  # Ctrl-C during imports ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
@@ -40,7 +40,7 @@ COST_SIZE = 256
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to evaluate and on which pictures."""
+    """The command line."""
 
     ckpt: Path = Path(DEFAULT)
     """A name of weights (see checkpoints/README.md), a checkpoint directory (WORKDIR/PHASE), a
@@ -57,11 +57,11 @@ class Arguments:
     """Write the upscaled pictures under this folder."""
     compute: Annotated[Compute, tyro.conf.arg(name="")] = field(default_factory=Compute)
     self_ensemble: bool = False
-    """Average over the eight flips and turns of each picture."""
+    """Average over the eight flips and rotations of each picture."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
-    """The command line."""
+    """Parses the command line."""
     return tyro.cli(Arguments, args=arguments, prog="evaluate.py", description=__doc__)
 
 
@@ -110,8 +110,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of the command."""
-    with told_in_a_line(out_of_memory="pictures are taken whole: leave out the largest"):
+    """Runs the program."""
+    with told_in_a_line(out_of_memory="each picture is processed whole: leave out the largest"):
         arguments = parse(sys.argv[1:])
         keep_compiled_programs()
         result = run(arguments)

@@ -11,7 +11,7 @@ weights further. To resume a run that was stopped, give the same command again.
 
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the process
+if __name__ == "__main__":  # Ctrl-C during imports ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -34,17 +34,17 @@ from dvmsr_jax.training.loop import dry_run, train
 
 @dataclass(frozen=True)
 class Arguments:
-    """A run, and how to launch it."""
+    """The command line."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     cluster: Cluster = field(default_factory=Cluster)
     dry_run: bool = False
-    """Build everything, take two steps, print memory, speed and expected duration, and exit."""
+    """Take two steps, print memory, speed and the run's expected duration, and exit."""
     allow_changes: bool = False
-    """Resume from a checkpoint made with another configuration, data or teacher; the shapes of the
+    """Resume even if configuration, data or teacher differ from the checkpoint's; the shapes of the
     weights cannot change."""
     profile: Annotated[int, Within(0)] = 0
-    """Number of steps to trace, for TensorBoard or Perfetto, into WORKDIR/PHASE/profile."""
+    """Trace this many steps, for TensorBoard or Perfetto, into WORKDIR/PHASE/profile."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--")

@@ -1,7 +1,7 @@
 """Enlarges pictures fourfold, or by another factor.
 
     python upscale.py photo.jpg                        -> photo_x4.png beside it
-    python upscale.py photos/ -o large/ --format webp  -> large/..., with the folders in photos/
+    python upscale.py photos/ -o large/ --format webp  -> large/..., subfolders included
     python upscale.py - < photo.jpg > photo_x4.png
 
 Existing results are skipped, so an interrupted command can be run again. If a folder holds both
@@ -42,15 +42,15 @@ class Arguments:
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """A file, a folder (end its name in /), or - for standard output. None: beside each input."""
     format: Literal["same", "png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif"] | None = None
-    """Format of the results. same: each input's own, or PNG for AVIF and HEIC. None: chosen by the
-    output's name, otherwise PNG, except that animations and multi-page files keep theirs."""
+    """Format of the results. same: each input's own, or PNG for AVIF and HEIC. None: that of the
+    output's name, otherwise PNG, except that animations and multi-page files keep their format."""
     scale: float | None = None
     """Enlargement factor, up to 16. If it is not the model's, the model's output is resized."""
     overwrite: bool = False
     """Replace existing results. Inputs are never replaced."""
     quality: int | Literal["lossless"] | None = None
-    """Quality of JPEG and WebP, from 1 to 100, or lossless for WebP. None: 95, but a lossless WebP
-    stays lossless."""
+    """Quality of JPEG and WebP, from 1 to 100, or lossless for WebP. None: 95, except that a
+    lossless WebP stays lossless."""
     self_ensemble: bool = False
     """Average over the eight flips and rotations of each picture: slightly better, eight times
     slower."""
@@ -149,7 +149,7 @@ def use_device(name: str) -> None:
     # Without a platform JAX takes the best. "gpu" would try AMD's and Intel's besides NVIDIA's.
     jax.config.update("jax_platforms", "cpu" if name == "cpu" else None)
     if (there := jax.default_backend()) != name:
-        raise UserError(f"--device {name}: JAX finds none here, only {there} (see README, Install)")
+        raise UserError(f"--device {name}: JAX finds none, only {there} (see README, Install)")
 
 
 def _stop(number: int, _: object) -> None:

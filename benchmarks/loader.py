@@ -3,8 +3,8 @@
 With degraded LR as well, which is computed from the HR pixels by the threads that read. For
 comparison, it also measures how many crops the models' steps (forward and backward, float32,
 without the optimizer) consume on this machine's devices. Crops per CPU-second count the CPU time of
-the process's threads, so that other programs have little influence; crops per second need an idle
-machine.
+the process's threads, on which other programs have little influence; crops per second require an
+idle machine.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def make_records(folder: Path, pictures: int) -> None:
 
 
 def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) -> list[str]:
-    """Measures a row of the table, without the first `warm_up` batches."""
+    """Measures a row of the table, ignoring the first `warm_up` batches."""
     count = 0
     for i, batch in enumerate(batches):
         if i == warm_up:
@@ -88,13 +88,13 @@ def main(
 
     Args:
         records: a folder made by `python -m dvmsr_jax.data prepare`. None: 512 new sub-images,
-            which are then in the system's page cache.
+            which are then in the page cache.
         workers: numbers of threads that read from disk.
         lr_crop: side of the LR crops.
         batch_size: crops in a batch.
         step_batch_size: crops in a step of the models, and in a batch of degraded crops.
         batches: batches to measure.
-        smoke: a quick run that only shows that everything works.
+        smoke: a quick run to check that everything works.
     """
     models = {
         f"the {phase}'s step": PRESETS["paper"][phase].model for phase in ("student", "teacher")

@@ -1,4 +1,4 @@
-"""Presets of training runs, with their commands and, of the paper's, the scores to expect."""
+"""Presets of training runs, with their commands and, for the paper's, expected scores."""
 
 from configs import demo, finetune, student, teacher
 from dvmsr_jax.config import TrainConfig

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import kernels  # noqa: F401  sets flags of XLA that must be there before JAX starts
+import kernels  # noqa: F401  sets XLA flags, which must happen before JAX starts
 
 if TYPE_CHECKING:
     from dvmsr_jax.model import DVMSR

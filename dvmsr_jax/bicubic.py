@@ -1,10 +1,10 @@
-"""MATLAB's bicubic imresize, by which super-resolution benchmarks make their low-resolution files.
+"""MATLAB's bicubic imresize, with which the low-resolution files of benchmarks are made.
 
 Keys' kernel with a = -0.5 (IEEE Trans. ASSP 29, 1981), widened by the scale when shrinking. The
-files published for Set5 and Set14 come out bit for bit, which takes two of MATLAB's habits that are
-easily missed: uint8 pictures are rounded after each of the two passes, and beyond the border the
-outermost pixel repeats (MATLAB's releases since about 2016 mirror the picture there instead, which
-changes nothing but the outermost pixels of the result).
+files published for Set5 and Set14 are reproduced bit for bit. This depends on two details that are
+easily missed: uint8 pictures are rounded after each of the two passes, and the outermost pixel
+repeats beyond the border (MATLAB's releases since about 2016 mirror the picture there instead,
+which changes only the outermost pixels of the result).
 """
 
 import math
@@ -18,14 +18,14 @@ from scipy.sparse import csr_array
 def resize(
     image: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"], height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} c"] | Float64[np.ndarray, "{height} {width} c"]:
-    """imresize(image, [height width], 'bicubic'), each at least 1.
+    """imresize(image, [height width], 'bicubic'); both sizes must be at least 1.
 
-    Computed in float64. Like MATLAB, gives back uint8 for uint8, rounded (halves up) and clamped
+    Computed in float64. As in MATLAB, a uint8 image stays uint8, rounded (halves up) and clamped
     after each pass; a float image is neither rounded nor clamped.
     """
     sizes = (height, width)
     rounded = image.dtype == np.uint8
-    # The axis that shrinks most first, rows before columns, as rounding makes the order matter.
+    # The order matters because of rounding: the axis that shrinks most first, rows before columns.
     for axis in sorted((0, 1), key=lambda axis: sizes[axis] / image.shape[axis]):
         lines = image.swapaxes(0, axis)
         weights = resampling(len(lines), sizes[axis])
@@ -62,7 +62,7 @@ def resize_bands(
 
 
 def modcrop(image: UInt8[np.ndarray, "h w 3"], scale: int) -> UInt8[np.ndarray, "hs ws 3"]:
-    """The image without the last rows and columns that exceed a multiple of the scale.
+    """Crops rows and columns at the end, so that height and width are multiples of the scale.
 
     Raises ValueError if nothing is left.
     """
@@ -81,7 +81,7 @@ def downscale(image: UInt8[np.ndarray, "hs ws 3"], scale: int) -> UInt8[np.ndarr
 
 
 def upscale(image: UInt8[np.ndarray, "h w 3"], scale: int) -> UInt8[np.ndarray, "hs ws 3"]:
-    """The baseline of every table."""
+    """Bicubic upscaling, the baseline of every table."""
     return resize(image, image.shape[0] * scale, image.shape[1] * scale)
 
 

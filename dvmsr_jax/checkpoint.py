@@ -5,8 +5,8 @@ A run's checkpoints are in WORKDIR/PHASE/checkpoints/STEP, each with the items
     config  the TrainConfig, as JSON, "sources" (identities of the data, the teacher and the weights
             that it started from), and "lineage" (a description of those weights)
     best    the best validation so far, as JSON
-    ema     the averaged weights, by name: what evaluation, export and distillation read
-    state   the weights being trained and the optimizer's state, which resuming also reads
+    ema     the averaged weights, by name, for evaluation, export and distillation
+    state   the weights being trained and the optimizer's state, for resuming
 
 and CHECKSUMS of their files, which are verified before anything is read. Checkpoints of older
 versions have no checksums.
@@ -40,9 +40,9 @@ _EFFECTS = effects(TrainConfig)
 # these changed cannot be compared.
 _VALIDATED_ON = ("sources.data", "data.degradation", "compute.precision")
 _ITEMS = ("config", "best", "ema", "state")
-# In the folder of a checkpoint: SHA-256 of each of its items' files, by path, as JSON.
+# File in a checkpoint's folder: the SHA-256 of each of its items' files, by path, as JSON.
 CHECKSUMS = "checksums.json"
-# Of a file in a checkpoint; Orbax writes files of 2 GiB at most.
+# Limit on a file in a checkpoint; Orbax writes files of 2 GiB at most.
 _MAX_FILE_BYTES = 2**32
 
 
@@ -66,7 +66,7 @@ class Best(NamedTuple):
 
     @classmethod
     def from_json(cls, stored: Any) -> "Best":
-        """What `_asdict` gave. Raises ValueError if this is something else."""
+        """The inverse of `_asdict`. Raises ValueError if `stored` is something else."""
         match stored:
             case {"step": int(step), "psnr_y": int(psnr_y) | float(psnr_y), **rest}:
                 if not rest and step >= 0 and not math.isnan(psnr_y):
@@ -117,8 +117,8 @@ class Checkpoints:
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,  # of a run that was killed while it wrote one
-                lightweight_initialize=True,  # reads no file that may be damaged
+                cleanup_tmp_directories=True,  # left by a run that was killed while writing
+                lightweight_initialize=True,  # reads no files, which may be damaged
                 async_options=ocp.options.AsyncOptions(
                     post_finalization_callback=self._write_checksums
                 ),
@@ -153,7 +153,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: its configuration differs from this run's, in which case the message
-                shows both; or none of the checkpoints can be read.
+                lists the differences; or none of the checkpoints can be read.
         """
         failures: list[UnreadableError] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -204,7 +204,7 @@ class Checkpoints:
         self._manager.close()
 
     def _write_checksums(self) -> None:
-        """The first process's writing thread calls it before the checkpoint gets its name."""
+        """Called in the first process's writing thread, before the checkpoint gets its name."""
         (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         checksums = {
             path.relative_to(folder).as_posix(): files.checksum(path)
@@ -220,7 +220,7 @@ class Checkpoints:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory} ({reason}); the last good one "
-                f"is {self.newest() or 'not there yet'}. When this is fixed, the same command "
+                f"is {self.newest() or 'not written yet'}. Once this is fixed, the same command "
                 "resumes from there."
             ) from error
 
@@ -251,7 +251,7 @@ class Checkpoints:
             remedy = "" if fixed else ", or resume regardless with --allow-changes"
             raise CheckpointError(
                 f"{path} was made with another configuration:\n{lines}\n"
-                f"Use the same, or another --workdir{remedy}."
+                f"Use the same configuration, or another --workdir{remedy}."
             )
         parallel.say(f"resuming from {path} with another configuration:\n{lines}", sys.stderr)
         return set(differing)
@@ -303,7 +303,7 @@ def load_weights(path: Path) -> Weights:
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """The training of the weights that `load_weights` returns.
+    """How the weights that `load_weights` returns were trained.
 
     Returns:
         The configuration, in JSON's types, and "step", the number of steps taken.

@@ -17,15 +17,15 @@ from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.files import checksum
 
 MIRROR = "DVMSR_MIRROR"
-"""Environment variable: the URL of a folder with copies of the files, used instead of theirs."""
+"""Environment variable: URL of a folder with copies of the files, to download from instead."""
 CHECKSUMS = "SHA256SUMS"
-"""File with the checksums of downloads that have no published one, as `sha256sum` writes it."""
+"""File for checksums of downloads without a published one, in the format of `sha256sum`."""
 
-# Seconds before each new attempt; the count starts again whenever something was received.
+# Seconds before each new attempt; they start over whenever something was received.
 _WAITS: tuple[float, ...] = (1, 3, 10)
 # Seconds to wait for a connection, and for the next bytes.
 _TIMEOUT = (10, 60)
-# Bytes at a time. If a connection breaks, less than this is lost.
+# Bytes received at a time. If a connection breaks, less than this is lost.
 _BLOCK = 2**16
 
 
@@ -91,7 +91,7 @@ def obtaining(remote: Remote, folder: Path, *, unpacked: int = 0) -> Iterator[Pa
         raise DownloadError(f"{path}: {error}; {remedy}") from error
     except KeyboardInterrupt:
         raise StoppedError(
-            f"stopped; what was downloaded and unpacked so far is kept; {_by_hand(remote, folder)}"
+            f"stopped; downloaded and unpacked files are kept; {_by_hand(remote, folder)}"
         ) from None
     partial.unlink(missing_ok=True)
 
@@ -114,7 +114,7 @@ def _by_hand(remote: Remote, folder: Path) -> str:
 
 
 def _download(remote: Remote, path: Path, unpacked: int) -> None:
-    """Completes the file. Raises DownloadError if the server or the connection fails for good."""
+    """Downloads the missing part. Raises DownloadError if server or connection keep failing."""
     failures = 0
     with tqdm(desc=remote.name, unit="B", unit_scale=True) as bar:
         while True:
@@ -135,18 +135,19 @@ def _download(remote: Remote, path: Path, unpacked: int) -> None:
 
 
 def _receive(remote: Remote, path: Path, unpacked: int, bar: tqdm) -> None:
-    """Appends what is missing, in one request.
+    """Appends the missing part, in one request.
 
-    A server that ignores the range sends everything; then what is there is skipped.
+    If the server ignores the requested range and sends the whole file, the part that exists is
+    skipped.
 
     Raises:
-        requests.RequestException: it failed, or the connection broke.
-        DamagedError: the server has something else.
-        DownloadError: the disk is too small.
+        requests.RequestException: the request failed, or the connection broke.
+        DamagedError: the server's file is another one.
+        DownloadError: there is too little disk space.
     """
     have = _size(path)
     if remote.size is not None and have >= remote.size:
-        return  # a size or content that is wrong is found later
+        return  # wrong size or content is detected later
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(remote.address, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         ranges = re.match(
@@ -156,11 +157,11 @@ def _receive(remote: Remote, path: Path, unpacked: int, bar: tqdm) -> None:
         if response.status_code == requests.codes.requested_range_not_satisfiable and end:
             if have > end:
                 raise DamagedError(f"has {have:,} bytes, the server's file only {end:,}")
-            return  # it was complete
+            return  # the file was complete
         response.raise_for_status()
         if response.status_code == requests.codes.partial_content:
             if ranges is None or ranges[1] != str(have):
-                raise requests.RequestException("sent other bytes than those asked for")
+                raise requests.RequestException("sent other bytes than requested")
             start, total = have, end
         else:
             start, total = 0, int(response.headers.get("Content-Length", 0))
@@ -177,7 +178,7 @@ def _receive(remote: Remote, path: Path, unpacked: int, bar: tqdm) -> None:
                 file.write(kept)
                 bar.update(len(kept))
     if remote.size is not None and _size(path) < remote.size:
-        # Without Content-Length, an answer that ends early looks like a complete one.
+        # Without Content-Length, a response that ends early looks complete.
         raise requests.exceptions.ChunkedEncodingError
 
 

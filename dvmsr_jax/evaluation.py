@@ -1,4 +1,4 @@
-"""Benchmarks, folders of test pictures, and a model's scores on them."""
+"""Benchmarks (folders of test pictures), and a model's scores on them."""
 
 import itertools
 import time
@@ -41,7 +41,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of an example."""
+    """The files that an example is read from."""
 
     name: str
     hr: Path
@@ -51,7 +51,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Examples, each read from its files whenever it is needed."""
+    """Examples, each read from its files during iteration."""
 
     pairs: tuple[Pair, ...]
     scale: int
@@ -113,7 +113,7 @@ def parse_degradations(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def find_benchmarks(dirs: Sequence[Path], scale: int) -> dict[str, Benchmark]:
-    """The benchmarks in these folders, by the names of their folders.
+    """Finds benchmarks in these folders, and returns them by the name of their folder.
 
     Each folder is a benchmark or contains benchmarks. A benchmark has pictures in HR/ and,
     optionally, their low-resolution versions in LR/ (STEM.png or, as in DIV2K, STEMx{scale}.png for
@@ -172,7 +172,7 @@ def evaluate(
 
     Progress goes to stderr if that is a terminal, under the benchmark's `name`. With `save_dir`,
     SR pictures are written to SAVE_DIR/NAME/PICTURE.png. Raises UserError if there are no
-    examples, and naming the picture if one cannot be scored (see `metrics`).
+    examples or, naming the picture, if one cannot be scored (see `metrics`).
     """
     images: dict[str, dict[str, float]] = {}
     baseline: dict[str, dict[str, float]] = {}
@@ -194,7 +194,7 @@ def evaluate(
 def comparison(
     example: Example, upscaled: Mapping[str, UInt8[np.ndarray, "h w 3"]], part: tuple[slice, slice]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The same part, rows and columns, of bicubic's, the models' and the HR picture, in a row."""
+    """Shows a part (rows, columns) of the picture by bicubic, by each model and in HR, in a row."""
     scale = len(example.hr) // len(example.lr)
     whole = {"bicubic": bicubic.upscale(example.lr, scale), **upscaled, "HR": example.hr}
     return side_by_side({label: picture[part] for label, picture in whole.items()})
@@ -238,7 +238,7 @@ def _benchmark_folders(folder: Path) -> list[Path]:
         raise ImageError(f"{folder}: no such folder")
     found = sorted(sub for sub in folder.iterdir() if (sub / "HR").is_dir())
     if not found:
-        raise ImageError(f"{folder}: neither it nor a folder in it has an HR/ folder of pictures")
+        raise ImageError(f"{folder}: no HR/ folder of pictures in it or in its subfolders")
     return found
 
 

@@ -19,24 +19,24 @@ from dvmsr_jax.errors import UserError, printable
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty hidden file beside PATH to write to; PATH's folder is made. The file then replaces
-    PATH, or is removed after an exception."""
+    """Creates an empty hidden file beside PATH to write to, and PATH's folder if needed. At the
+    end, the file replaces PATH; after an exception, it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Short, because PATH's name may be as long as they can be. Not by process, because containers
-    # that share a folder may count alike.
+    # Short, because PATH's name may be as long as names can be. Random instead of by process
+    # number, because containers that share a folder may have equal numbers.
     temporary = path.with_name(f".dvmsr-{secrets.token_hex(8)}")
     try:
-        temporary.touch()  # a folder that cannot be written to shows before there is any work
+        temporary.touch()  # fails before any work if the folder cannot be written to
         yield temporary
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # before its name says that it is whole
+            os.fsync(file.fileno())  # before the file appears under its name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON."""
+    """Writes JSON, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -44,8 +44,8 @@ def write_json(path: Path, content: Any) -> None:
 def lock(file: IO[Any], *, wait: bool) -> bool | None:
     """Locks the open file until it is closed.
 
-    If another process holds the lock, waits if `wait`, else returns False. Returns None on file
-    systems without locks.
+    If another process holds the lock, waits if `wait`, and otherwise returns False. Returns None
+    on file systems without locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -150,7 +150,7 @@ def regular_size(path: Path, *, at_most: int) -> int:
     """Bytes in a file, or in the one that it links to.
 
     Raises:
-        OSError: it cannot be found, is a device, pipe or folder, which might never end, or is
+        OSError: it cannot be found, is not a regular file (a device or pipe might never end), or is
             larger than `at_most`.
     """
     status = path.stat()

@@ -10,7 +10,7 @@ SSIM_WINDOW = 11
 
 
 def luma(rgb: UInt8[np.ndarray, "h w 3"]) -> Float64[np.ndarray, "h w"]:
-    """Y of YCbCr (ITU-R BT.601) as MATLAB's rgb2ycbcr has it, in [16, 235], but not rounded."""
+    """Y of YCbCr (ITU-R BT.601) like MATLAB's rgb2ycbcr, in [16, 235], but not rounded."""
     return rgb / 255 @ np.array([65.481, 128.553, 24.966]) + 16
 
 
@@ -33,9 +33,9 @@ def psnr_rgb(sr: UInt8[np.ndarray, "h w 3"], hr: UInt8[np.ndarray, "_ _ 3"], bor
 def ssim_y(sr: UInt8[np.ndarray, "h w 3"], hr: UInt8[np.ndarray, "_ _ 3"], border: int) -> float:
     """Structural similarity of the luma (Wang et al., IEEE Trans. Image Processing 13, 2004).
 
-    11x11 Gaussian window with sigma 1.5, averaged over where it lies inside the picture, after
-    leaving out `border` pixels on each side. Raises ValueError if the pictures' sizes differ or
-    the window does not fit.
+    Uses an 11x11 Gaussian window with sigma 1.5, and averages over all its positions inside the
+    picture, after leaving out `border` pixels on each side. Raises ValueError if the pictures'
+    sizes differ or the window does not fit.
     """
     sr, hr = _cropped(sr, hr, border, least=SSIM_WINDOW)
     similarity = structural_similarity(
@@ -60,7 +60,7 @@ def _cropped(
     height, width = sr.shape[:2]
     if sr.shape != hr.shape:
         raise ValueError(
-            f"pictures of {width}x{height} and {hr.shape[1]}x{hr.shape[0]} pixels do not compare"
+            f"cannot compare pictures of {width}x{height} and {hr.shape[1]}x{hr.shape[0]} pixels"
         )
     if min(height, width) - 2 * border < least:
         side = least + 2 * border

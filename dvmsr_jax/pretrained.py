@@ -1,4 +1,4 @@
-"""Weights in and out: checkpoint directories, `.safetensors`, and the authors' published `.pth`.
+"""Reads and converts weights: checkpoint directories, `.safetensors`, the authors' `.pth`.
 
 python -m dvmsr_jax.pretrained IN OUT.safetensors
 """
@@ -37,7 +37,7 @@ def load_model(source: str | os.PathLike[str], *, compute: Compute = Compute()) 
 
 
 def load_weights(source: str | os.PathLike[str]) -> Weights:
-    """The weights with a name (see `registry`), or those in a checkpoint directory (the averaged
+    """Reads weights by their name (see `registry`), or from a checkpoint directory (the averaged
     ones), `.safetensors` or `.pth` file.
 
     Raises:
@@ -80,7 +80,7 @@ def training_facts(source: str | os.PathLike[str]) -> dict[str, Any] | None:
     Returns:
         "step", the number of steps taken, and the configuration's fields by names like
         "optim.schedule", without those that do not affect the result, such as paths. None if the
-        file does not say.
+        file does not contain them.
 
     Raises:
         CheckpointError, PretrainedError: it cannot be read.
@@ -215,8 +215,8 @@ def convert(source: Path, target: Path) -> None:
     if target.suffix != ".safetensors":
         raise PretrainedError(f"{target}: the output's name must end in .safetensors")
     if target.exists():
-        raise PretrainedError(f"{target}: exists already; remove it or choose another name")
-    # A run may write another checkpoint in the meantime.
+        raise PretrainedError(f"{target}: already exists; remove it or choose another name")
+    # Pinned, because a run may write another checkpoint in the meantime.
     weights = checkpoint.find_step(source) if source.is_dir() else source
     save_safetensors(load_model(weights), target, training_facts(weights))
     print(f"{source} -> {target}")

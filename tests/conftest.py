@@ -38,7 +38,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_each_program_once():
-    """Training compiles the same programs in several tests."""
+    """Several tests train, and compile the same programs."""
     folder = tempfile.mkdtemp(prefix="dvmsr-jax-test-")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

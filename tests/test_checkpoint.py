@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were, wherever they were made, and damaged ones are refused."""
+"""Checkpoints are restored exactly, on any number of devices, and damaged ones are refused."""
 
 import dataclasses
 import os
@@ -75,7 +75,7 @@ def config(tmp_path):
     return TrainConfig(workdir=tmp_path / "run", model=MODEL)
 
 
-def test_the_newest_are_kept_and_come_back(config):
+def test_the_newest_are_kept_and_restored(config):
     config = dataclasses.replace(config, keep_checkpoints=2)
     assert restore(config) is None
     directory = save(config, 1, 2, 3)
@@ -90,7 +90,7 @@ def test_the_newest_are_kept_and_come_back(config):
     assert sorted(int(step.name) for step in directory.iterdir()) == [9, 10, 11]
 
 
-def test_weights_from_more_devices_than_there_are_here(tmp_path, config):
+def test_weights_saved_from_more_devices(tmp_path, config):
     program = f"""
 import jax
 from pathlib import Path
@@ -124,7 +124,7 @@ checkpoints.close()
 
 
 def test_any_damaged_file(tmp_path, config):
-    """Whichever file is missing, cut or changed: refused by name, or the weights are whole."""
+    """With any file missing, cut or changed: an error names it, or the weights are intact."""
     directory = save(config, 7)
     whole = tmp_path / "whole"
     shutil.copytree(directory, whole)
@@ -168,7 +168,7 @@ def flipped(contents, position):
 
 
 def test_flipped_bits(tmp_path, config, capfd):
-    """In whichever file: refused in a line, or what is read is what was written."""
+    """In any file: a one-line error, or the original weights."""
     directory = save(config, 7)
     whole = tmp_path / "whole"
     shutil.copytree(directory, whole)
@@ -176,7 +176,7 @@ def test_flipped_bits(tmp_path, config, capfd):
     tried = 0
     for file in sorted(path for path in whole.rglob("*") if path.is_file()):
         contents = file.read_bytes()
-        # Orbax's own notes, which nothing here is read from; it logs what it finds wrong in them.
+        # Orbax's own metadata, which is not used here; Orbax logs errors in it.
         if file.name != "_CHECKPOINT_METADATA":
             for position in range(0, len(contents), max(len(contents) // 5, 1)):
                 shutil.rmtree(directory)
@@ -291,7 +291,7 @@ def test_only_regular_files_are_read(tmp_path, config):
 
 @pytest.mark.parametrize("item", ["config", "best", "ema", "state"])
 def test_damaged_checkpoints_are_passed_over(config, item, capsys):
-    """For the one before, with a warning; if there is none, it is an error."""
+    """The run resumes from the one before, with a warning; if there is none, it is an error."""
 
     def damage(step):
         for path in (directory / step / item).rglob("*"):
@@ -310,7 +310,7 @@ def test_damaged_checkpoints_are_passed_over(config, item, capsys):
     for warning, step in zip(warnings, "87", strict=True):
         path = re.escape(str(directory / step))
         assert re.match(f"warning: {path}: cannot be read .*it is now {path}.damaged", warning)
-    save(config, 7, 8)  # nothing is in the way of the run that goes on
+    save(config, 7, 8)  # the resumed run can save under the same names
     assert restore(config).step == 8
     kept = sorted(path.name for path in directory.iterdir())
     assert kept == ["6", "7", "7.damaged", "8", "8.damaged"]
@@ -328,7 +328,7 @@ def test_damaged_checkpoints_are_passed_over(config, item, capsys):
     assert kept == sorted(path.name for path in directory.iterdir())
 
 
-def test_every_free_field_may_differ(config):
+def test_fields_without_effect_may_differ(config):
     save(config, 7)
     changed = {
         "init": Path("weights.safetensors"),

@@ -1,4 +1,4 @@
-"""The command lines: documented commands parse, mistakes are answered, scores have their form."""
+"""The commands: documented examples parse, mistakes get an answer, scores have the right form."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ from dvmsr_jax.training import __main__ as training_commands
 from kernels.selective_scan import native, triton_scan
 
 ROOT = Path(__file__).resolve().parents[1]
-# Logs keep commands as they were.
+# Logs may contain commands of older versions.
 GUIDES = [path for path in (ROOT / "docs").glob("*.md") if path.name != "experiments.md"]
 COMMANDS = sorted(
     {
@@ -45,7 +45,7 @@ COMMANDS = sorted(
 
 
 def parse_only(command):
-    """A function of the same arguments that returns them."""
+    """A function with the same parameters that returns its arguments."""
     return functools.wraps(command)(lambda **options: options)
 
 
@@ -72,7 +72,7 @@ def test_documented_commands_parse(command, monkeypatch):
         assert len(arguments) == 2
 
 
-def test_the_documents_show_commands():
+def test_the_documents_contain_commands():
     assert len(COMMANDS) >= 20
 
 
@@ -103,7 +103,7 @@ def test_phase_and_preset_choose_the_defaults():
         (["--optim.warmup=2"], "--optim.warmup is 2"),
     ],
 )
-def test_mistakes_are_answered(arguments, answer, capsys):
+def test_mistakes_get_an_answer(arguments, answer, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse(arguments)
     assert stop.value.code != 0
@@ -111,7 +111,7 @@ def test_mistakes_are_answered(arguments, answer, capsys):
 
 
 @pytest.mark.parametrize("program", [train, evaluate, upscale, data_commands])
-def test_help_shows_examples_as_they_are(program, monkeypatch, capsys):
+def test_help_keeps_the_layout_of_examples(program, monkeypatch, capsys):
     examples = re.findall(r"^ +python .*", program.__doc__, re.MULTILINE)
     assert examples
     monkeypatch.setattr("sys.argv", ["program", "--help"])
@@ -211,7 +211,7 @@ def test_self_ensemble_changes_the_scores(weights, tmp_path):
         ]["Mine"]["psnr_y"]
         for on in (False, True)
     )
-    assert ensemble > plain  # the mean of eight answers of a random model errs less
+    assert ensemble > plain  # the mean of eight outputs of a random model is less wrong
 
 
 def test_scores_of_the_published_weights(shared, tmp_path):
@@ -279,7 +279,7 @@ def test_loader_benchmark_runs(capsys):
 
 
 def test_inference_benchmark_runs(monkeypatch, capsys):
-    """Within this process, and with a small model."""
+    """In this process, with a small model."""
     config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
     monkeypatch.setattr(inference_benchmark, "CONFIG", config)
     monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
@@ -305,7 +305,7 @@ class Failing(Fourfold):
 
 
 def test_inference_benchmark_takes_models_in_pytorch(monkeypatch, capsys, tmp_path):
-    """What stands for PyTorch has as much of it as is used."""
+    """A stand-in has the parts of PyTorch that are used."""
 
     class Tensor:
         def __init__(self, array):

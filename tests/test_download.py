@@ -44,7 +44,7 @@ def make_zip(folder, seeds):
 
 
 def make_tar(seeds):
-    """With what Flickr2K's has besides: low-resolution pictures. And with traps."""
+    """Like Flickr2K's, with low-resolution pictures, and with traps."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
 
@@ -70,7 +70,7 @@ def make_tar(seeds):
 
 @pytest.fixture(scope="session")
 def contents():
-    """The archives that the server has."""
+    """The archives on the server."""
     archives = (
         make_zip("DIV2K_train_HR", range(1, 6)),
         make_zip("DIV2K_valid_HR", range(801, 804)),
@@ -111,7 +111,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def folder(config):
-    """Where archives are downloaded to; made, so that files can be put there."""
+    """The folder that archives are downloaded to, created so that files can be put there."""
     path = config.data_dir / "pictures"
     path.mkdir(parents=True)
     return path
@@ -196,7 +196,7 @@ def test_a_breaking_connection_is_resumed(server, config, ranges):
 
 
 def test_answers_of_unknown_length(server, config, folder):
-    """Whether they are complete shows only by the size of the archive."""
+    """Only the size of the archive shows whether they are complete."""
     server.lengths, server.cut_after = False, 200_000
     assert len(data.load_records(config, 4).train) == 5
     asked = [first for name, first in server.asked if name == "DIV2K_train_HR.zip"]
@@ -234,7 +234,7 @@ def test_ctrl_c_keeps_what_was_downloaded(server, config, folder, monkeypatch):
         patch.setattr(downloads.tqdm, "update", interrupt)
         with pytest.raises(
             StoppedError,
-            match=r"so far is kept; run the same command again, .* by hand to .*HR\.zip",
+            match=r"files are kept; run the same command again, .* by hand to .*HR\.zip",
         ):
             data.load_records(config, 4)
     have = (folder / "DIV2K_train_HR.zip.partial").stat().st_size
@@ -266,7 +266,7 @@ def test_interrupted_unpacking_is_resumed(server, config, folder, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_damaged_archives_are_named(server, config, folder, contents, name, by_hand):
-    """Those with a checksum whatever the damage; Flickr2K's by what is missing."""
+    """With a checksum, any damage is found; in Flickr2K's archive, missing pictures."""
     config = dataclasses.replace(config, dataset="df2k")
     damaged = bytearray(contents[name])
     if name == "Flickr2K.tar":
@@ -353,7 +353,7 @@ def test_too_little_space_is_found_first(server, config, folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["DIV2K_train_HR.zip", "DIV2K_train_HR.zip.partial"])
 def test_too_little_space_to_unpack(server, config, folder, contents, monkeypatch, name):
-    """Whoever put the archive there, it is kept, and nothing is unpacked."""
+    """The archive is kept, whether downloaded or put there by hand, and nothing is unpacked."""
     (folder / name).write_bytes(contents["DIV2K_train_HR.zip"])
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
@@ -368,7 +368,7 @@ def test_too_little_space_to_unpack(server, config, folder, contents, monkeypatc
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk(server, config, folder):
     (folder / "DIV2K_train_HR.zip.partial").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="pictures: No space left on device; once this is solved"):
+    with pytest.raises(UserError, match="pictures: No space left on device; once this is fixed"):
         data.load_records(config, 4)
 
 
@@ -405,7 +405,7 @@ def test_unusable_settings(server, config, tmp_path, change, message):
 
 
 def test_an_archive_with_too_few_pictures(server, config, folder):
-    """Which no checksum tells."""
+    """This can happen without a checksum."""
     (folder / "Flickr2K.tar").write_bytes(make_tar(range(11, 13)))
     config = dataclasses.replace(config, dataset="df2k")
     message = (

@@ -1,4 +1,4 @@
-"""Benchmarks are found and paired, or refused by name; scores are means over their pictures."""
+"""Benchmarks are found and paired, or errors name them; scores are means over their pictures."""
 
 import re
 import time
@@ -78,7 +78,7 @@ def test_sizes_that_do_not_fit(tmp_path, lr_size):
         load_pair(Pair("x", tmp_path / "tiny.png", None), scale=2)
 
 
-def test_what_does_not_pair_up_is_named(tmp_path):
+def test_files_that_do_not_pair_up_are_named(tmp_path):
     def refused(*dirs, naming):
         with pytest.raises(ImageError, match=f"^{re.escape(str(naming))}: "):
             find_benchmarks(dirs, scale=2)
@@ -132,12 +132,12 @@ def test_scores_are_means_and_pictures_are_saved(tmp_path):
     assert {key: baseline[key] for key in METRICS} == scores["bicubic"]
 
 
-def test_what_cannot_be_scored_is_named():
+def test_pictures_that_cannot_be_scored_are_named():
     small = picture(14, 30)
     example = Example("small", bicubic.downscale(small, 2), small)
     with pytest.raises(UserError, match="Mine/small: 30x14 pixels are too few"):
         evaluate(bicubic_x2, [example], 2, name="Mine")
-    with pytest.raises(UserError, match=r"Mine/small: .* do not compare"):
+    with pytest.raises(UserError, match=r"Mine/small: cannot compare .*"):
         evaluate(lambda lr: lr, [example], 2, name="Mine")
     with pytest.raises(UserError, match="Mine: no pictures"):
         evaluate(bicubic_x2, [], 2, name="Mine")

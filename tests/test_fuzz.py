@@ -1,4 +1,4 @@
-"""Every damaged file, of any format, is either upscaled or reported."""
+"""Damaged files of every format are either upscaled or reported."""
 
 import faulthandler
 import io
@@ -15,7 +15,7 @@ from dvmsr_jax.pictures.reading import BandedFrame
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 
 FILES = 2_000
-SECONDS = 60  # limit for one file, which takes milliseconds
+SECONDS = 60  # limit for one file; it should take milliseconds
 
 
 def originals():
@@ -89,7 +89,7 @@ def damaged(rng, intact, other):
                 data[place : place + 20] = other[start : start + int(rng.integers(1, 40))]
             case 2:  # a number becomes extreme
                 data[place : place + 2] = bytes([rng.choice([0, 1, 127, 128, 255])]) * 2
-            case 3:  # a piece is lost or comes twice
+            case 3:  # a piece is lost or repeated
                 data[place:place] = data[max(place - 8, 0) : place] * int(rng.integers(2))
                 del data[place : place + int(rng.integers(8))]
             case _:  # a bit flips

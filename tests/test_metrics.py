@@ -25,7 +25,7 @@ def test_luma_of_the_primaries():
 
 
 @pytest.mark.parametrize("border", [0, 4])
-def test_psnr_equals_skimages(pictures, border):
+def test_psnr_equals_that_of_skimage(pictures, border):
     cropped = [luma(image[border : 21 - border, border : 19 - border]) for image in pictures]
     expected = peak_signal_noise_ratio(*cropped, data_range=255)
     assert psnr_y(*pictures, border) == pytest.approx(expected, rel=1e-12)

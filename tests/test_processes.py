@@ -1,4 +1,4 @@
-"""Runs of whole processes: several of them together, killed ones, and full disks."""
+"""Whole processes: several together, killed ones, and full disks."""
 
 import fcntl
 import os
@@ -37,8 +37,8 @@ SMALL = [
     "8",
     "--data.batch-size",
     "8",
-    # Adam makes a whole step of a gradient that is nearly zero, so that a high rate would magnify
-    # the rounding in which a sum over processes differs.
+    # Adam takes a full step even if a gradient is nearly zero. A high rate would therefore magnify
+    # the rounding differences of sums over processes.
     "--optim.learning-rate",
     "2e-4",
     "--steps",
@@ -102,7 +102,7 @@ def start(tmp_path, photos):
 
 
 def finish(*processes, status=0):
-    """Their output, when they have ended so."""
+    """Waits until they end with this status, and returns their output."""
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == status, output
@@ -161,14 +161,14 @@ def test_two_processes_are_like_one(start, tmp_path):
 
 
 def errors_of(outputs):
-    """The lines of errors in each; none of them a traceback or an abortion of JAX's."""
+    """The error lines of each; none may be a traceback or an abort by JAX."""
     for output in outputs:
         assert not re.search("Traceback|stack trace", output), output
     return [re.findall("^error: .*", output, re.MULTILINE) for output in outputs]
 
 
 def test_an_error_in_one_process_ends_all(start, tmp_path):
-    """With one line in each: here the first one alone finds the folder taken."""
+    """With one line in each: here, only the first one finds the folder in use."""
     folder = tmp_path / "taken" / "teacher"
     folder.mkdir(parents=True)
     with (folder / ".lock").open("w") as lock:
@@ -202,8 +202,8 @@ def test_a_late_process_is_not_waited_for(start):
     assert line.startswith("error: not all processes of the cluster started within 2 s")
 
 
-def test_cluster_that_is_not_there():
-    """An error in time, where JAX would abort the process, or take it for the only one."""
+def test_missing_cluster():
+    """A timely error, where JAX would abort the process or run it alone."""
     with pytest.raises(UserError, match="localhost:1: no answer"):
         parallel.start(Cluster("localhost:1", num_processes=2, process_id=1, timeout=0))
     with pytest.raises(UserError, match="pass all three or none"):
@@ -218,18 +218,18 @@ def test_cluster_that_is_not_there():
         text=True,
     )
     assert alone.returncode == 1
-    assert alone.stderr.startswith("error: a cluster is only half described: ")
+    assert alone.stderr.startswith("error: the cluster is described incompletely: ")
 
 
 def test_one_process_is_alone(monkeypatch):
-    """Whatever the environment says: some look like a TPU pod's and are not."""
+    """In any environment: some look like a TPU pod's but are not."""
     monkeypatch.setattr(jax.distributed, "initialize", None)
     parallel.start(Cluster(num_processes=1))
     assert jax.process_count() == 1
 
 
-def test_what_is_given_is_not_looked_for(monkeypatch):
-    """JAX would find SLURM's local rank, and take the GPU of that number only."""
+def test_given_addresses_turn_detection_off(monkeypatch):
+    """JAX would find SLURM's local rank, and use only the GPU of that number."""
     found = []
 
     def initialize(*_, cluster_detection_method, **__):
@@ -242,8 +242,8 @@ def test_what_is_given_is_not_looked_for(monkeypatch):
     assert found == [None, "deactivate"]
 
 
-def test_numpy_arrays_are_not_sent_to_be_compared(monkeypatch):
-    """As jax.device_put does among several processes: a device cache may be 40 GB."""
+def test_numpy_arrays_are_not_gathered_for_comparison(monkeypatch):
+    """jax.device_put does that among several processes, and a device cache may be 40 GB."""
     mesh = parallel.make_mesh(jax.device_count())
     monkeypatch.setattr(jax, "device_put", None)
     given = {"x": np.arange(6.0, dtype=np.float32).reshape(2, 3), "nothing": {}}
@@ -273,7 +273,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py", "upscale.py"])
 @pytest.mark.parametrize("module", ["numpy", "jax"])
 def test_interrupted_at_once(program, module):
-    """While the libraries are imported: the process ends without a traceback."""
+    """During imports: the process ends without a traceback."""
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", ROOT / program, "--help"],
         stdout=subprocess.DEVNULL,
@@ -284,12 +284,12 @@ def test_interrupted_at_once(program, module):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode in (-signal.SIGINT, 130)  # shells give 130 for the first, too
+    assert process.returncode in (-signal.SIGINT, 130)  # shells report 130 for the former, too
     assert "Traceback" not in errors
 
 
 def test_full_disk(start, small_disk, tmp_path):
-    """The run ends with a message, and goes on from the last good checkpoint later."""
+    """The run ends with a message, and can later resume from the last good checkpoint."""
     finish(start("teacher", "whole", 1))
     process = start("teacher", "small/run", 1)
     while not (small_disk / "run/teacher/checkpoints/2").exists():

@@ -1,4 +1,4 @@
-"""Targets computed beforehand are the teacher's outputs, whatever interrupted their making."""
+"""Precomputed targets equal the teacher's outputs, even after interruptions."""
 
 import io
 import os
@@ -37,7 +37,7 @@ def records(tmp_path_factory):
 
 @pytest.fixture
 def teacher(tmp_path, request):
-    """Other weights in every test, whose targets then lie apart."""
+    """Different weights in every test, and thus a separate folder of targets."""
     path = tmp_path / "teacher.safetensors"
     seed = zlib.crc32(request.node.name.encode())
     save_safetensors(DVMSR(TEACHER, rngs=nnx.Rngs(seed)), path)
@@ -146,7 +146,7 @@ def fewer_rows(content):
         (flip_a_bit, "its checksum differs", True),
     ],
 )
-def test_damaged_targets_are_named_and_made_again(records, teacher, damage, problem, loads):
+def test_damaged_targets_are_named_and_recomputed(records, teacher, damage, problem, loads):
     def distill():
         return targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
 
@@ -202,7 +202,7 @@ def test_another_description_is_refused(records, teacher, text):
 
 
 def test_devices_change_no_target(records, teacher):
-    """Two of them, in a process of its own, against one; a batch of three is one of four there."""
+    """Compares one device with two, in another process, where a batch of three becomes four."""
     path = targets.distill(teacher, records.folder, self_ensemble=False, batch_size=4)
     one = np.load(path / "00000.npy")
     (path / "00000.npy").unlink()
@@ -226,7 +226,7 @@ distill(Path({str(teacher)!r}), Path({str(records.folder)!r}), self_ensemble=Fal
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_holds_something(records, teacher, batch_size):
+def test_batches_are_not_empty(records, teacher, batch_size):
     with pytest.raises(UserError, match=f"batch_size is {batch_size}, expected at least 1"):
         targets.distill(teacher, records.folder, self_ensemble=False, batch_size=batch_size)
 

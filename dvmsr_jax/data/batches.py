@@ -1,8 +1,8 @@
 """Batches of aligned crops, cut by the host, or by the device from its copy of all records.
 
-Either way a batch follows a plan, which gives the record, the position and one of the eight flips
-and turns for each crop. Degraded LR crops are made by the host either way, from the HR around the
-crop, before they are flipped and turned.
+Either way, a batch follows a plan: for each crop, the record, the position, and one of the eight
+combinations of flips and rotations. Degraded LR crops are always made by the host, from the HR around
+the crop, before flips and rotations.
 """
 
 import functools
@@ -40,8 +40,8 @@ def batches(
     """Batches `start` to `stop - 1` of the endless shuffled sequence: {"lr", "hr"} crops.
 
     Every epoch visits each sub-image once, in a new order, and takes one random crop of it, flipped
-    and turned at random. `targets`, pictures of HR's size, add their crops as "target".
-    `config.workers` threads read and degrade ahead.
+    and rotated at random. With `targets`, pictures of HR's size, batches also contain their crops,
+    as "target". `config.workers` threads read and degrade ahead.
 
     Process i of n passes `shard` = (i, n) and gets the i-th block of each batch's rows.
     """
@@ -125,9 +125,9 @@ def cut(
     lr_crop: int,
     scale: int,
 ) -> dict[str, UInt8[Array, "b _ _ 3"]]:
-    """The batch of a plan, cut from the arrays of `load_cache`; traced as part of the step.
+    """Cuts a plan's batch from the arrays of `load_cache`; traced as part of the step.
 
-    Crops that the plan already holds stay as they are.
+    Crops that the plan already contains are kept.
     """
 
     def crops(name: str, pictures: Array) -> Array:
@@ -183,7 +183,7 @@ def _loader(
                     square = record[name][y : y + side, x : x + side]
                 square = np.rot90(square, symmetry % 4)
                 square = square[:, ::-1] if symmetry >= 4 else square
-                for colour in range(3):  # several times faster than all at once, if turned
+                for colour in range(3):  # several times faster for rotated crops
                     batch[name][row, ..., colour] = square[..., colour]
         return batch
 
@@ -220,7 +220,7 @@ def _plans(
             rng.integers(width - config.lr_crop + 1, size=b),
             rng.integers(8, size=b),
         )
-        # Each process draws the numbers of all rows, so that they do not depend on its share.
+        # Each process draws the numbers of all rows, so that they do not depend on its shard.
         found: Plan = {
             name: x[rows].astype(np.int32) for name, x in zip(_FIELDS, values, strict=True)
         }
@@ -232,7 +232,7 @@ def _plans(
     return grain.MapDataset.range(sys.maxsize).map(plan)
 
 
-# Purposes of the streams of random numbers.
+# Seeds of separate streams of random numbers, by purpose.
 _ORDER, _CROPS, _DEGRADATIONS = 0, 1, 2
 
 

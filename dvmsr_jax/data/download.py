@@ -63,11 +63,11 @@ DATASETS: dict[str, dict[str, tuple[Archive, ...]]] = {
 
 
 def fetch(archive: Archive, folder: Path) -> Path:
-    """The folder of an archive's pictures, which is made under `folder` unless it exists.
+    """Returns the folder of an archive's pictures; downloads and unpacks it unless it exists.
 
-    The archive is downloaded to NAME.partial and removed when it is unpacked. If a file of its own
-    name is in `folder`, that is unpacked instead and kept. An interruption loses neither what was
-    downloaded nor what was unpacked. While one process works in `folder`, the others wait.
+    The archive is downloaded to NAME.partial, and removed once it is unpacked. If `folder` contains
+    NAME itself, that file is unpacked instead and kept. Interruptions lose neither downloaded nor
+    unpacked data. While one process works in `folder`, the others wait.
 
     Raises:
         DataError: the folder of the pictures is incomplete, or cannot be written.
@@ -87,7 +87,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
         found = sum(path.suffix.lower() == ".png" for path in pictures.iterdir())
     except OSError as error:
         raise DataError(
-            f"{error.filename or folder}: {error.strerror or error}; once this is solved, the same "
+            f"{error.filename or folder}: {error.strerror or error}; once this is fixed, the same "
             f"command resumes the download of {name}"
         ) from error
     if found != archive.pictures:
@@ -99,10 +99,10 @@ def fetch(archive: Archive, folder: Path) -> Path:
 
 
 def _unpack(archive: Archive, path: Path, pictures: Path) -> None:
-    """Makes the folder of pictures, which appears when it is complete.
+    """Creates the folder of pictures, which appears only when it is complete.
 
-    Of a member of the archive only its content and the last part of its name are used, and of links
-    nothing, so that nothing is written elsewhere. Raises DamagedError.
+    Only the content and the last part of the name of an archive's members are used, and links are
+    ignored, so that nothing can be written elsewhere. Raises DamagedError.
     """
     incomplete = pictures.with_name(f".incomplete-{pictures.name}")
     try:

@@ -14,9 +14,9 @@ from dvmsr_jax.data.batches import batches, cut, degraded_plans, load_cache, pla
 
 @dataclass(frozen=True)
 class Feed(abc.ABC):
-    """Inputs for the training steps, and the function with which a step makes crops of its input.
+    """Inputs for the training steps, and the function that turns a step's input into crops.
 
-    `targets`, if given, are pictures of HR's size, cropped along as "target".
+    `targets`, if given, are pictures of HR's size, which are cropped too, as "target".
     """
 
     records: Sequence[dict[str, Any]]
@@ -89,6 +89,6 @@ def make_feed(
     scale: int,
     targets: Sequence[UInt8[np.ndarray, "H W 3"]] | None = None,
 ) -> Feed:
-    """The feed of the kind that `config.cache` names."""
+    """Creates the kind of feed that `config.cache` names."""
     kind = _DeviceFeed if config.cache == "device" else _HostFeed
     return kind(records, config, scale, targets)

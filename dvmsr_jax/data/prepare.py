@@ -21,19 +21,19 @@ from dvmsr_jax.errors import printable
 from dvmsr_jax.files import checksum, replacing, turn, write_json
 
 PICTURES_PER_SHARD = 16
-# File in a folder made by `load_records`: a hash of the source folders or the data set's name.
+# File in a folder made by `load_records`: a hash of the source folders, or of the dataset's name.
 _SOURCES = "sources"
 
 
 def load_records(config: DataConfig, scale: int) -> Records:
     """Opens the prepared sub-images, and prepares them first if necessary.
 
-    They are in `config.prepared`, or else in a folder under `config.data_dir` whose name is a hash
-    of the pictures' fingerprints.
+    They are in `config.prepared` or, if that is None, in a folder under `config.data_dir` named by
+    a hash of the pictures' fingerprints.
 
     Raises:
-        DataError: there are no pictures, or too few, or too many of them cannot be read, or they
-            were prepared for other settings.
+        DataError: there are no or too few pictures, too many of them cannot be read, or they were
+            prepared with other settings.
         images.ImageError: a folder is missing or holds no pictures.
     """
     side = records.hr_side(scale)
@@ -46,7 +46,8 @@ def load_records(config: DataConfig, scale: int) -> Records:
         parent = config.data_dir.expanduser() / records.NAME
         apart = f"{config.val_images} apart"
         folder = parent / _key(splits["train"] + splits["val"], scale, apart)
-        # By the folders: finished shards are still of use after pictures were fixed or removed.
+        # Named by the folders, so that finished shards are reused once pictures are fixed or
+        # removed.
         folders = [str(path.expanduser().resolve()) for path in config.hr_dirs]
         sources = _hash(f"x{scale}", apart, *(folders or [config.dataset]))
         unfinished = parent / f".incomplete-{sources}"
@@ -60,7 +61,7 @@ def load_records(config: DataConfig, scale: int) -> Records:
             raise DataError("data.prepared and data.dataset exclude each other; pass one of them")
         there = Preparation.read(folder).scale
         if there != scale:
-            raise DataError(f"{folder}: was prepared for x{there}, the model is to be x{scale}")
+            raise DataError(f"{folder}: was prepared for x{there}, but the model is for x{scale}")
     return records.open_records(folder)
 
 
@@ -78,8 +79,8 @@ def _name_superseded(folder: Path, sources: str) -> None:
         if older:
             size = sum(path.stat().st_size for parent in older for path in parent.rglob("*"))
             parallel.say(
-                f"from before the pictures changed, {size / 1e9:.1f} GB that you may delete unless "
-                f"you use them with --data.prepared: {', '.join(map(str, older))}"
+                f"prepared before the pictures changed, {size / 1e9:.1f} GB, which you may delete "
+                f"unless you use it with --data.prepared: {', '.join(map(str, older))}"
             )
 
 
@@ -91,18 +92,19 @@ def prepare(
     *,
     max_unreadable: float = DataConfig.max_unreadable,
 ) -> None:
-    """Writes the pictures' sub-images as records; for "val" pictures, only the middle one.
+    """Writes the pictures' sub-images as records; of "val" pictures, only the middle sub-image.
 
-    The folder appears when it is complete. Until then, finished shards are kept in `unfinished`, by
-    default .incomplete-NAME beside it, so that a later call can resume. The records do not depend
-    on the number of cores. If the folder already holds them, nothing happens.
+    The folder appears only when it is complete. Until then, finished shards are kept in
+    `unfinished`, by default .incomplete-NAME beside it, so that a later call can resume. The
+    records do not depend on the number of cores. If the folder already contains them, nothing
+    happens.
 
-    TFDS's `GeneratorBasedBuilder` would shuffle the records, for which it needs TensorFlow as soon
-    as they exceed a gigabyte; Grain shuffles at reading, so they are written as they come.
+    TFDS's `GeneratorBasedBuilder` would shuffle the records, and needs TensorFlow to do so beyond a
+    gigabyte. Grain shuffles when reading, so the records are written in order.
 
     Raises:
-        DataError: a larger share of the pictures than `max_unreadable` cannot be read (up to that
-            they are left out), or the folder holds something else.
+        DataError: a larger fraction of the pictures than `max_unreadable` cannot be read (a smaller
+            one is left out), or the folder contains something else.
         OSError: for example, the disk is full.
     """
     if unfinished is None:
@@ -163,8 +165,8 @@ class _Shard:
     def read_info(self, folder: Path) -> ShardInfo | None:
         """The finished shard's description; None if the shard must be written.
 
-        That includes shards of other pictures, and those that lack unreadable ones, which may have
-        been repaired since.
+        A shard of other pictures must be written, and so must one with unreadable pictures, which
+        may have been repaired in the meantime.
         """
         try:
             info = ShardInfo.from_json(json.loads(self.info_path(folder).read_text()))
@@ -195,7 +197,7 @@ def _hash(*parts: str) -> str:
 def _write_shards(
     shards: list[_Shard], scale: int, folder: Path, max_unreadable: float
 ) -> dict[str, ShardInfo]:
-    """Writes the missing shards; returns the descriptions of all, by file name."""
+    """Writes the missing shards; returns the descriptions of all shards, by file name."""
     found = {shard.name: shard.read_info(folder) for shard in shards}
     kept = {name: info for name, info in found.items() if info is not None}
     known = {*kept, *(f"{name}.json" for name in kept)}

@@ -37,15 +37,15 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class PictureUpscaler:
-    """A function that enlarges pictures of all kinds, by means of one for RGB pictures."""
+    """Enlarges pictures of all kinds with a function for RGB pictures."""
 
     def __init__(self, upscale: RgbUpscale, model_scale: int, *, scale: int | float | None = None):
         """
         Args:
             upscale: a function made by `inference`.
-            model_scale: the factor by which it enlarges.
-            scale: the factor by which to enlarge pictures, above 0 and at most MAX_SCALE. If it is
-                not `model_scale`, the model's output is resized.
+            model_scale: its enlargement factor.
+            scale: the enlargement factor for pictures, above 0 and at most MAX_SCALE. If it differs
+                from `model_scale`, the model's output is resized.
 
         Raises:
             UserError: `scale` is out of range.
@@ -101,7 +101,7 @@ class PictureUpscaler:
         return enlarged[:, :, 0] if picture.ndim == 2 else enlarged
 
     def enlarge(self, frame: Frame) -> BandedFrame:
-        """Enlarges a frame. The pixels are computed lazily, while the bands are iterated over."""
+        """Enlarges a frame. The pixels are computed during iteration over the bands."""
         *size, channels = frame.pixels.shape
         height, width = self._enlarged(*size)
         metadata = frame.metadata.scaled(self.scale, height, width)
@@ -134,8 +134,8 @@ class PictureUpscaler:
     ) -> Iterator[Float[np.ndarray, "rows W channels"]]:
         """Enlarges the picture blended with black, and blended with white.
 
-        The difference of the two results gives alpha, and with it the colour. On black as on white,
-        the enlarged picture then looks like the enlarged blend, without fringes.
+        Alpha follows from the difference of the two results, and the colour from alpha. On black
+        and on white, the enlarged picture then looks like the enlarged blend, without fringes.
         """
 
         def on_black(values: np.ndarray) -> np.ndarray:
@@ -157,7 +157,7 @@ class PictureUpscaler:
         ):
             top, bottom = bottom, bottom + len(black)
             rows = ((np.arange(top, bottom) + 0.5) * (h / height)).astype(int)
-            # Opaque and clear areas stay exactly so, and alpha does not overshoot at edges.
+            # Opaque and clear areas stay exactly that, and alpha does not overshoot at edges.
             first = max(rows[0] - reach, 0)
             alpha = _values(pixels[first : rows[-1] + reach + 1, :, -1:])
             area = np.ix_(rows - first, columns)
@@ -174,7 +174,7 @@ class PictureUpscaler:
     ) -> Iterator[Float[np.ndarray, "rows W colours"]]:
         """Yields enlarged grey or RGB bands.
 
-        `colours` extracts grey or RGB from the values, in [0, 1], of any part of the pixels.
+        `colours` extracts grey or RGB from any part of the pixels, given as values in [0, 1].
         """
 
         def to_rgb(part: np.ndarray) -> np.ndarray:
@@ -190,7 +190,7 @@ class PictureUpscaler:
 
 
 class Upscaler(PictureUpscaler):
-    """A function that enlarges pictures of all kinds with a model.
+    """Enlarges pictures of all kinds with a model.
 
     It may be used from several threads at once.
     """
@@ -213,9 +213,8 @@ class Upscaler(PictureUpscaler):
             scale: enlargement factor, not necessarily an integer. None: the model's.
             self_ensemble: average over the eight flips and rotations of each picture: slightly
                 better, eight times slower, and the result is held in memory in float32.
-            tile: upscale in square tiles of this side, in pixels. None: in bands of rows, which
-                equals the whole picture up to rounding and needs as little memory, except for
-                bidirectional models, which use 256.
+            tile: upscale in square tiles of this side, in pixels. None: in bands of rows, without
+                approximating, in as little memory; for bidirectional models, in tiles of 256.
             overlap: overlap of the tiles in pixels. None: 16.
             precision: see `config.Compute`.
 
@@ -268,7 +267,7 @@ def _values(pixels: np.ndarray) -> np.ndarray:
 
 
 def _joined(bands: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Joins bands to an array of this shape, and holds only one of them besides it."""
+    """Joins bands into an array of this shape, holding only one of them at a time."""
     whole = np.empty(shape, dtype)
     bottom = 0
     for band in bands:

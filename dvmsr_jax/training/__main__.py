@@ -24,8 +24,8 @@ def distill(ckpt: Path, data: Path, self_ensemble: bool = False, batch_size: int
         ckpt: the teacher: a checkpoint directory, a .safetensors file or a published .pth file.
         data: a folder made by `python -m dvmsr_jax.data prepare`; the outputs go into its
             subfolder `targets`.
-        self_ensemble: average over the eight flips and turns; a better teacher, eight times slower.
-        batch_size: sub-images at a time, rounded up so that all devices share them evenly.
+        self_ensemble: average over the eight flips and rotations: better, but eight times slower.
+        batch_size: sub-images at a time, rounded up so that they divide evenly among the devices.
     """
     folder = targets.distill(
         ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size

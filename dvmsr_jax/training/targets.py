@@ -1,6 +1,7 @@
-"""A teacher's outputs for the training sub-images, computed once and kept beside them.
+"""Targets: a teacher's outputs for the training sub-images, computed once and stored beside them.
 
-Each teacher has a folder for them: arrays in files of `PER_SHARD`, and INFO, which describes them.
+Each teacher has a folder of targets: arrays, in files of `PER_SHARD` each, and INFO, with the
+files' checksums and the teacher's path.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from dvmsr_jax.inference import upscale_pixels
 from dvmsr_jax.model import Weights
 from dvmsr_jax.pretrained import load_weights
 
-# Targets in a file; how much work an interruption can lose.
+# Targets per file, and thus the most work that an interruption can lose.
 PER_SHARD = 256
 INFO = "targets.json"
 _ENSEMBLE = "-ensemble"
@@ -66,7 +67,7 @@ class Info:
 
 
 class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
-    """The targets in a folder, in the order of the records, read from disk as they are used."""
+    """The targets in a folder, in the order of the records, read from disk on use."""
 
     def __init__(self, shapes: Mapping[Path, tuple[int, ...]]):
         self._shards = [open_shard(path, shape) for path, shape in shapes.items()]
@@ -85,7 +86,7 @@ def load_targets(folder: Path, teacher: str, *, self_ensemble: bool, ckpt: Path)
     """Opens the targets that `distill` wrote for the teacher with this `Weights.identity`.
 
     Raises:
-        DataError: some are missing; the message says how to make them from `ckpt`.
+        DataError: some are missing; the message gives the command to compute them from `ckpt`.
     """
     path = folder / "targets" / _name(teacher, self_ensemble)
     missing = _missing(path, ckpt)
@@ -111,7 +112,7 @@ def shard_shapes(path: Path) -> dict[Path, tuple[int, ...]]:
 
 
 def open_shard(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n H W 3"]:
-    """The targets in a file, read from disk as they are used. Raises DataError if it is damaged."""
+    """The targets in a file, read from disk on use. Raises DataError if the file is damaged."""
     try:
         shard = np.load(path, mmap_mode="r")
         if shard.shape != shape or shard.dtype != np.uint8:
@@ -155,7 +156,7 @@ def _check_shard(path: Path, shape: tuple[int, ...], expected: str | None) -> st
     except DataError as error:
         return str(error)
     if expected is None:
-        return f"{path}: has no checksum; distil again to have it written"
+        return f"{path}: has no checksum; distil again to record it"
     if checksum(path) != expected:
         return f"{path}: is damaged, its checksum differs; remove it and distil again"
     return None
@@ -172,8 +173,8 @@ def _missing(path: Path, ckpt: Path | str) -> str | None:
         return None
     option = " --self-ensemble" if path.name.endswith(_ENSEMBLE) else ""
     return (
-        f"{path}: {there} of the {len(shards)} files of the teacher's outputs are there; this "
-        "makes the others:\n"
+        f"{path}: {there} of the {len(shards)} files of the teacher's outputs exist; this command "
+        "computes the others:\n"
         f"  python -m dvmsr_jax.training distill --ckpt {ckpt} --data {path.parents[1]}{option}"
     )
 
@@ -181,8 +182,8 @@ def _missing(path: Path, ckpt: Path | str) -> str | None:
 def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -> Path:
     """Computes a teacher's outputs, 8-bit, for the training sub-images in a folder of records.
 
-    They are computed in batches of `batch_size`, rounded up so that all devices share them evenly.
-    Files that an interrupted run finished are kept.
+    They are computed in batches of `batch_size`, rounded up so that they divide evenly among the
+    devices. Files that an interrupted run has finished are kept.
 
     Raises:
         UserError: the teacher or the records cannot be used, or their scales differ.
@@ -231,7 +232,7 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
 def _make_teacher(
     weights: Weights, self_ensemble: bool, batch_size: int
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
-    """A function from batches of at most `batch_size` LR pictures to their SR pictures, uint8."""
+    """Returns a function from batches of at most `batch_size` LR pictures to SR pictures, uint8."""
     mesh = parallel.make_mesh(batch_size)
 
     def forward(weights, lr):
@@ -259,7 +260,7 @@ def _make_teacher(
     def teach(batches):
         under_way = None
         for lr in batches:
-            following = start(lr)  # so that the devices have work while this one is fetched
+            following = start(lr)  # keeps the devices busy while the previous one is fetched
             if under_way is not None:
                 yield finish(*under_way)
             under_way = following

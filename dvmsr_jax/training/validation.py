@@ -1,4 +1,4 @@
-"""Scores of the weights during training, on the validation pictures."""
+"""Scores the weights during training, on the validation pictures."""
 
 import jax
 import numpy as np
@@ -40,7 +40,7 @@ class Validator:
             self.fixed_scores["teacher"] = self._mean_psnr_y(results)
 
     def __call__(self, weights: Weights) -> tuple[float, UInt8[np.ndarray, "H W 3"]]:
-        """(mean PSNR-Y, a sample picture bicubic | ours | HR)."""
+        """Returns (mean PSNR-Y, a sample picture bicubic | ours | HR)."""
         results = self._results(weights)
         panels = {"bicubic": self._first_bicubic, "ours": results[0], "HR": self._records[0]["hr"]}
         return self._mean_psnr_y(results), images.side_by_side(panels)
@@ -51,7 +51,7 @@ class Validator:
         return f"step {step}: PSNR-Y {psnr_y:.2f} dB ({', '.join(others)})"
 
     def _results(self, weights: Weights, ensemble: bool = False) -> list[np.ndarray]:
-        # By way of the host, so that the arrays are no longer spread over a mesh.
+        # Through the host, so that the arrays are no longer spread over a mesh.
         weights = jax.tree.map(np.asarray, weights)
         return [
             np.asarray(self._forward(weights, ensemble, record["lr"])) for record in self._records
