@@ -13,7 +13,7 @@ from configs import PRESETS
 from dvmsr_jax import evaluation, images
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.program import one_line_errors
 from dvmsr_jax.registry import DEFAULT
 from dvmsr_jax.training import report
 from dvmsr_jax.training.loop import train
@@ -61,5 +61,5 @@ def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Pa
 
 
 if __name__ == "__main__":
-    with told_in_a_line(interrupted="interrupted; the same command resumes from there"):
+    with one_line_errors(interrupted="interrupted; the same command resumes from there"):
         main()

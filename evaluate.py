@@ -29,7 +29,7 @@ from dvmsr_jax.errors import printable
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.model import parameter_count
 from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.program import keep_compiled_programs, told_in_a_line
+from dvmsr_jax.program import keep_compiled_programs, one_line_errors
 from dvmsr_jax.registry import DEFAULT
 
 # Those in the table; --json has more.
@@ -111,7 +111,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the program."""
-    with told_in_a_line(out_of_memory="each picture is processed whole: leave out the largest"):
+    with one_line_errors(out_of_memory="leave out the largest pictures"):
         arguments = parse(sys.argv[1:])
         keep_compiled_programs()
         result = run(arguments)

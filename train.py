@@ -28,7 +28,7 @@ from configs import PRESETS
 from dvmsr_jax import parallel
 from dvmsr_jax.config import Cluster, TrainConfig, Within, check_fields
 from dvmsr_jax.pretrained import load_weights
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.program import one_line_errors
 from dvmsr_jax.training.loop import dry_run, train
 
 
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
 def main() -> None:
     """Parses the command line and trains."""
-    with told_in_a_line(
+    with one_line_errors(
         out_of_memory="try --remat, a larger --optim.accumulate, --precision bfloat16 or "
         "--data.cache none"
     ):

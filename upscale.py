@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dvmsr_jax.errors import UserError, printable
 from dvmsr_jax.pictures import formats, jobs
 from dvmsr_jax.pictures.upscaler import Upscaler
-from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, told_in_a_line
+from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def main() -> None:
             signal.signal(number, _stop)
     if sys.stderr is None:  # closed: print() would use standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    with told_in_a_line():
+    with one_line_errors():
         arguments = parse(sys.argv[1:])
         keep_compiled_programs()
         sys.exit(run(arguments))

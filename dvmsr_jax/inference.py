@@ -149,9 +149,9 @@ def make_upscaler(
 ) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
     """Returns a function that enlarges RGB pictures by the model's scale.
 
-    It streams, so that pictures of many sizes share a program. For bidirectional models, which cannot
-    be streamed, one is compiled per size. With `self_ensemble`, it averages over the eight flips and
-    rotations of the picture.
+    It streams, so that pictures of many sizes share a program. For bidirectional models, which
+    cannot be streamed, one is compiled per size. With `self_ensemble`, it averages over the eight
+    flips and rotations of the picture.
     """
     if model.config.bidirectional:
         graph, parameters = nnx.split(model)

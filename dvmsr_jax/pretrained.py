@@ -19,7 +19,7 @@ from dvmsr_jax import checkpoint, files, pth, registry
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, Weights, named_parameters
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.program import one_line_errors
 
 
 class PretrainedError(UserError):
@@ -223,7 +223,7 @@ def convert(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_line():
+    with one_line_errors():
         tyro.cli(
             tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(convert),
             prog="python -m dvmsr_jax.pretrained",

@@ -17,7 +17,7 @@ INTERRUPTED = 130
 
 
 @contextlib.contextmanager
-def told_in_a_line(
+def one_line_errors(
     *, out_of_memory: str = "close other programs", interrupted: str = "interrupted"
 ) -> Iterator[None]:
     """For main functions: an exception that is not a defect ends the process with one line.

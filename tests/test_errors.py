@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from dvmsr_jax.errors import StoppedError, UserError, printable
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.program import one_line_errors
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,14 @@ from dvmsr_jax.program import told_in_a_line
     ],
 )
 def test_other_errors_are_reported_in_one_line(error, code):
-    with pytest.raises(SystemExit) as exit_, told_in_a_line(out_of_memory="try less"):
+    with pytest.raises(SystemExit) as exit_, one_line_errors(out_of_memory="try less"):
         raise error
     assert exit_.value.code == code
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), jax.errors.JaxRuntimeError("INTERNAL: x")])
 def test_a_defect_keeps_its_traceback(error):
-    with pytest.raises(type(error)) as found, told_in_a_line(out_of_memory="try less"):
+    with pytest.raises(type(error)) as found, one_line_errors(out_of_memory="try less"):
         raise error
     assert found.value is error
 

@@ -19,7 +19,7 @@ from dvmsr_jax.data.check import find_problems
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
 from dvmsr_jax.data.records import Preparation, read_counts
 from dvmsr_jax.data.sources import find_sources
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.program import one_line_errors
 
 # Largest number of problems that `check` prints; each record can have one.
 _SHOWN = 20
@@ -92,7 +92,7 @@ def _summary(folder: Path) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    with told_in_a_line(interrupted="stopped; the same command resumes"):
+    with one_line_errors(interrupted="stopped; the same command resumes"):
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="python -m dvmsr_jax.data", description=__doc__
         )

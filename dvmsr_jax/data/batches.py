@@ -1,8 +1,8 @@
 """Batches of aligned crops, cut by the host, or by the device from its copy of all records.
 
 Either way, a batch follows a plan: for each crop, the record, the position, and one of the eight
-combinations of flips and rotations. Degraded LR crops are always made by the host, from the HR around
-the crop, before flips and rotations.
+combinations of flips and rotations. Degraded LR crops are always made by the host, from the HR
+around the crop, before flips and rotations.
 """
 
 import functools

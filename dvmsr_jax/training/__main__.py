@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.program import one_line_errors
 from dvmsr_jax.training import targets
 
 
@@ -56,7 +56,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {"distill": distill, "check": check}
 
 def main() -> None:
     """Runs the command line."""
-    with told_in_a_line(
+    with one_line_errors(
         out_of_memory="try a smaller --batch-size",
         interrupted="stopped; the same command resumes",
     ):
