@@ -334,12 +334,17 @@ prepare.prepare(pictures, 4, folder / "out")
 
 
 def preparing(folder):
-    """A process without locks, which prints "read" for each picture and waits for a line."""
+    """A process without locks, which prints "read" for each picture and waits for a line.
+
+    Its messages come with its output, and it shows no progress.
+    """
     return subprocess.Popen(
         [sys.executable, "-c", PREPARING, str(folder)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"TQDM_DISABLE": "1"},
         text=True,
     )
 

@@ -62,8 +62,8 @@ def load_initial(config: TrainConfig) -> Initial | None:
 def take(model: ModelConfig, weights: Weights, *, partial: bool) -> dict[str, Array | np.ndarray]:
     """The parameters with which a network like `model` starts from `weights`, by name.
 
-    All of them; for another scale, all but those of the last convolution, "reconstruct". With
-    `partial`, those of them whose names and shapes agree.
+    Those whose names and shapes agree: all of them, and for another scale all but those of the last
+    convolution, "reconstruct".
 
     Raises:
         ValueError: the networks differ in more than the scale and `partial` is false, or no
@@ -78,12 +78,7 @@ def take(model: ModelConfig, weights: Weights, *, partial: bool) -> dict[str, Ar
             "parameters that fit"
         )
     shapes = parameter_shapes(model)
-    taken = {
-        name: x
-        for name, x in weights.parameters.items()
-        if shapes.get(name) == x.shape
-        and not (name.startswith("reconstruct.") and "scale" in differing)
-    }
+    taken = {name: x for name, x in weights.parameters.items() if shapes.get(name) == x.shape}
     if not taken:
         raise ValueError("none of the parameters fits the network")
     return taken
