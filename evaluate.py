@@ -32,7 +32,7 @@ from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.program import keep_compiled_programs, one_line_errors
 from dvmsr_jax.registry import DEFAULT
 
-# Those in the table; --json has more.
+# Metrics in the table; --json adds others.
 METRICS = ("psnr_y", "ssim_y")
 # The size for which papers state the cost of x4 models.
 COST_SIZE = 256
@@ -50,7 +50,7 @@ class Arguments:
     Default: photographs from scikit-image."""
     degrade: tuple[str, ...] = ()
     """Degrade the LR pictures: blur=SIGMA (in LR pixels), noise=SIGMA (in levels of 255) and
-    jpeg=QUALITY, in this order. grid: not at all, each, and all combinations."""
+    jpeg=QUALITY, in this order. grid: every combination of them, including none."""
     json: Path | None = None
     """Also write the scores to this file."""
     save_images: Path | None = None

@@ -5,8 +5,8 @@
 
     python train.py --phase=teacher --preset=finetune --init PATH --data.hr-dirs DIR [DIR ...]
 
---preset=demo trains a small model briefly instead of the paper's; --preset=finetune trains given
-weights further. To resume a run that was stopped, give the same command again.
+--preset=demo trains a small model briefly instead of the paper's; --preset=finetune continues from
+given weights. To resume a run that was stopped, give the same command again.
 """
 
 import signal
@@ -51,9 +51,9 @@ class Arguments:
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
-    """The preset that --phase and --preset name, with every other argument overriding a field.
+    """Parses the command line: --phase and --preset choose the defaults of all other options.
 
-    With --init, the network is that of the weights, unless an argument overrides it.
+    With --init, the options of the network default to those of the weights.
 
     Raises:
         UserError: an argument is out of range, or the weights cannot be read.

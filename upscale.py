@@ -56,14 +56,14 @@ class Arguments:
     slower."""
     ckpt: Annotated[Path | None, tyro.conf.arg(aliases=["--model"])] = None
     """A name of weights (see checkpoints/README.md), a checkpoint directory (WORKDIR/PHASE), a
-    .safetensors file or a published .pth file. None: the project's own for the scale."""
+    .safetensors file or a published .pth file. None: the project's weights for the scale."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is faster on GPUs and TPUs; results differ by rounding."""
     device: Literal["cpu", "gpu", "tpu"] | None = None
     """None: the fastest one available."""
     tile: int | None = None
-    """Upscale in square tiles of this side, in pixels. None: in rows, which equals the
-    whole picture up to rounding and takes as little memory. Bidirectional models need tiles."""
+    """Upscale in square tiles of this side, in pixels. None: in bands of rows, which needs as
+    little memory without approximating; only bidirectional models need tiles."""
     overlap: int | None = None
     """Overlap of the tiles in pixels. None: 16."""
     max_megapixels: float = 500

@@ -1,9 +1,9 @@
-"""Time to score pictures of as many sizes, as Urban100's are: `python -m benchmarks.evaluation`.
+"""Time to score pictures of many sizes, such as Urban100's: `python -m benchmarks.evaluation`.
 
-`streamed` is evaluation as it is: pictures of many sizes share a program. `whole` compiles one for
-each size. Both include compiling, metrics and bicubic upscaling. No compiled program is kept from
-an earlier run. The pictures are a photograph of scikit-image, enlarged to sides like Urban100's:
-1,024 pixels one way and 512 to 1,020 the other.
+`streamed` is what evaluation does: pictures of many sizes share a program. `whole` compiles one for
+each size. Both include compilation, metrics and bicubic upscaling; programs from earlier runs are
+not reused. The pictures are one of scikit-image's photographs, resized to Urban100's range: 1,024
+pixels on one side and 512 to 1,020 on the other.
 """
 
 import time

@@ -1,8 +1,8 @@
 """Training crops per second, from disk and from device memory: `python -m benchmarks.loader`.
 
-With degraded LR as well, which is computed from the HR pixels by the threads that read. For
-comparison, it also measures how many crops the models' steps (forward and backward, float32,
-without the optimizer) consume on this machine's devices. Crops per CPU-second count the CPU time of
+This includes degraded LR, which the reading threads compute from HR. For comparison, it also
+measures how many crops the models' steps (forward and backward, float32, without the optimizer)
+consume on this machine's devices. Crops per CPU-second count the CPU time of
 the process's threads, on which other programs have little influence; crops per second require an
 idle machine.
 """
@@ -36,7 +36,7 @@ COLUMNS = ("", "crops/s", "crops per CPU-second", "CPU ms per crop", "cores busy
 
 
 def make_records(folder: Path, pictures: int) -> None:
-    """Prepares mosaics of a photograph, 64 sub-images each."""
+    """Prepares mosaics of a photograph, with 64 sub-images each."""
     square = skimage.data.astronaut()[:320, :320]
 
     def picture(i: int) -> Source:

@@ -1,9 +1,9 @@
-"""Fine-tuning: training given weights further, on other pictures or for another scale.
+"""Fine-tuning: further training of given weights, on other pictures or for another scale.
 
-    python train.py --phase=teacher --preset=finetune --init PATH --data.hr-dirs DIR
+    python train.py --phase=teacher --preset=finetune --init x4 --data.hr-dirs DIR
 
-The network is that of the weights. With this recipe, the project's x4 weights were made from the
-published ones, in 45 minutes on two CPU cores; see docs/finetuning.md.
+The network is that of the weights. This recipe made the project's x4 weights from the published
+ones, in 45 minutes on two CPU cores; see docs/finetuning.md.
 """
 
 import dataclasses

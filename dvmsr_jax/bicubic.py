@@ -39,9 +39,9 @@ def resize(
 def resize_bands(
     bands: Iterable[Float[np.ndarray, "rows w c"]], h: int, height: int, width: int
 ) -> Iterator[Float[np.ndarray, "rows width c"]]:
-    """`resize` of a float image of h rows that comes in bands of them, in float32 and likewise."""
+    """`resize` in float32, for a float image of h rows that arrives, and is returned, in bands."""
     weights = resampling(h, height).astype(np.float32)
-    weights.sum_duplicates()  # and put in order
+    weights.sum_duplicates()  # also sorts the indices
     starts, ends = weights.indptr[:-1], weights.indptr[1:]
     first_sources, last_sources = weights.indices[starts], weights.indices[ends - 1]
     columns, held, first, done = None, None, 0, 0
@@ -100,19 +100,19 @@ def resampling(
 ) -> csr_array:
     """(n_out, n_in) matrix that resizes a line of pixels.
 
-    `kernel`, which is zero beyond `radius`, is widened when the line shrinks. It need not be
-    normalised.
+    `kernel` must be zero beyond `radius`, but need not be normalised. It is widened if the line
+    shrinks.
     """
     scale = n_out / n_in
     shrink = min(scale, 1.0)
     taps = math.ceil(2 * radius / shrink)
-    # Pixel i covers [i, i + 1], so its centre is at i + 0.5; here in pixels of the input.
+    # In pixels of the input. Pixel i covers [i, i + 1], so its centre is at i + 0.5.
     centres = (np.arange(n_out) + 0.5) / scale - 0.5
     first = np.floor(centres - radius / shrink).astype(int) + 1
     sources = first[:, None] + np.arange(taps)
     weights = kernel((sources - centres[:, None]) * shrink)
     weights /= weights.sum(axis=1, keepdims=True)
-    # Where the border pixel repeats it is listed more than once in a row, and its weights add up.
+    # A repeated border pixel is listed several times in a row of the matrix; its weights add up.
     columns = np.clip(sources, 0, n_in - 1)
     row_starts = np.arange(n_out + 1) * taps
     return csr_array((weights.ravel(), columns.ravel(), row_starts), shape=(n_out, n_in))

@@ -2,8 +2,8 @@
 
 A run's checkpoints are in WORKDIR/PHASE/checkpoints/STEP, each with the items
 
-    config  the TrainConfig, as JSON, "sources" (identities of the data, the teacher and the weights
-            that it started from), and "lineage" (a description of those weights)
+    config  the TrainConfig, as JSON, "sources" (identifiers of the data, the teacher and the
+            initial weights), and "lineage" (how the initial weights were made)
     best    the best validation so far, as JSON
     ema     the averaged weights, by name, for evaluation, export and distillation
     state   the weights being trained and the optimizer's state, for resuming
@@ -36,8 +36,8 @@ from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.model import Weights, check_finite
 
 _EFFECTS = effects(TrainConfig)
-# What the score of given weights depends on, besides the scale: validations before and after one of
-# these changed cannot be compared.
+# Besides the weights and the scale, validation scores depend on these: scores from before and after
+# a change of one cannot be compared.
 _VALIDATED_ON = ("sources.data", "data.degradation", "compute.precision")
 _ITEMS = ("config", "best", "ema", "state")
 # File in a checkpoint's folder: the SHA-256 of each of its items' files, by path, as JSON.
@@ -97,8 +97,8 @@ class Checkpoints:
     ):
         """A run resumes only with the configuration and the `sources` in its checkpoint.
 
-        `sources` identifies the data, the teacher and the weights it started from. `lineage`
-        describes those weights and the ones before them, oldest first, and is only recorded.
+        `sources` identifies the data, the teacher and the initial weights. `lineage` describes the
+        initial weights and their predecessors, oldest first; it is recorded but not compared.
         `allow_changes` lets configuration and sources differ, except for fields that determine the
         shapes of the weights. `describe_data` returns how the data differ from those of another
         "data" source, for the messages.
@@ -179,8 +179,7 @@ class Checkpoints:
             if best.step and not changed.isdisjoint(_VALIDATED_ON):
                 parallel.say(
                     f"the best validation so far, {best.psnr_y:.2f} dB at step {best.step}, no "
-                    "longer counts: it was on other or otherwise degraded data, or in another "
-                    "precision",
+                    "longer counts: its data, degradation or precision were different",
                     file=sys.stderr,
                 )
                 best = Best()
@@ -227,7 +226,7 @@ class Checkpoints:
     def _check_same(self, stored: dict[str, Any], path: Path) -> set[str]:
         """The fields that differ. Raises CheckpointError if they must not."""
         current = flat(self._description)
-        # A field that an older version did not have is as it was then: at its default.
+        # A field that an older version did not have behaved as its default does now.
         defaults = to_json(TrainConfig()) | {
             "sources": self._description["sources"] | {"init": None}
         }
@@ -313,14 +312,16 @@ def load_facts(path: Path) -> dict[str, Any]:
     """
     step = find_step(path)
     with _reading(step, ("config", "state")):
-        # Not the folder's name, which a copy may not have.
+        # Not from the folder's name: a copy may have another.
         taken = int(read_arrays(step / "state", only=("step",))["step"])
         return {"step": taken, **_read_json(step, "config")}
 
 
 def read_arrays(item: Path, only: Collection[str] = ()) -> Any:
-    """An item of a checkpoint as NumPy arrays, whatever devices they were saved from; those of its
-    entries that `only` names, or all."""
+    """An item of a checkpoint as NumPy arrays, regardless of the devices that it was saved from.
+
+    With `only`, just the entries with these names are read.
+    """
     item = item.absolute()
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.metadata(item).tree

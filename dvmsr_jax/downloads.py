@@ -49,7 +49,7 @@ class Remote(NamedTuple):
 
     @property
     def address(self) -> str:
-        """Its URL, which is on the mirror if there is one."""
+        """The URL to download from: on the mirror, if there is one."""
         mirror = os.environ.get(MIRROR)
         return f"{mirror.rstrip('/')}/{self.name}" if mirror else self.url
 
@@ -60,17 +60,17 @@ class DamagedError(Exception):
 
 @contextlib.contextmanager
 def obtaining(remote: Remote, folder: Path, *, unpacked: int = 0) -> Iterator[Path]:
-    """The file, complete and verified: FOLDER/NAME if it exists, else it is downloaded to
+    """Yields a complete and verified file: FOLDER/NAME if it exists, otherwise a download to
     FOLDER/NAME.partial.
 
-    The download is removed after the body, unless that has moved it, and if it turns out to be
-    damaged: by its checksum, or by a DamagedError in the body. An interruption does not lose what
-    was downloaded. Several processes have to take turns.
+    The download is removed after the body, unless the body has moved it, and also if it is damaged
+    according to its checksum or to a DamagedError in the body. Interruptions do not lose downloaded
+    data. Processes must take turns.
 
     Args:
         remote: the file.
-        folder: where it is looked for and downloaded to.
-        unpacked: the space needed afterwards, as a multiple of the file's size.
+        folder: where to look for the file and to download it.
+        unpacked: disk space for the unpacked file, as a multiple of the file's size.
 
     Raises:
         DownloadError: the file cannot be downloaded, is damaged, or too large for the disk.

@@ -26,8 +26,8 @@ from dvmsr_jax.images import (
 from dvmsr_jax.metrics import psnr_rgb, psnr_y, ssim_y
 
 _METRICS = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr_rgb": psnr_rgb}
-# The strengths of `parse_degradations`' grid: those in use for blind super-resolution since "A
-# Closer Look at Blind Super-Resolution" (arXiv 2205.04910), but for JPEG's, which is 60 there.
+# Default strengths for `--degrade grid`: those commonly used for blind super-resolution since "A
+# Closer Look at Blind Super-Resolution" (arXiv 2205.04910), except for JPEG's, which is 60 there.
 _GRID = {"blur": 2.0, "noise": 20.0, "jpeg": 50}
 
 
@@ -65,7 +65,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Degraded:
-    """A benchmark with degraded LR pictures, the same every time."""
+    """A benchmark whose LR pictures are degraded, in the same way every time."""
 
     benchmark: Benchmark
     strengths: Mapping[str, Any]
@@ -80,11 +80,11 @@ class Degraded:
 
 
 def parse_degradations(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The degradations that `evaluate.py --degrade` names: their strengths, by their names.
+    """Parses the arguments of `evaluate.py --degrade`; returns strengths by name of degradation.
 
     Args:
         arguments: "blur=SIGMA", "noise=SIGMA" and "jpeg=QUALITY", as in `degradations.apply`, each
-            at most once. With "grid", all combinations of the three, whose strengths have defaults.
+            at most once. "grid": all combinations of the three, where strengths have defaults.
 
     Raises:
         UserError: an argument is none of these, or out of range.
@@ -102,7 +102,7 @@ def parse_degradations(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
         try:
             given[name] = type(_GRID[name])(value)
         except ValueError as error:
-            raise UserError(f"--degrade {argument}: {value!r} is no number") from error
+            raise UserError(f"--degrade {argument}: {value!r} is not a number") from error
     degradations.check(**given)
     if "grid" in arguments:
         choices = sorted(itertools.product((False, True), repeat=len(_GRID)), key=sum)
@@ -166,9 +166,9 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Scores `upscale`, a function from LR to SR pictures, both uint8, and bicubic upscaling.
 
-    Returns the scores, {METRICS, "bicubic": {METRICS}, "images": {NAME: {METRICS}}}, where METRICS
-    are "psnr_y", "ssim_y" and "psnr_rgb", with means over the examples outside "images"; and the
-    seconds taken for each picture, without those for compiling.
+    Returns the scores, {METRICS, "bicubic": {METRICS}, "images": {NAME: {METRICS}}}, and the
+    seconds taken for each picture, excluding compilation. METRICS are "psnr_y", "ssim_y" and
+    "psnr_rgb", and means over the examples except in "images".
 
     Progress goes to stderr if that is a terminal, under the benchmark's `name`. With `save_dir`,
     SR pictures are written to SAVE_DIR/NAME/PICTURE.png. Raises UserError if there are no
@@ -201,7 +201,7 @@ def comparison(
 
 
 def _timed(upscale: Callable[[np.ndarray], np.ndarray], lr: np.ndarray) -> tuple[np.ndarray, float]:
-    """(the upscaled picture, the seconds that it took). If JAX had to compile, it is done again."""
+    """Returns the upscaled picture and the seconds taken. Repeats the call if JAX compiled."""
     compilations: list[str] = []
 
     def note(event: str, duration_secs: float, **_: str | int) -> None:

@@ -58,14 +58,14 @@ def lock(file: IO[Any], *, wait: bool) -> bool | None:
 
 @contextlib.contextmanager
 def turn(path: Path) -> Iterator[None]:
-    """Waits until no other process is in the body for the same PATH.
+    """Runs the body in one process at a time; the others with the same PATH wait for their turn.
 
-    PATH is a file that exists while one is. It is also locked, so that a killed process, which
-    leaves it behind, keeps nobody waiting. On file systems without locks, a process owns the file
-    that it has created, and touches it regularly.
+    PATH is a file that exists during the body. It is also locked, so that nobody waits for a killed
+    process, which leaves it behind. On file systems without locks, a process owns the file that it
+    created, and touches it regularly.
 
     Raises:
-        UserError: on a file system without locks, the owner has ceased to touch the file.
+        UserError: on a file system without locks, the owner no longer touches the file.
         OSError: the file cannot be created.
     """
     waiting = False
@@ -87,7 +87,7 @@ def turn(path: Path) -> Iterator[None]:
                     _wait_for_removal(path)
                     continue
                 lock(file, wait=True)
-            if not _is_at(file, path):  # its owner was done, and has removed it
+            if not _is_at(file, path):  # its owner has finished and removed it
                 continue
             try:
                 with _touching(file) if locked is None else contextlib.nullcontext():
@@ -98,8 +98,8 @@ def turn(path: Path) -> Iterator[None]:
             return
 
 
-# Seconds between looks at another process's file, between touches of one's own, and without any of
-# them until giving up. NFS may show other machines' changes a minute late.
+# Seconds between looks at another process's file, between touches of one's own, and without a touch
+# until giving up. NFS may show other machines' changes a minute late.
 _POLL, _TOUCH, _PATIENCE = 1.0, 30.0, 600.0
 
 

@@ -1,4 +1,4 @@
-"""PSNR and SSIM, under super-resolution's usual protocol."""
+"""PSNR and SSIM, following the usual protocol of super-resolution."""
 
 import math
 
@@ -25,7 +25,7 @@ def psnr_y(sr: UInt8[np.ndarray, "h w 3"], hr: UInt8[np.ndarray, "_ _ 3"], borde
 
 
 def psnr_rgb(sr: UInt8[np.ndarray, "h w 3"], hr: UInt8[np.ndarray, "_ _ 3"], border: int) -> float:
-    """The same of all three channels together, as papers on degraded pictures report it."""
+    """`psnr_y` over the three RGB channels, as papers on degraded pictures report it."""
     sr, hr = _cropped(sr, hr, border, least=1)
     return _psnr(sr.astype(np.float64), hr.astype(np.float64))
 

@@ -101,7 +101,7 @@ class DVMSR(nnx.Module):
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, compute: Compute = Compute()
     ) -> "DVMSR":
-        """The same as `pretrained.load_model`."""
+        """Equivalent to `pretrained.load_model`."""
         from dvmsr_jax.pretrained import load_model  # which builds on this module
 
         return load_model(source, compute=compute)
@@ -212,7 +212,7 @@ class Weights:
         return weights
 
     def identity(self) -> str:
-        """12 hex digits of a hash of the configuration and the parameters."""
+        """A short identifier derived from the configuration and the parameters."""
         config = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
         digest = hashlib.sha256(config.encode())
         for name, x in sorted(self.parameters.items()):

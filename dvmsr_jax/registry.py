@@ -1,4 +1,4 @@
-"""The weights that have names: the project's own in `checkpoints/`, and the published ones."""
+"""Weights with names: the project's own, in `checkpoints/`, and the published ones."""
 
 import os
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ class RegistryError(UserError):
 
 @dataclass(frozen=True)
 class Named:
-    """Weights with a name."""
+    """Weights that have a name."""
 
     scale: int
     """Upscaling factor."""
     purpose: str
     """What they are for, and what they were made from."""
     sha256: str
-    """Of the file, in hex digits."""
+    """SHA-256 of the file, in hex digits."""
     scores: Mapping[str, tuple[float, float]]
     """PSNR-Y in dB and SSIM-Y, by benchmark."""
     url: str | None = None
-    """Where the file is downloaded from. None: it is NAME.safetensors in `checkpoints/`."""
+    """Where to download the file. None: it is NAME.safetensors in `checkpoints/`."""
 
 
 NAMED: Mapping[str, Named] = {
@@ -48,7 +48,7 @@ NAMED: Mapping[str, Named] = {
     ),
     "published": Named(
         scale=4,
-        purpose="clean pictures; the paper's authors' own weights, downloaded when first used",
+        purpose="clean pictures; the paper's authors' own weights, downloaded on first use",
         sha256="37ff9ece556b84e2aa63533d0d1a0ee27ab63cc6a46d4df8f6bfa16e325d34fe",
         scores={"Set5": (32.184, 0.8946), "Set14": (28.609, 0.7816)},
         url="https://raw.githubusercontent.com/Amazingren/NTIRE2024_ESR/"
@@ -60,20 +60,22 @@ DEFAULT = "x4"
 
 
 def default_for(scale: int | float | None) -> str:
-    """The name of the weights to enlarge clean pictures by a factor: those made for it, if there
-    are such, or else DEFAULT, whose results are then resized."""
+    """The name of the weights for enlarging clean pictures by a factor.
+
+    Without weights for that factor, DEFAULT: its results are then resized.
+    """
     name = DEFAULT if scale is None else f"x{scale:g}"
     return name if name in NAMED else DEFAULT
 
 
 def find(source: str | os.PathLike[str]) -> Path:
-    """The file or folder of weights.
+    """Finds the file or folder of weights, and downloads it if necessary.
 
     Args:
         source: a name in NAMED, or a path.
 
     Raises:
-        RegistryError: there is a file of this name as well, or the weights are missing or damaged.
+        RegistryError: a file has the same name, or the weights are missing or damaged.
         DownloadError: they cannot be downloaded.
     """
     name = os.fspath(source)
@@ -81,16 +83,16 @@ def find(source: str | os.PathLike[str]) -> Path:
         return Path(source).expanduser()
     if os.path.lexists(name):
         raise RegistryError(
-            f"{name}: is a name of weights, but there is also {Path(name).absolute()}; pass its "
-            "full path for that, or rename it"
+            f"{name}: is a name of weights, but there is also {Path(name).absolute()}; pass the "
+            "full path to use that, or rename it"
         )
     if named.url is not None:
         return _downloaded(named, Remote(named.url, sha256=named.sha256))
     path = _FOLDER / f"{name}.safetensors"
     if not path.exists():
         raise RegistryError(
-            f"{path}: the weights named {name} are missing; restore the project's folder, or pass "
-            "the path of others"
+            f"{path}: the weights named {name} are missing; restore the file, or pass the path of "
+            "other weights"
         )
     if files.checksum(path) != named.sha256:
         raise RegistryError(f"{path}: is not the file named {name}; restore it, or pass a path")
@@ -108,7 +110,7 @@ def _downloaded(named: Named, remote: Remote) -> Path:
                     os.replace(complete, path)
     except OSError as error:
         raise RegistryError(
-            f"{remote.name} cannot be kept in the cache ({error}); set XDG_CACHE_HOME to a folder "
-            "for it"
+            f"{remote.name} cannot be saved in the cache ({error}); set XDG_CACHE_HOME to another "
+            "folder"
         ) from error
     return path

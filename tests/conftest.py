@@ -59,7 +59,7 @@ def doubling():
 
 @pytest.fixture
 def no_locks(monkeypatch):
-    """A file system without locks, as some of NFS, Lustre and FUSE are."""
+    """Replaces flock; some NFS, Lustre and FUSE file systems have no locks."""
 
     def flock(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -70,7 +70,7 @@ def no_locks(monkeypatch):
 
 @pytest.fixture(params=["locks", "no locks"])
 def locks(request):
-    """The file system with and without locks."""
+    """A file system with and without locks."""
     if request.param == "no locks":
         request.getfixturevalue("no_locks")
 

@@ -1,4 +1,4 @@
-"""A local server of files that can fail in the ways in which servers fail."""
+"""A local file server with the failures of real servers."""
 
 import contextlib
 import os
@@ -20,18 +20,18 @@ def serving(contents: dict[str, bytes]) -> Iterator["Server"]:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves archives, in the ways that servers have."""
+    """Serves files, with the quirks of real servers."""
 
     def __init__(self, contents):
         super().__init__(("127.0.0.1", 0), Handler)
         self.contents = dict(contents)
         self.ranges = True
         self.lengths = True
-        """Whether answers say how long they are; otherwise they end with the connection."""
+        """Whether responses have a Content-Length; otherwise they end with the connection."""
         self.cut_after = None
-        """Bytes of an answer after which the connection breaks."""
+        """Bytes of a response after which the connection breaks."""
         self.status = None
-        """Of all answers."""
+        """Status of all responses, if set."""
         self.asked = []
         """(file name, first byte or None) of each request."""
 

@@ -257,7 +257,7 @@ for path in map(Path, sys.argv[1:]):
 
 
 def test_only_regular_files_are_read(tmp_path, config):
-    """Devices and pipes may never end. In a process, for limits of time and memory."""
+    """Devices and pipes may never end. In a process of its own, to limit time and memory."""
     whole = save(config, 7) / "7"
     expected = {}
 

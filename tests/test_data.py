@@ -577,7 +577,7 @@ def prepared(photos, tmp_path):
     return tmp_path / "prepared"
 
 
-def test_check_finds_no_fault_in_good_records(prepared):
+def test_check_accepts_good_records(prepared):
     assert find_problems(prepared) == []
 
 

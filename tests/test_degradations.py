@@ -1,4 +1,4 @@
-"""Each step of a degradation is what it says, LR stays aligned with HR, and the key decides all."""
+"""Operations do what they claim, LR stays aligned with HR, and the key determines the result."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +47,7 @@ def only(monkeypatch):
 
 
 def changed(levels, **changes):
-    """The levels with these fields in all rounds."""
+    """The levels, with these fields set in all rounds."""
     return tuple(
         dataclasses.replace(
             level, rounds=tuple(dataclasses.replace(step, **changes) for step in level.rounds)
@@ -80,7 +80,7 @@ def test_presets_give_lr(preset, scale):
 
 
 @pytest.mark.parametrize("preset", DEGRADING)
-def test_the_key_decides_all(preset, photo):
+def test_the_key_determines_the_result(preset, photo):
     before = photo.copy()
     keys = range(30)
     first = [degrade(photo, key, preset, 4) for key in keys]
@@ -98,7 +98,7 @@ def test_clean_is_bicubic(photo):
 
 
 def test_levels_of_damage(photo):
-    """Some of "mild" is clean, and the rest is better than the worst of "real"."""
+    """Some results of "mild" are clean, and the others better than the worst of "real"."""
     clean = bicubic.downscale(photo, 4)
     mild, real = (
         [apart(degrade(photo, key, preset, 4), clean) for key in range(120)] for preset in DEGRADING
@@ -110,14 +110,14 @@ def test_levels_of_damage(photo):
 
 @pytest.mark.parametrize("to_lr", [False, True])
 def test_no_strength_is_no_degradation(only, photo, to_lr):
-    """Only MATLAB's rounding between the two passes is missing."""
+    """Except for MATLAB's rounding between the two passes."""
     only(to_lr=to_lr)
     exact = bicubic.resize(photo.astype(float), 64, 64).clip(0, 255)
     assert np.abs(degrade(photo, 0, "real", 4) - exact).max() < 0.501
 
 
 def test_every_step_happens(monkeypatch, photo):
-    """In "real", each function is called as often as its probabilities say."""
+    """In "real", each function is called as often as its probability implies."""
     calls = {}
 
     def spy(name, label):
@@ -214,7 +214,7 @@ def test_an_edge_stays_where_it_is(preset, scale, axis, monkeypatch):
 
 
 def shift(a, b):
-    """By how many pixels b's content lies below and to the right of a's, to a fiftieth."""
+    """How many pixels b's content is below and to the right of a's, to a fiftieth of a pixel."""
     window = np.outer(np.hanning(len(a)), np.hanning(len(a)))
     a, b = ((x.mean(2) - x.mean()) * window for x in (a, b))
     return -phase_cross_correlation(a, b, upsample_factor=50, normalization=None)[0]
@@ -258,7 +258,7 @@ def test_gaussian_kernels_are_as_wide_as_they_say(sigmas, angle, turn):
 @pytest.mark.parametrize("shape", degradations.SHAPES)
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
 def test_shapes_of_kernels(shape, beta):
-    """Normalised, symmetric, and at one standard deviation as low as their formulas say."""
+    """Normalised and symmetric, with the value of the formula at one standard deviation."""
     kernel = degradations.blur_kernel(shape, 21, (3.0, 2.0), beta=beta)
     assert kernel.sum() == pytest.approx(1)
     np.testing.assert_allclose(kernel, kernel[::-1, ::-1])
@@ -299,7 +299,7 @@ def test_blur_is_a_convolution(shape):
 @pytest.mark.parametrize("kind", degradations.RESIZINGS)
 @pytest.mark.parametrize("size", [(30, 30), (60, 75), (61, 17), (113, 90), (60, 60)])
 def test_resizing_moves_nothing(kind, size):
-    """A slope keeps its values at the centres of the pixels, up to what sampled kernels err."""
+    """A slope keeps its values at the pixels' centres, up to the error of sampled kernels."""
     y, x = np.mgrid[:60, :60].astype(np.float32)
     found = degradations.resize(np.stack([y, x, y + x], -1), *size, kind)
     assert found.shape == (*size, 3)
@@ -377,7 +377,7 @@ def test_jpeg_has_a_quality_and_may_halve_the_colours(photo):
 
 @pytest.mark.parametrize("jpeg_last", [0.0, 1.0])
 def test_jpeg_before_or_after_the_resizing_to_lr(only, photo, jpeg_last):
-    """At LR's size its blocks are LR's: decoded once, encoding them again changes little."""
+    """JPEG at LR's size has LR's blocks, so encoding them once more changes little."""
     only(jpeg=1.0, quality=(30.0, 30.0), subsampling=0.0, jpeg_last=jpeg_last)
     lr = degrade(photo, 0, "real", 4).astype(np.float32)
     again = apart(degradations.compress(lr, 30, subsampled=False), lr)
@@ -389,7 +389,7 @@ def test_jpeg_before_or_after_the_resizing_to_lr(only, photo, jpeg_last):
 
 @pytest.mark.parametrize("position", [(0, 0), (16, 5), (7, 16)])
 def test_crops_are_degraded_in_their_surroundings(only, photo, position, monkeypatch):
-    """As if the whole picture had been, though only a part of it is."""
+    """As if the whole picture had been degraded, though only part of it is."""
     monkeypatch.setattr(degradations, "SIZES", (15,))
     only(blur=1.0, shapes=(1.0, 0.0, 0.0), anisotropic=(0.0,) * 3, sigma=(2.0, 2.0), sinc=0.0)
     whole = degrade(photo, 0, "real", 4).astype(int)
@@ -400,7 +400,7 @@ def test_crops_are_degraded_in_their_surroundings(only, photo, position, monkeyp
 
 
 def test_blocks_of_jpeg_begin_anywhere(monkeypatch, photo):
-    """And the pixels that are degraded are HR's around the crop."""
+    """The degraded pixels are those of HR around the crop."""
     shapes = set()
     monkeypatch.setattr(
         degradations,
@@ -419,8 +419,8 @@ def batches(records, *, start=0, stop=3, shard=(0, 1), **changes):
     return list(data.batches(records, config, scale=4, seed=1, start=start, stop=stop, shard=shard))
 
 
-def test_degraded_batches_are_the_clean_ones_but_for_lr(records):
-    """The same crops, flipped and turned alike, for every preset."""
+def test_degraded_batches_differ_from_clean_ones_only_in_lr(records):
+    """The same crops with the same flips and rotations, for every preset."""
     clean = batches(records, stop=12)
     for preset in DEGRADING:
         degraded = batches(records, stop=12, degradation=preset)
@@ -440,7 +440,7 @@ def test_degraded_batches_are_the_clean_ones_but_for_lr(records):
 
 @pytest.mark.parametrize("preset", DEGRADING)
 def test_degraded_batches_are_a_function_of_seed_and_step(records, preset):
-    """From whichever step on, in however many threads, and for any number of processes."""
+    """From any step, with any number of threads and processes."""
     whole = batches(records, degradation=preset)
     resumed = batches(records, start=1, degradation=preset, workers=0)
     shares = [batches(records, shard=(i, 3), degradation=preset, workers=4) for i in range(3)]
@@ -453,7 +453,7 @@ def test_degraded_batches_are_a_function_of_seed_and_step(records, preset):
 
 
 def test_every_crop_is_degraded_anew(records):
-    """In each row and step, also if it is of the same pixels."""
+    """In each row and step, even if the pixels are the same."""
     small = [{"lr": records[5]["lr"][:12, :12], "hr": records[5]["hr"][:48, :48]}]
     crops = [lr for batch in batches(small, stop=20, degradation="real") for lr in batch["lr"]]
     assert len({lr.tobytes() for lr in crops}) == len(crops) == 20 * 6

@@ -152,7 +152,7 @@ def test_samples():
     assert example.lr.shape == (128, 128, 3)
 
 
-def test_times_are_without_compiling():
+def test_times_exclude_compilation():
     @jax.jit
     def upscale(lr):
         time.sleep(0.5)  # while it is traced
@@ -189,22 +189,22 @@ def test_degradations_are_parsed():
     [
         (["rain=1"], "--degrade rain=1: expected blur=SIGMA"),
         (["blur=1", "blur=2"], "--degrade blur=2: expected .* at most once"),
-        (["blur"], "--degrade blur: '' is no number"),
-        (["noise=much"], "--degrade noise=much: 'much' is no number"),
-        (["jpeg=50.5"], "--degrade jpeg=50.5: '50.5' is no number"),
+        (["blur"], "--degrade blur: '' is not a number"),
+        (["noise=much"], "--degrade noise=much: 'much' is not a number"),
+        (["jpeg=50.5"], "--degrade jpeg=50.5: '50.5' is not a number"),
         (["blur=-1"], "blur is -1.0"),
         (["noise=nan"], "noise is nan"),
         (["jpeg=0"], "jpeg is 0"),
         (["grid", "jpeg=101"], "jpeg is 101"),
     ],
 )
-def test_degradations_that_are_none(arguments, problem):
+def test_invalid_degradations(arguments, problem):
     with pytest.raises(UserError, match=problem):
         parse_degradations(arguments)
 
 
 def test_degraded_benchmarks(tmp_path):
-    """The same every time; the noise differs from picture to picture; HR stays."""
+    """The same every time, with other noise in each picture, and the same HR."""
     write_png(tmp_path / "B" / "HR" / "a.png", picture(32, 32))
     write_png(tmp_path / "B" / "HR" / "b.png", picture(32, 32))
     (benchmark,) = find_benchmarks([tmp_path / "B"], scale=2).values()

@@ -33,14 +33,14 @@ def test_a_turn_ends_with_an_error(tmp_path, locks):
         assert (tmp_path / "lock").exists()
 
 
-def test_what_a_killed_process_leaves_keeps_nobody_waiting(tmp_path, capsys):
+def test_nobody_waits_for_a_killed_process(tmp_path, capsys):
     (tmp_path / "lock").touch()
     with files.turn(tmp_path / "lock"):
         pass
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_locks_long_work_is_not_taken_for_a_killed_process(
+def test_without_locks_long_work_does_not_look_like_a_killed_process(
     tmp_path, monkeypatch, no_locks, capsys
 ):
     path = tmp_path / "lock"

@@ -91,7 +91,7 @@ def test_the_same_network_starts_as_the_weights(config):
 
 
 def test_the_average_keeps_the_weights(config):
-    """From the first step with the configured decay, which a random start would not have."""
+    """From the first step with the configured decay, unlike after a random start."""
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
     parts = run.Run(config)
     state = jax.device_get(parts.initial_state())
@@ -152,7 +152,7 @@ def test_nothing_fits(config):
     config = with_model(config, channels=12, states=3, conv_width=2)
     config = dataclasses.replace(config, init_partial=True)
     kept = {"scale": 2}  # whose last convolution has a bias of another length
-    with pytest.raises(UserError, match="none of the parameters fits"):
+    with pytest.raises(UserError, match="none of the parameters fit the network"):
         run.Run(with_model(config, **kept))
 
 
@@ -196,8 +196,8 @@ def test_the_start_belongs_to_the_run(config, tmp_path, given):
             loop.train(dataclasses.replace(config, init=init))
 
 
-def test_a_run_from_random_weights_is_none_from_given_ones(config):
-    """Also if an older version wrote its checkpoint, without a word on where it started."""
+def test_a_random_start_does_not_resume_from_given_weights(config):
+    """Even if an older version wrote its checkpoint, which does not record the start."""
     random = dataclasses.replace(config, init=None, steps=2)
     directory = loop.train(random)
     metadata = directory / "checkpoints" / "2" / "config" / "metadata"

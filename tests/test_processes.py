@@ -110,7 +110,7 @@ def finish(*processes, status=0):
 
 
 def pair(start, phase, name, *options, devices=(2, 2), **others):
-    """Two processes of so many devices."""
+    """Two processes with these numbers of devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -138,11 +138,11 @@ def assert_same_run(one, other, **tolerance):
         np.testing.assert_allclose(found[name], value, **tolerance, err_msg=name)
 
 
-def test_two_processes_are_like_one(start, tmp_path):
-    """In both phases; the student's is stopped by a signal to one of them and started again."""
+def test_two_processes_equal_one(start, tmp_path):
+    """In both phases; in the student's, a signal stops them before they resume."""
     finish(start("teacher", "one", 4))
     _, second = finish(*pair(start, "teacher", "two"))
-    assert "step/s" not in second  # one of them speaks
+    assert "step/s" not in second  # only the first one prints
     assert_same_run(tmp_path / "one/teacher", tmp_path / "two/teacher", rtol=1e-5, atol=1e-5)
 
     options = "--distill.teacher", tmp_path / "one/teacher", "--data.degradation=mild"
@@ -151,10 +151,10 @@ def test_two_processes_are_like_one(start, tmp_path):
     while not read_metrics(tmp_path / "two/student/metrics.jsonl"):
         assert both[0].poll() is None, both[0].communicate()[0]
         time.sleep(0.01)
-    both[1].send_signal(signal.SIGTERM)  # the one that logs learns of it from the other
+    both[1].send_signal(signal.SIGTERM)  # the logging process must stop, too
     first, _ = finish(*both, status=130)
     assert re.search(r"stopped after step [1-5]; the same command resumes", first), first
-    cached = ("--data.cache", "device")  # which does not matter, either
+    cached = ("--data.cache", "device")  # which must not matter, either
     first, _ = finish(*pair(start, "student", "two", *options, *cached))
     assert not re.search("steps 0 to 6", first), first
     assert_same_run(tmp_path / "one/student", tmp_path / "two/student", rtol=1e-5, atol=1e-5)
@@ -254,7 +254,7 @@ def test_numpy_arrays_are_not_gathered_for_comparison(monkeypatch):
 
 
 def test_killed_runs_end_like_an_undisturbed_one(tmp_path):
-    """The short form; `python tests/crash_resume.py` kills twenty times."""
+    """The short version; `python tests/crash_resume.py` kills a run twenty times."""
     crash_resume.main(tmp_path / "work", kills=2, steps=9, seed=1)
 
 

@@ -353,14 +353,14 @@ for path in map(Path, sys.argv[1:]):
 
 
 def test_only_regular_files_are_read(tmp_path):
-    """Devices and pipes may never end. In a process, for limits of time and memory."""
+    """Devices and pipes may never end. In a process of its own, to limit time and memory."""
     expected = {}
     for suffix in [".pth", ".safetensors"]:
         device, pipe, large = (tmp_path / f"{name}{suffix}" for name in ("device", "pipe", "large"))
         device.symlink_to("/dev/zero")
         os.mkfifo(pipe)
         large.touch()
-        os.truncate(large, 2**40)  # sparse: it takes no room on the disk
+        os.truncate(large, 2**40)  # sparse: it takes no disk space
         expected |= dict.fromkeys((device, pipe), "not a regular file")
         expected[large] = "has 1,099,511,627,776 bytes, more than the 1,073,741,824 expected"
     done = subprocess.run(

@@ -227,9 +227,9 @@ def test_any_channels_and_states(implementation, l, d, n):
 @pytest.mark.parametrize("options", every_subset(OPTIONS), ids=name_of)
 @pytest.mark.parametrize("implementation", FAST)
 def test_any_options_equal_specification(implementation, options):
-    """At a length that is no multiple of any implementation's chunks and lanes.
+    """At a length that is not a multiple of any implementation's chunks or lanes.
 
-    `associative` has neither, and takes XLA the longer to compile the longer it is.
+    `associative` has neither, and longer sequences take XLA longer to compile.
     """
     arrays, flags, expected = case(9 if implementation == "associative" else 130, options)
     assert_close(outputs_and_gradients(arrays, flags, implementation), expected, 2e-5)

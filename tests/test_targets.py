@@ -56,7 +56,7 @@ def load(records, teacher, self_ensemble=False):
 
 
 def problems_of(path):
-    """What `check` says of this folder of targets; other tests' lie beside it."""
+    """The problems that `check` finds in this folder of targets, not in those of other tests."""
     return [line for line in targets.find_problems(path.parents[1]) if str(path) in line]
 
 

@@ -194,8 +194,8 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkey
             loop.train(cut)
     directory = cut.workdir / "teacher"
     logged = [line["step"] for line in report.read_metrics(directory / "metrics.jsonl")]
-    assert max(logged) == 4  # the step under way when the signal came is finished
-    with pytest.raises(UserError, match=r"teacher in .* has 2 steps to go; .*--distill\.teacher"):
+    assert max(logged) == 4  # the step during which the signal came is finished
+    with pytest.raises(UserError, match=r"teacher in .* has 2 steps left; .*--distill\.teacher"):
         run.load_teacher(student_of(cut))
     assert run.load_teacher(student_of(cut, teacher=directory)) is not None
     loop.train(cut)
@@ -312,7 +312,7 @@ def test_student_without_teacher_says_what_to_do(config):
 def test_teacher_of_another_scale_is_refused(config):
     teacher = dataclasses.replace(config, model=dataclasses.replace(TEACHER, scale=2), steps=1)
     directory = loop.train(teacher)
-    with pytest.raises(UserError, match="teacher for x2, the student is to be x4"):
+    with pytest.raises(UserError, match="teacher for x2, but the student is for x4"):
         loop.train(student_of(config, teacher=directory))
 
 

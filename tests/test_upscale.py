@@ -47,7 +47,7 @@ def make(*names, size=(4, 3)):
 
 
 def targets(planned):
-    """By source, as written on the command line."""
+    """The targets by source, as written on the command line."""
     return {str(job.source): str(job.target) for job in planned if isinstance(job, Job)}
 
 

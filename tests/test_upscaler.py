@@ -270,7 +270,7 @@ def test_self_ensemble(weights):
     assert np.abs(ensemble - plain(picture)).max() > 1e-4
 
 
-def test_weights_that_are_not_there(tmp_path, monkeypatch):
+def test_missing_weights(tmp_path, monkeypatch):
     with pytest.raises(PretrainedError, match=r"no such file .*nor a name of weights \(x4, "):
         Upscaler(tmp_path / "none.safetensors")
     monkeypatch.setattr(registry, "_FOLDER", tmp_path)

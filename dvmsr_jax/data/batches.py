@@ -22,8 +22,8 @@ from dvmsr_jax.data.degradations import degrade, degrade_crop
 
 Plan = dict[str, Int32[np.ndarray, " b"] | Int64[np.ndarray, " b"]]
 """The crops of a batch: "index" of the record, "top" and "left" in LR pixels, and "symmetry" from 0
-to 7: symmetry % 4 quarter turns, followed by a left-right flip if it is at least 4. If LR is to be
-degraded, also "key", the seed of each crop's degradation."""
+to 7: symmetry % 4 quarter turns, followed by a left-right flip if it is at least 4. With
+degradation, also "key", the seed of each crop's."""
 
 
 def batches(
@@ -61,7 +61,7 @@ def degraded_plans(
     stop: int,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The plans of the batches that `batches` yields, each with its degraded crops "lr"."""
+    """The plans of the batches that `batches` yields, with their degraded crops, "lr"."""
     load = _loader(records, config, scale, ("lr",), None)
 
     def add_crops(plan: Plan) -> dict[str, np.ndarray]:
@@ -87,7 +87,7 @@ def plans(
 def validation_pictures(
     records: Sequence[dict[str, Any]], config: DataConfig, scale: int
 ) -> list[dict[str, Any]]:
-    """The records, each with its LR degraded as `config` says, in the same way in every run."""
+    """The records, with LR degraded according to `config`, in the same way in every run."""
     found = [records[i] for i in range(len(records))]
     if config.degradation == "clean":
         return found

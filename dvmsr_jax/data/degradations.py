@@ -1,12 +1,12 @@
-"""Degraded LR pictures: blur, resizing, noise and JPEG, of random strength, as in real pictures.
+"""Degraded LR pictures: random blur, resizing, noise and JPEG, as in real pictures.
 
-A network trained on bicubic LR alone sharpens the noise and the JPEG blocks of other pictures. The
-operations and the ranges of "real" are those of Real-ESRGAN (arXiv 2107.10833) and DASR (arXiv
-2203.14672), from the options published with their code; "mild" is for pictures that are nearly
-good, in which the network should keep as much detail as possible.
+A network trained only on bicubic LR sharpens the noise and JPEG blocks of other pictures. The
+operations and ranges of "real" are those of Real-ESRGAN (arXiv 2107.10833) and DASR (arXiv
+2203.14672), taken from the options published with their code. "mild" is for nearly clean pictures,
+where the network should keep as much detail as possible.
 
-Everything is centred: kernels are symmetric and odd, and each resizing maps the whole picture onto
-the whole picture, so that LR stays aligned with HR.
+LR stays aligned with HR: kernels are symmetric and of odd size, and each resizing maps the whole
+picture onto the whole picture.
 """
 
 import functools
@@ -28,65 +28,65 @@ from dvmsr_jax.errors import UserError
 
 Range = tuple[float, float]
 Picture = Float32[np.ndarray, "h w 3"]
-"""Levels from 0 to 255; only noise, JPEG and the end of `degrade` clip them."""
+"""Values from 0 to 255, clipped only by noise, JPEG and the end of `degrade`."""
 
 RESIZINGS = ("area", "bilinear", "bicubic")
 SHAPES = ("gaussian", "generalised", "plateau")
-# Sides of random kernels.
+# Side lengths of random kernels.
 SIZES = (7, 9, 11, 13, 15, 17, 19, 21)
 
 
 @dataclass(frozen=True)
 class Round:
-    """A round of blur, resizing, noise and JPEG. Each range is of a uniform random number."""
+    """A round of blur, resizing, noise and JPEG. Random numbers are uniform within their ranges."""
 
     blur: float = 1.0
     """Probability of a blur."""
     shapes: tuple[float, ...] = (0.70, 0.15, 0.15)
     """Shares of SHAPES among the kernels."""
     anisotropic: tuple[float, ...] = (0.25 / 0.70, 0.2, 0.2)
-    """For each of the shapes, the share of anisotropic ones."""
+    """For each shape, the share of anisotropic kernels."""
     sigma: Range = (0.2, 3.0)
-    """Width of the kernels, in pixels of the picture to be blurred."""
+    """Standard deviation of the kernels, in pixels of the picture to be blurred."""
     sinc: float = 0.1
-    """Probability that a blur is a sinc instead, which rings."""
+    """Probability that a blur uses a sinc kernel instead, which causes ringing."""
     up_down_keep: tuple[float, ...] = (0.0, 0.0, 1.0)
-    """Probabilities of enlarging, shrinking, and neither."""
+    """Probabilities of enlarging, shrinking and neither."""
     factors: Range = (1.0, 1.0)
-    """Sizes, relative to HR's, or to LR's in a round that is `to_lr`."""
+    """Size after resizing, relative to HR's size, or to LR's if `to_lr`."""
     to_lr: bool = False
     noise: float = 1.0
     """Probability of noise."""
     gaussian: float = 0.5
-    """Share of Gaussian noise; the rest is Poisson's."""
+    """Share of Gaussian noise; the rest is Poisson noise."""
     gaussian_sigma: Range = (1.0, 30.0)
     """Standard deviation, in levels of 255."""
     poisson_scale: Range = (0.05, 3.0)
-    """Factor of the noise of a picture that counts one photon a level."""
+    """Factor for the noise of a picture with one photon per level."""
     grey: float = 0.4
-    """Share of noise that is equal in all channels."""
+    """Share of noise that is the same in all channels."""
     jpeg: float = 1.0
     """Probability of JPEG."""
     quality: Range = (30.0, 95.0)
     subsampling: float = 0.75
-    """Share of JPEGs whose colours are stored at half the resolution, 4:2:0."""
+    """Share of JPEGs that store colours at half the resolution (4:2:0)."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """Rounds that follow one another, and the end: the last JPEG, and the resizing to LR's size."""
+    """A sequence of rounds, which ends with the last JPEG and the resizing to LR's size."""
 
     share: float
     """Probability of this level in its preset."""
     rounds: tuple[Round, ...] = ()
-    """Without any, LR is the bicubic reduction of HR."""
+    """Without rounds, LR is the bicubic reduction of HR."""
     final_sinc: float = 0.0
-    """Probability of a sinc after the resizing to LR's size."""
+    """Probability of a sinc filter after the resizing to LR's size."""
     jpeg_last: float = 0.0
-    """Probability that the last JPEG follows this resizing; otherwise it comes before."""
+    """Probability that the last JPEG comes after this resizing rather than before."""
 
 
-# DASR's kernels are Gaussian only.
+# DASR uses only Gaussian kernels.
 _DASR = functools.partial(Round, shapes=(1.0, 0.0, 0.0), anisotropic=(0.35, 0.0, 0.0), sinc=0.0)
 
 PRESETS: dict[str, tuple[Level, ...]] = {
@@ -113,7 +113,7 @@ PRESETS: dict[str, tuple[Level, ...]] = {
             jpeg_last=0.75,
         ),
     ),
-    # DASR's three levels, the severest with all of Real-ESRGAN's kernels.
+    # DASR's three levels, of which the most severe uses all of Real-ESRGAN's kernels.
     "real": (
         Level(
             0.3,
@@ -161,9 +161,9 @@ PRESETS: dict[str, tuple[Level, ...]] = {
     ),
 }
 
-# LR pixels around a crop that are degraded with it, if the picture has them, and cut off at the
-# end, so that what is blurred into the crop is not its reflection. On top of them come up to
-# _PHASES - 1 more above and to the left, so that the blocks of JPEG begin anywhere.
+# A crop is degraded together with a margin of LR pixels around it, as far as the picture has them,
+# so that its surroundings, not its reflection, are blurred into it. Up to _PHASES - 1 more pixels
+# above and to the left let JPEG's blocks begin anywhere.
 _MARGIN, _PHASES = 4, 16
 
 
@@ -178,7 +178,7 @@ def degrade_crop(
 ) -> UInt8[np.ndarray, "{side} {side} 3"]:
     """The LR crop of `side` pixels at (top, left), in LR pixels, of an HR picture.
 
-    It depends only on the pixels of HR around it and on the key.
+    It depends only on the key and the HR pixels around it.
     """
     rng = np.random.default_rng(key)
     before = _MARGIN + rng.integers(_PHASES, size=2)
@@ -196,7 +196,7 @@ def degrade(
     preset: Literal["clean", "mild", "real"],
     scale: int,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """LR, aligned with HR, whose sides are multiples of the scale. The same key, the same LR."""
+    """LR of an HR picture whose sides are multiples of the scale. Equal keys give equal results."""
     rng = np.random.default_rng(key)
     levels = PRESETS[preset]
     level = levels[rng.choice(len(levels), p=[level.share for level in levels])]
@@ -240,14 +240,14 @@ def apply(
     jpeg: int | None = None,
     seed: int = 0,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A given degradation of an LR picture, for evaluation.
+    """Degrades an LR picture by given amounts, for evaluation.
 
     Args:
         lr: the picture.
-        blur: standard deviation of a Gaussian blur, in LR pixels; 0: none.
-        noise: standard deviation of Gaussian noise, in levels of 255; 0: none.
-        jpeg: quality from 1 to 100 of the JPEG that comes last, 4:2:0; None: none.
-        seed: of the noise.
+        blur: standard deviation of a Gaussian blur, in LR pixels. 0: none.
+        noise: standard deviation of Gaussian noise, in levels of 255. 0: none.
+        jpeg: quality of JPEG (4:2:0), which comes last, from 1 to 100. None: no JPEG.
+        seed: seed of the noise.
 
     Raises:
         UserError: as `check`.
@@ -279,10 +279,10 @@ def blur_kernel(
     angle: float = 0.0,
     beta: float = 1.0,
 ) -> Float[np.ndarray, "{size} {size}"]:
-    """A normalised kernel, with standard deviations `sigmas` along axes turned by `angle`.
+    """A normalised kernel, with standard deviations `sigmas` along axes rotated by `angle`.
 
-    With d the distance in standard deviations: exp(-d^2 / 2), exp(-d^(2 beta) / 2) if it is
-    generalised, or the flat-topped 1 / (1 + d^(2 beta)).
+    With d the distance in standard deviations, "gaussian" is exp(-d^2 / 2), "generalised" is
+    exp(-d^(2 beta) / 2), and "plateau" is 1 / (1 + d^(2 beta)), which has a flat top.
     """
     y, x = np.mgrid[:size, :size] - size // 2
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
@@ -298,10 +298,10 @@ def blur_kernel(
 
 
 def sinc_kernel(size: int, cutoff: float) -> Float[np.ndarray, "{size} {size}"]:
-    """A normalised low-pass that cuts at `cutoff` radians a pixel, and rings there."""
+    """A normalised low-pass kernel that cuts off at `cutoff` radians per pixel, with ringing."""
     y, x = np.mgrid[:size, :size] - size // 2
     radius = np.hypot(x, y)
-    radius[size // 2, size // 2] = 1  # any but 0; the limit there follows
+    radius[size // 2, size // 2] = 1  # anything but 0; the next line but one sets the limit
     kernel = cutoff * scipy.special.j1(cutoff * radius) / (2 * np.pi * radius)
     kernel[size // 2, size // 2] = cutoff**2 / (4 * np.pi)
     return kernel / kernel.sum()
@@ -313,7 +313,7 @@ def blur(picture: Picture, kernel: Float[np.ndarray, "n n"]) -> Picture:
     margin = len(kernel) // 2
     padding = ((0, 0), (margin, margin), (margin, margin))
     padded = np.pad(picture.transpose(2, 0, 1), padding, "symmetric")
-    # What wraps around falls into the margins.
+    # The convolution wraps around only into the margins.
     shape = [scipy.fft.next_fast_len(size, real=True) for size in padded.shape[1:]]
     spectrum = scipy.fft.rfft2(padded, shape)
     spectrum *= scipy.fft.rfft2(kernel.astype(np.float32), shape)
@@ -324,7 +324,7 @@ def blur(picture: Picture, kernel: Float[np.ndarray, "n n"]) -> Picture:
 def resize(
     picture: Picture, height: int, width: int, kind: Literal["area", "bilinear", "bicubic"]
 ) -> Float32[np.ndarray, "{height} {width} 3"]:
-    """The picture in another size; each kernel widens when it shrinks."""
+    """Resizes a picture; kernels are widened if it shrinks."""
     for axis, size in enumerate((height, width)):
         if size != picture.shape[axis]:
             lines = picture.swapaxes(0, axis)
@@ -337,7 +337,7 @@ def resize(
 def add_gaussian_noise(
     rng: np.random.Generator, picture: Picture, sigma: float, *, grey: bool
 ) -> Picture:
-    """The picture with noise of a standard deviation of `sigma` levels, clipped."""
+    """Adds noise with a standard deviation of `sigma` levels, and clips."""
     shape = (*picture.shape[:2], 1 if grey else 3)
     noise = rng.standard_normal(shape, np.float32)
     return np.clip(picture + np.float32(sigma) * noise, 0, 255)
@@ -346,11 +346,11 @@ def add_gaussian_noise(
 def add_poisson_noise(
     rng: np.random.Generator, picture: Picture, scale: float, *, grey: bool
 ) -> Picture:
-    """The picture with `scale` times the noise of counting one photon a level, clipped.
+    """Adds `scale` times the noise of counting one photon per level, and clips.
 
-    Its standard deviation is scale * sqrt(level). Grey noise counts those of the luma. The counts
-    are those of a normal distribution, corrected for Poisson's skewness (Cornish and Fisher), which
-    is three times faster than NumPy's `poisson`.
+    The standard deviation is scale * sqrt(level), where grey noise uses the luma's level. Samples
+    are drawn from a normal distribution and corrected for Poisson's skewness (Cornish and Fisher),
+    which is three times faster than NumPy's `poisson`.
     """
     luma = np.array([[0.299], [0.587], [0.114]], np.float32)
     light = np.clip(picture @ luma if grey else picture, 0, 255)
@@ -360,7 +360,7 @@ def add_poisson_noise(
 
 
 def compress(picture: Picture, quality: int, *, subsampled: bool) -> Picture:
-    """The picture after JPEG, with colours at half the resolution if `subsampled`."""
+    """The picture after JPEG compression, with colours at half the resolution if `subsampled`."""
     file = io.BytesIO()
     Image.fromarray(_to_bytes(picture)).save(
         file, "JPEG", quality=quality, subsampling=2 if subsampled else 0
@@ -378,7 +378,7 @@ def _random_kernel(rng: np.random.Generator, step: Round) -> Float[np.ndarray, "
     if rng.random() < step.anisotropic[index]:
         sigmas, angle = (first, rng.uniform(*step.sigma)), rng.uniform(0, np.pi)
     shape: Any = SHAPES[index]
-    # Half of them with heavier tails, or flatter, than the Gaussian.
+    # Half of them have heavier tails than the Gaussian, and half are flatter.
     below, above = {"gaussian": (1, 1), "generalised": (0.5, 4), "plateau": (1, 2)}[shape]
     beta = rng.uniform(below, 1) if rng.random() < 0.5 else rng.uniform(1, above)
     return blur_kernel(shape, size, sigmas, angle, beta)
@@ -415,8 +415,8 @@ def _resampling(n_in: int, n_out: int, kind: str) -> csr_array:
     if kind == "bicubic":
         matrix = bicubic.resampling(n_in, n_out)
     else:
-        # Area: the overlap of a pixel of the result with those of the picture. When enlarging, it
-        # is bilinear, as pixels that only repeat would move edges.
+        # Area: the overlap of a pixel of the result with those of the picture. Enlarging by area is
+        # bilinear, because merely repeating pixels would move edges.
         pixel = 1.0 if kind == "bilinear" else min(n_out / n_in, 1.0)
         kernel = functools.partial(_overlap, pixel)
         matrix = bicubic.resampling(n_in, n_out, kernel, radius=(1 + pixel) / 2)
@@ -426,7 +426,7 @@ def _resampling(n_in: int, n_out: int, kind: str) -> csr_array:
 def _overlap(pixel: float, x: np.ndarray) -> np.ndarray:
     """The share of an interval of length `pixel` at x that lies within 1/2 of 0.
 
-    For a pixel of length 1 it is the triangle of bilinear interpolation.
+    For a length of 1, this is the triangle of bilinear interpolation.
     """
     return np.clip((1 + pixel) / 2 - np.abs(x), 0, pixel) / pixel
 

@@ -81,7 +81,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with turn(folder / ".lock"):
                 if not pictures.exists():  # it may have appeared during the wait
-                    # PNG files are compressed already: unpacked they take as much space.
+                    # PNG files are compressed, so unpacking takes as much space again.
                     with obtaining(archive.remote, folder, unpacked=1) as path:
                         _unpack(archive, path, pictures)
         found = sum(path.suffix.lower() == ".png" for path in pictures.iterdir())

@@ -66,7 +66,7 @@ class _HostFeed(Feed):
 class _DeviceFeed(Feed):
     """Each device cuts from its copy of all sub-images: an input is a plan.
 
-    LR crops that are to be degraded come from the host, with the plan.
+    Degraded LR crops come from the host, with the plan.
     """
 
     def inputs(self, *, seed, start, stop, shard=(0, 1)):

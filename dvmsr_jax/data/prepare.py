@@ -112,7 +112,9 @@ def prepare(
     shards = [shard for split in splits for shard in _shards(split, splits[split], scale)]
     if not is_prepared(folder):
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise DataError(f"{folder}: is a file, or holds something else; choose another folder")
+            raise DataError(
+                f"{folder}: is a file, or contains something else; choose another folder"
+            )
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         with turn(unfinished.with_name(f"{unfinished.name}.lock")):
             if not is_prepared(folder):  # it may have appeared during the wait
@@ -201,7 +203,7 @@ def _write_shards(
     found = {shard.name: shard.read_info(folder) for shard in shards}
     kept = {name: info for name, info in found.items() if info is not None}
     known = {*kept, *(f"{name}.json" for name in kept)}
-    for path in folder.iterdir():  # half-written, or of pictures that have changed since
+    for path in folder.iterdir():  # half-written, or of pictures that have changed
         if path.name not in known:
             path.unlink()
 

@@ -104,7 +104,7 @@ def plan(
         except UserError as error:
             fail(Path(name), error)
             unusable += 1
-    # So that the result has the name of the file, and not of a link to it that comes first.
+    # Files before links, so that results are named after files, not after links to them.
     named_files.sort(key=lambda file: os.path.realpath(file[0]) != os.path.abspath(file[0]))
     for path, inner in named_files:
         first, _ = found.setdefault(os.path.realpath(path), (path, inner))

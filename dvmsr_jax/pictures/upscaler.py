@@ -209,7 +209,7 @@ class Upscaler(PictureUpscaler):
 
         Args:
             weights: a name (see `registry`), a checkpoint directory, a .safetensors file or a
-                published .pth file. None: the project's own for this scale.
+                published .pth file. None: the project's weights for this scale.
             scale: enlargement factor, not necessarily an integer. None: the model's.
             self_ensemble: average over the eight flips and rotations of each picture: slightly
                 better, eight times slower, and the result is held in memory in float32.
@@ -238,7 +238,7 @@ class Upscaler(PictureUpscaler):
 
     @classmethod
     def from_pretrained(cls, weights: str | os.PathLike[str], **options: Any) -> "Upscaler":
-        """The same as `Upscaler(weights, **options)`."""
+        """Equivalent to `Upscaler(weights, **options)`."""
         return cls(weights, **options)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: the parameters that a run takes from given weights instead of random ones."""
+"""Fine-tuning: the parameters that a run takes from given weights."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,22 +13,22 @@ from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import Weights, parameter_shapes
 from dvmsr_jax.pretrained import load_weights, training_facts
 
-# A field of the network on which no parameter's shape or meaning depends.
+# The one field of the network that does not affect its parameters' shapes or meaning.
 _FREE = "drop_path"
 
 
 class Initial(NamedTuple):
-    """The start of a run of fine-tuning."""
+    """What a fine-tuning run starts from."""
 
     taken: Mapping[str, Array | np.ndarray]
-    """The parameters that the run starts from, by name; the others start at random."""
+    """The given parameters, by name."""
     new: tuple[str, ...]
-    """The names of the others."""
+    """Names of the other parameters, which start at random."""
     identity: str
-    """Of the weights that they were taken from: see `Weights.identity`."""
+    """`Weights.identity` of the given weights."""
     lineage: tuple[dict[str, Any], ...]
-    """The weights that the run descends from, oldest first: "file", "identity" and, where they
-    are known, the facts of their training."""
+    """The given weights and their predecessors, oldest first: "file", "identity" and, if known,
+    how they were trained."""
 
     def __str__(self) -> str:
         names = f"; new ones: {', '.join(self.new)}" if self.new else ""
@@ -36,7 +36,7 @@ class Initial(NamedTuple):
 
 
 def load_initial(config: TrainConfig) -> Initial | None:
-    """The start that `config.init` names.
+    """Reads the weights that `config.init` names; None if it names none.
 
     Raises:
         UserError: the weights cannot be read, or `take` refuses them.
@@ -60,10 +60,10 @@ def load_initial(config: TrainConfig) -> Initial | None:
 
 
 def take(model: ModelConfig, weights: Weights, *, partial: bool) -> dict[str, Array | np.ndarray]:
-    """The parameters with which a network like `model` starts from `weights`, by name.
+    """The parameters, by name, that a network with the configuration `model` takes from `weights`.
 
-    Those whose names and shapes agree: all of them, and for another scale all but those of the last
-    convolution, "reconstruct".
+    These are all parameters or, if the scales differ, all but the last convolution, "reconstruct".
+    With `partial`, parameters with other names or shapes are left out.
 
     Raises:
         ValueError: the networks differ in more than the scale and `partial` is false, or no
@@ -74,11 +74,11 @@ def take(model: ModelConfig, weights: Weights, *, partial: bool) -> dict[str, Ar
     if differing not in ([], ["scale"]) and not partial:
         differences = ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in differing)
         raise ValueError(
-            f"the weights are of another network ({differences}); --init-partial takes the "
+            f"the weights belong to another network ({differences}); --init-partial takes the "
             "parameters that fit"
         )
     shapes = parameter_shapes(model)
     taken = {name: x for name, x in weights.parameters.items() if shapes.get(name) == x.shape}
     if not taken:
-        raise ValueError("none of the parameters fits the network")
+        raise ValueError("none of the parameters fit the network")
     return taken

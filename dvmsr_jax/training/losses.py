@@ -7,18 +7,18 @@ from jaxtyping import Array, Float
 
 
 def l1(output: Float[Array, "*shape"], target: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """Mean absolute difference: the paper's loss, to the HR pictures and to the teacher's outputs
-    (section 3.3)."""
+    """Mean absolute difference: the paper's loss, against both the HR pictures and the teacher's
+    outputs (section 3.3)."""
     return jnp.mean(jnp.abs(output - target))
 
 
 def charbonnier(output: Float[Array, "*shape"], hr: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """L1 that is smooth around 0, as in LapSRN (arXiv 1710.01992)."""
+    """L1 smoothed around zero, as in LapSRN (arXiv 1710.01992)."""
     return jnp.mean(jnp.sqrt(jnp.square(output - hr) + 1e-6))
 
 
 def l2(output: Float[Array, "*shape"], hr: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """Mean square difference, the one that PSNR measures."""
+    """Mean squared difference, which PSNR measures."""
     return jnp.mean(jnp.square(output - hr))
 
 
@@ -27,8 +27,8 @@ PIXEL = {"l1": l1, "charbonnier": charbonnier, "l2": l2}
 
 
 def fourier(output: Float[Array, "b h w c"], hr: Float[Array, "b h w c"]) -> Float[Array, ""]:
-    """L1 between the two-dimensional Fourier transforms: the mean over their real and imaginary
-    parts, as in SAFMN's published code (arXiv 2302.13800)."""
+    """L1 between the two-dimensional Fourier transforms, averaged over real and imaginary parts, as
+    in SAFMN's published code (arXiv 2302.13800)."""
     difference = jnp.fft.rfft2(output - hr, axes=(1, 2))
     return (jnp.mean(jnp.abs(difference.real)) + jnp.mean(jnp.abs(difference.imag))) / 2
 

@@ -1,6 +1,6 @@
 """The training step of both phases: state, losses, gradients, update.
 
-teacher: the loss to the HR pictures, L1 in the paper. student: that plus lambda times L1 to a
+teacher: the loss against the HR pictures, L1 in the paper. student: that plus lambda times L1 to a
 frozen teacher, at the output or at chosen RSSBs (arXiv 2405.03008, section 3.3). Both minimise with
 Adam under a schedule and average the weights; validation, export and distillation use the average.
 """
@@ -95,8 +95,7 @@ def init_state(
     teacher: Weights | None,
     initial: Mapping[str, Array | np.ndarray] | None = None,
 ) -> TrainState:
-    """The state before the first step. The parameters in `initial`, by name, are given; the others
-    are random."""
+    """The state before the first step: parameters from `initial`, by name, and random ones."""
     optimizer = make_optimizer(config.optim, config.steps)
 
     # Compiled once rather than operation by operation.
@@ -177,7 +176,7 @@ class TrainStep:
         *,
         random_start: bool = True,
     ):
-        """`random_start` says that not all parameters were given at step 0."""
+        """`random_start`: whether any parameters were random before the first step."""
         optimizer = make_optimizer(config.optim, config.steps)
         schedule = learning_rate(config.optim, config.steps)
         replicated, sharded = PartitionSpec(), PartitionSpec(parallel.AXIS)
@@ -213,7 +212,7 @@ class TrainStep:
             grads = jax.lax.optimization_barrier(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            # Early averages would remember a random start: let the memory grow with the run (as
+            # An average would remember a random start for long, so its decay grows with the run (as
             # TensorFlow's ExponentialMovingAverage does, given the step). Not by way of
             # optax.incremental_update, which takes 1 - decay and rounds otherwise in early steps.
             t = state.step.astype(jnp.float32)
@@ -237,8 +236,8 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Array]]:
         """The state after the step and the metrics of its batch, means over it.
 
-        loss, pixel_loss and, where there are such, fft_loss and distill_loss; gradient_norm (before
-        it is clipped), weight_norm and learning_rate.
+        loss, pixel_loss and, if used, fft_loss and distill_loss; gradient_norm (before clipping),
+        weight_norm and learning_rate.
         """
         return self._step(state, self._constants, batch)
 

@@ -36,7 +36,7 @@ _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 @dataclass
 class Info:
-    """The content of INFO: whose targets a folder holds."""
+    """The content of INFO, which describes a folder of targets."""
 
     ckpt: str
     """The teacher's path."""
@@ -45,7 +45,7 @@ class Info:
 
     @classmethod
     def read(cls, path: Path) -> "Info":
-        """That of a folder of targets; without one, empty. Raises DataError if it is damaged."""
+        """Reads a folder's INFO, if it exists. Raises DataError if it is damaged."""
         try:
             match json.loads((path / INFO).read_text()):
                 case {"ckpt": str(ckpt), "sha256": dict(sha256)} if all(
@@ -57,8 +57,7 @@ class Info:
             return cls("TEACHER", {})
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{path / INFO}: is damaged ({error}); remove it, and distil again to have it "
-                "written"
+                f"{path / INFO}: is damaged ({error}); remove it, and distil again to recreate it"
             ) from error
 
     def write(self, path: Path) -> None:
@@ -223,7 +222,7 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
                 info.sha256.pop(shard.name, None)
                 with replacing(shard) as temporary, temporary.open("wb") as file:
                     np.save(file, np.concatenate(outputs))
-            if shard.name not in info.sha256:  # an interruption may have come between
+            if shard.name not in info.sha256:  # a run may have stopped between the two writes
                 info.sha256[shard.name] = checksum(shard)
                 info.write(path)
     return path

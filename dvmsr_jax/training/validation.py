@@ -11,10 +11,10 @@ from dvmsr_jax.model import Weights
 
 
 class Validator:
-    """Upscales the validation sub-images, on one device.
+    """Upscales and scores the validation sub-images, on one device.
 
-    Their LR is degraded by the preset that training uses, so that the best checkpoint is the best
-    at this.
+    LR is degraded with the same preset as in training, so that checkpoints are ranked by the task
+    that they are trained for.
     """
 
     def __init__(
@@ -24,15 +24,14 @@ class Validator:
         teacher: Weights | None,
         start: Weights | None = None,
     ):
-        """`start` are the weights that training starts from, if they are not random."""
+        """`start`: the weights that training starts from, unless they are random."""
         self._config = config
         self._records = data.validation_pictures(records.val, config.data, config.model.scale)
         self._forward = jax.jit(self._upscale, static_argnums=1)
         bicubics = [bicubic.upscale(record["lr"], config.model.scale) for record in self._records]
         self._first_bicubic = bicubics[0]
         self.fixed_scores = {"bicubic": self._mean_psnr_y(bicubics)}
-        """PSNR-Y that stays the same: of bicubic and, where there are such, of the start and the
-        teacher."""
+        """PSNR-Y of bicubic and, if there are any, of start and teacher, which do not change."""
         if start is not None:
             self.fixed_scores["start"] = self._mean_psnr_y(self._results(start))
         if teacher is not None:
