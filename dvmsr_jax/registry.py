@@ -37,8 +37,26 @@ NAMED: Mapping[str, Named] = {
     "x4": Named(
         scale=4,
         purpose="clean pictures, the default; the published weights, fine-tuned",
-        sha256="d2c156301e872d2ba8ff6b10a154efc45e15df6ce66a7ff903b5301fd8276166",
+        sha256="ea0ff80abc30fca143507a17ad1d731f3b7620f985cea4b53804315ac24bdcd5",
         scores={"Set5": (32.245, 0.8957), "Set14": (28.626, 0.7819)},
+    ),
+    "x3": Named(
+        scale=3,
+        purpose="clean pictures; x4 with a new last convolution, fine-tuned",
+        sha256="dd2c317e5187b7139fddf6b96c6e43507c46888cf03c9b8a26e7f0ecfd085fb4",
+        scores={"Set5": (34.239, 0.9258), "Set14": (30.251, 0.8400)},
+    ),
+    "x2": Named(
+        scale=2,
+        purpose="clean pictures; x4 with a new last convolution, fine-tuned",
+        sha256="fada8d6af3443c7617508e66295e307c12c238f440e86925da46e74fc24083c5",
+        scores={"Set5": (37.876, 0.9601), "Set14": (33.453, 0.9167)},
+    ),
+    "x4-real": Named(
+        scale=4,
+        purpose="blurred, noisy or compressed photographs; x4, fine-tuned on mild degradations",
+        sha256="4ff6217b2baf37861cb1429272335b981e291f7ec9cbaacd2b7a034ceff6d386",
+        scores={"Set5": (31.729, 0.8895), "Set14": (28.312, 0.7698)},
     ),
     "x4-scratch": Named(
         scale=4,

@@ -500,7 +500,7 @@ def test_targets_of_clean_crops_are_refused():
     mild = DataConfig(degradation="mild")
     TrainConfig(data=mild)
     TrainConfig(distill=DistillConfig(targets="precomputed"))
-    with pytest.raises(UserError, match=r"degradation=mild; use --distill\.targets=online"):
+    with pytest.raises(UserError, match=r"degradation=mild, use --distill\.targets=online"):
         TrainConfig(data=mild, distill=DistillConfig(targets="precomputed"))
 
 

@@ -21,7 +21,7 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.model import named_parameters
 from dvmsr_jax.pretrained import convert, load_weights, save_safetensors, training_facts
-from dvmsr_jax.registry import NAMED, Named, default_for, find
+from dvmsr_jax.registry import NAMED, default_for, find
 from tests.file_server import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,16 +74,12 @@ def test_upscaler_by_name():
     assert not np.array_equal(by_name, Upscaler()(picture))
 
 
-def test_the_default_depends_on_the_scale(monkeypatch, tmp_path):
-    assert default_for(None) == default_for(4) == default_for(2.5) == "x4"
-    path = tmp_path / "x3.safetensors"
-    save_safetensors(DVMSR(ModelConfig(scale=3, channels=4, rssbs=1), rngs=nnx.Rngs(0)), path)
-    x3 = Named(3, "", hashlib.sha256(path.read_bytes()).hexdigest(), {})
-    monkeypatch.setattr(registry, "NAMED", {**NAMED, "x3": x3})
-    monkeypatch.setattr(registry, "_FOLDER", tmp_path)
-    assert default_for(3.0) == "x3"
-    assert Upscaler(scale=3)._model_scale == 3
-    assert default_for(2) == default_for(3.5) == "x4"
+def test_the_default_depends_on_the_scale():
+    assert default_for(None) == default_for(4) == default_for(2.5) == default_for(8) == "x4"
+    for scale in (2, 3):
+        assert default_for(scale) == default_for(float(scale)) == f"x{scale}"
+        assert Upscaler(scale=scale)._model_scale == scale
+    assert Upscaler("x4-scratch", scale=2)._model_scale == 4
 
 
 def test_a_damaged_file_is_not_used(monkeypatch, tmp_path):
