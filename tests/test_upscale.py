@@ -578,10 +578,14 @@ def test_signals(upscaler, monkeypatch, capsys, number):
 
     stop = PictureUpscaler(stopping, 2)
     monkeypatch.setattr(upscale, "Upscaler", lambda *_, **__: stop)
+    # Even if nohup, or a shell in the background, has started the tests.
     before = {
-        # Even if nohup has started the tests.
-        number: signal.signal(number, signal.SIG_DFL)
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        each: signal.signal(each, handler)
+        for each, handler in (
+            (signal.SIGTERM, signal.SIG_DFL),
+            (signal.SIGHUP, signal.SIG_DFL),
+            (signal.SIGINT, signal.default_int_handler),
+        )
     }
     try:
         assert run_main(monkeypatch, ".", "--format", "tif") == 128 + number
