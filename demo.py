@@ -1,6 +1,6 @@
 """`make demo`: upscales a photograph, trains a small teacher, and distils a small student.
 
-The photographs come with scikit-image: one is kept apart and shown, the others are trained on.
+The photographs come with scikit-image: one is held out and shown, the others are for training.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import evaluate
 from configs import PRESETS
 from dvmsr_jax import evaluation, images
 from dvmsr_jax.inference import make_upscaler
-from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.program import one_line_errors
+from dvmsr_jax.registry import DEFAULT
 from dvmsr_jax.training import report
 from dvmsr_jax.training.loop import train
 
@@ -24,7 +25,7 @@ SHOWN = slice(40, 260), slice(120, 340)
 
 
 def main() -> None:
-    """Writes its results to FOLDER; an interrupted run resumes."""
+    """Writes the results to FOLDER, and resumes an interrupted run."""
     photos, benchmark = FOLDER / "photos", FOLDER / "held-out"
     for path in images.SAMPLES:
         folder = benchmark / "HR" if path.stem == HELD_OUT else photos
@@ -32,10 +33,10 @@ def main() -> None:
         shutil.copy(path, folder)
 
     (example,) = evaluation.find_benchmarks([benchmark], scale=4)["held-out"]
-    print("The weights in checkpoints/, on a photograph that they were not trained on:")
+    print("The default weights on a photograph that they were not trained on:")
     evaluate.run(evaluate.Arguments(data=(benchmark,)))
-    compare(example, {"DVMSR": DEFAULT_WEIGHTS}, FOLDER / "upscaled.png")
-    print(f"Look at {FOLDER / 'upscaled.png'}. Now a smaller teacher and student are trained.")
+    compare(example, {"DVMSR": Path(DEFAULT)}, FOLDER / "upscaled.png")
+    print(f"See {FOLDER / 'upscaled.png'}. Next, a small teacher and student are trained.")
 
     phases = {}
     for phase, preset in PRESETS["demo"].items():
@@ -43,16 +44,16 @@ def main() -> None:
         phases[phase] = train(dataclasses.replace(preset, workdir=FOLDER, data=data))
 
     for phase, directory in phases.items():
-        print(f"\n{phase}, on a photograph that it was not trained on:")
+        print(f"\nThe {phase} on a photograph that it was not trained on:")
         evaluate.run(evaluate.Arguments(ckpt=directory, data=(benchmark,)))
 
     compare(example, phases, FOLDER / "side_by_side.png")
     report.plot_training(list(phases.values()), FOLDER / "training_curve.png")
-    print(f"\nLook at {FOLDER / 'side_by_side.png'} and {FOLDER / 'training_curve.png'}.")
+    print(f"\nSee {FOLDER / 'side_by_side.png'} and {FOLDER / 'training_curve.png'}.")
 
 
 def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Path) -> None:
-    """Writes a part of the picture, upscaled by bicubic and each model, beside the original."""
+    """Writes part of the picture, upscaled by bicubic and by each model, beside the original."""
     upscaled = {
         label: make_upscaler(load_model(path))(example.lr) for label, path in weights.items()
     }
@@ -60,5 +61,5 @@ def compare(example: evaluation.Example, weights: Mapping[str, Path], target: Pa
 
 
 if __name__ == "__main__":
-    with told_in_a_line(interrupted="interrupted; the same command resumes from there"):
+    with one_line_errors(interrupted="interrupted; the same command resumes from there"):
         main()

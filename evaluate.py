@@ -1,13 +1,14 @@
-"""Scores a model on benchmarks: PSNR-Y and SSIM-Y beside bicubic, parameters, MACs and time.
+"""Scores a model on benchmarks: PSNR-Y and SSIM-Y compared with bicubic, parameters, MACs, time.
 
     python evaluate.py --ckpt PATH --data Set5 Set14
+    python evaluate.py --ckpt x4-real --data Set5 --degrade blur=1 noise=10 jpeg=50
 
-Without --data, photographs that come with scikit-image are upscaled.
+The default for --data is photographs that come with scikit-image.
 """
 
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the process
+if __name__ == "__main__":  # Ctrl-C during imports ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
@@ -27,34 +28,40 @@ from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import printable
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.model import parameter_count
-from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
-from dvmsr_jax.program import keep_compiled_programs, told_in_a_line
+from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.program import keep_compiled_programs, one_line_errors
+from dvmsr_jax.registry import DEFAULT
 
+# Metrics in the table; --json adds others.
+METRICS = ("psnr_y", "ssim_y")
 # The size for which papers state the cost of x4 models.
 COST_SIZE = 256
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to evaluate and on which pictures."""
+    """The command line."""
 
-    ckpt: Path = DEFAULT_WEIGHTS
-    """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file. By
-    default, the project's own weights."""
+    ckpt: Path = Path(DEFAULT)
+    """A name of weights (see checkpoints/README.md), a checkpoint directory (WORKDIR/PHASE), a
+    .safetensors file or a published .pth file."""
     data: tuple[Path, ...] = ()
     """Benchmarks (folders with HR/ and, optionally, LR/), or folders of several benchmarks.
     Default: photographs from scikit-image."""
+    degrade: tuple[str, ...] = ()
+    """Degrade the LR pictures: blur=SIGMA (in LR pixels), noise=SIGMA (in levels of 255) and
+    jpeg=QUALITY, in this order. grid: every combination of them, including none."""
     json: Path | None = None
     """Also write the scores to this file."""
     save_images: Path | None = None
     """Write the upscaled pictures under this folder."""
     compute: Annotated[Compute, tyro.conf.arg(name="")] = field(default_factory=Compute)
     self_ensemble: bool = False
-    """Average over the eight flips and turns of each picture."""
+    """Average over the eight flips and rotations of each picture."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
-    """The command line."""
+    """Parses the command line."""
     return tyro.cli(Arguments, args=arguments, prog="evaluate.py", description=__doc__)
 
 
@@ -63,12 +70,21 @@ def run(arguments: Arguments) -> dict[str, Any]:
     model = load_model(arguments.ckpt, compute=arguments.compute)
     scale = model.config.scale
     if arguments.data:
-        benchmarks = evaluation.find_benchmarks(arguments.data, scale)
+        found = evaluation.find_benchmarks(arguments.data, scale)
     else:
-        benchmarks = {"samples": evaluation.sample_benchmark(scale)}
+        found = {"samples": evaluation.sample_benchmark(scale)}
+    benchmarks: dict[str, evaluation.Benchmark | evaluation.Degraded] = {**found}
+    if arguments.degrade:
+        cells = evaluation.parse_degradations(arguments.degrade)
+        benchmarks = {
+            f"{name} {cell}": evaluation.Degraded(benchmark, strengths)
+            for name, benchmark in found.items()
+            for cell, strengths in cells.items()
+        }
     upscale = make_upscaler(model, self_ensemble=arguments.self_ensemble)
 
-    row = "{:12} {:>6} {:>10} {:>8} {:>10} {:>8} {:>10}".format
+    width = max(12, *(len(printable(name)) for name in benchmarks))
+    row = (f"{{:{width}}}" + " {:>6} {:>10} {:>8} {:>10} {:>8} {:>10}").format
     print(row("x" + str(scale), "images", "PSNR-Y", "SSIM-Y", "bicubic", "", "s/image"))
     datasets = {}
     for name, examples in benchmarks.items():
@@ -76,7 +92,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
             upscale, examples, scale, name=name, save_dir=arguments.save_images
         )
         datasets[name] = scores
-        numbers = scores["psnr_y"], scores["ssim_y"], *scores["bicubic"].values()
+        numbers = [of[metric] for of in (scores, scores["bicubic"]) for metric in METRICS]
         formatted = [f"{x:.4f}" if i % 2 else f"{x:.3f}" for i, x in enumerate(numbers)]
         mean_seconds = statistics.mean(seconds.values())
         print(row(printable(name), len(seconds), *formatted, f"{mean_seconds:.2f}"), flush=True)
@@ -94,8 +110,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of the command."""
-    with told_in_a_line(out_of_memory="pictures are taken whole: leave out the largest"):
+    """Runs the program."""
+    with one_line_errors(out_of_memory="leave out the largest pictures"):
         arguments = parse(sys.argv[1:])
         keep_compiled_programs()
         result = run(arguments)

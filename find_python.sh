@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints the first usable Python, those that the tests are run with first; for the Makefile.
+# Prints the first usable Python for the Makefile, preferring versions that the tests are run with.
 for python in python3.12 python3.13 python3.11 python3 python; do
     if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "$python"

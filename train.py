@@ -3,19 +3,23 @@
     python train.py --phase=teacher --data.hr-dirs DIR [DIR ...]
     python train.py --phase=student --data.hr-dirs DIR [DIR ...]
 
---preset=demo trains a small model briefly instead of the paper's. To resume a run that was
-stopped, give the same command again.
+    python train.py --phase=teacher --preset=finetune --init PATH --data.hr-dirs DIR [DIR ...]
+
+--preset=demo trains a small model briefly instead of the paper's; --preset=finetune continues from
+given weights. To resume a run that was stopped, give the same command again.
 """
 
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C just ends the process
+if __name__ == "__main__":  # Ctrl-C during imports ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -23,37 +27,51 @@ import tyro
 from configs import PRESETS
 from dvmsr_jax import parallel
 from dvmsr_jax.config import Cluster, TrainConfig, Within, check_fields
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.pretrained import load_weights
+from dvmsr_jax.program import one_line_errors
 from dvmsr_jax.training.loop import dry_run, train
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A run, and how to launch it."""
+    """The command line."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     cluster: Cluster = field(default_factory=Cluster)
     dry_run: bool = False
-    """Build everything, take two steps, print memory, speed and expected duration, and exit."""
+    """Take two steps, print memory, speed and the run's expected duration, and exit."""
     allow_changes: bool = False
-    """Resume from a checkpoint made with another configuration, data or teacher; the shapes of the
+    """Resume even if configuration, data or teacher differ from the checkpoint's; the shapes of the
     weights cannot change."""
     profile: Annotated[int, Within(0)] = 0
-    """Number of steps to trace, for TensorBoard or Perfetto, into WORKDIR/PHASE/profile."""
+    """Trace this many steps, for TensorBoard or Perfetto, into WORKDIR/PHASE/profile."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--")
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
-    """The preset that --phase and --preset name, with every other argument overriding a field."""
+    """Parses the command line: --phase and --preset choose the defaults of all other options.
+
+    With --init, the options of the network default to those of the weights.
+
+    Raises:
+        UserError: an argument is out of range, or the weights cannot be read.
+    """
     choose = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     choose.add_argument("--phase", choices=["teacher", "student"], default="student")
     choose.add_argument("--preset", choices=sorted(PRESETS), default="paper")
+    choose.add_argument("--init", type=Path)
     chosen, rest = choose.parse_known_args(arguments)
+    config = PRESETS[chosen.preset][chosen.phase]
+    if chosen.init is not None:
+        model = dataclasses.replace(
+            load_weights(chosen.init).config, drop_path=config.model.drop_path
+        )
+        config = dataclasses.replace(config, init=chosen.init, model=model)
     return tyro.cli(
         Arguments,
-        default=Arguments(PRESETS[chosen.preset][chosen.phase]),
+        default=Arguments(config),
         args=rest,
         prog="train.py",
         description=__doc__,
@@ -62,7 +80,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
 
 def main() -> None:
     """Parses the command line and trains."""
-    with told_in_a_line(
+    with one_line_errors(
         out_of_memory="try --remat, a larger --optim.accumulate, --precision bfloat16 or "
         "--data.cache none"
     ):

@@ -1,7 +1,7 @@
 """Enlarges pictures fourfold, or by another factor.
 
     python upscale.py photo.jpg                        -> photo_x4.png beside it
-    python upscale.py photos/ -o large/ --format webp  -> large/..., with the folders in photos/
+    python upscale.py photos/ -o large/ --format webp  -> large/..., subfolders included
     python upscale.py - < photo.jpg > photo_x4.png
 
 Existing results are skipped, so an interrupted command can be run again. If a folder holds both
@@ -27,10 +27,9 @@ import tyro
 from tqdm import tqdm
 
 from dvmsr_jax.errors import UserError, printable
-from dvmsr_jax.pictures import batch, formats
+from dvmsr_jax.pictures import formats, jobs
 from dvmsr_jax.pictures.upscaler import Upscaler
-from dvmsr_jax.pretrained import DEFAULT_WEIGHTS
-from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, told_in_a_line
+from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -43,27 +42,28 @@ class Arguments:
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """A file, a folder (end its name in /), or - for standard output. None: beside each input."""
     format: Literal["same", "png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif"] | None = None
-    """Format of the results. same: each input's own, or PNG for AVIF and HEIC. None: chosen by the
-    output's name, otherwise PNG, except that animations and multi-page files keep theirs."""
+    """Format of the results. same: each input's own, or PNG for AVIF and HEIC. None: that of the
+    output's name, otherwise PNG, except that animations and multi-page files keep their format."""
     scale: float | None = None
     """Enlargement factor, up to 16. If it is not the model's, the model's output is resized."""
     overwrite: bool = False
     """Replace existing results. Inputs are never replaced."""
     quality: int | Literal["lossless"] | None = None
-    """Quality of JPEG and WebP, from 1 to 100, or lossless for WebP. None: 95, but a lossless WebP
-    stays lossless."""
+    """Quality of JPEG and WebP, from 1 to 100, or lossless for WebP. None: 95, except that a
+    lossless WebP stays lossless."""
     self_ensemble: bool = False
     """Average over the eight flips and rotations of each picture: slightly better, eight times
     slower."""
-    ckpt: Path = DEFAULT_WEIGHTS
-    """A checkpoint directory (WORKDIR/PHASE), a .safetensors file or a published .pth file."""
+    ckpt: Annotated[Path | None, tyro.conf.arg(aliases=["--model"])] = None
+    """A name of weights (see checkpoints/README.md), a checkpoint directory (WORKDIR/PHASE), a
+    .safetensors file or a published .pth file. None: the project's weights for the scale."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is faster on GPUs and TPUs; results differ by rounding."""
     device: Literal["cpu", "gpu", "tpu"] | None = None
     """None: the fastest one available."""
     tile: int | None = None
-    """Upscale in square tiles of this side, in pixels. None: in rows, which is exact and takes as
-    little memory; only bidirectional models need tiles."""
+    """Upscale in square tiles of this side, in pixels. None: in bands of rows, which needs as
+    little memory without approximating; only bidirectional models need tiles."""
     overlap: int | None = None
     """Overlap of the tiles in pixels. None: 16."""
     max_megapixels: float = 500
@@ -101,46 +101,46 @@ def run(arguments: Arguments) -> int:
         overlap=arguments.overlap,
         precision=arguments.precision,
     )
-    jobs = batch.plan(
+    planned = jobs.plan(
         arguments.inputs,
         arguments.output,
         scale=upscaler.scale,
         suffix=arguments.format and f".{arguments.format}",
     )
-    waiting = [job for job in jobs if isinstance(job, batch.Job)]
-    if any(job.source == batch.STANDARD for job in waiting) and sys.stdin is None:
+    waiting = [job for job in planned if isinstance(job, jobs.Job)]
+    if any(job.source == jobs.STANDARD for job in waiting) and sys.stdin is None:
         raise UserError("standard input is closed")
-    if any(job.target == batch.STANDARD for job in waiting):
+    if any(job.target == jobs.STANDARD for job in waiting):
         if sys.stdout is None:
             raise UserError("standard output is closed")
         if sys.stdout.isatty():
             raise UserError(
                 "standard output is a terminal: redirect it, or choose another --output"
             )
-    results = batch.run(
-        jobs,
+    results = jobs.run(
+        planned,
         upscaler,
         keep=arguments.inputs,
         overwrite=arguments.overwrite,
         quality=arguments.quality,
         max_pixels=int(arguments.max_megapixels * 1e6),
     )
-    outcomes: list[batch.Outcome] = []
+    outcomes: list[jobs.Outcome] = []
     try:
-        silent = True if len(jobs) == 1 else None  # None: if stderr is no terminal
-        for outcome in tqdm(results, total=len(jobs), unit="picture", disable=silent):
+        silent = True if len(planned) == 1 else None  # None: if stderr is no terminal
+        for outcome in tqdm(results, total=len(planned), unit="picture", disable=silent):
             outcomes.append(outcome)
             if outcome.status == "done":
                 tqdm.write(printable(f"{outcome.source} -> {outcome.what}"), file=sys.stderr)
     except KeyboardInterrupt:
         status = INTERRUPTED
         print("interrupted; run the same command again to resume", file=sys.stderr)
-    except batch.DiskFullError as error:
+    except jobs.DiskFullError as error:
         status = 1
         print(f"stopped: {error}", file=sys.stderr)
     else:
         status = int(any(outcome.status == "failed" for outcome in outcomes))
-    print(batch.summary(outcomes), file=sys.stderr)
+    print(jobs.summary(outcomes), file=sys.stderr)
     return status
 
 
@@ -149,7 +149,7 @@ def use_device(name: str) -> None:
     # Without a platform JAX takes the best. "gpu" would try AMD's and Intel's besides NVIDIA's.
     jax.config.update("jax_platforms", "cpu" if name == "cpu" else None)
     if (there := jax.default_backend()) != name:
-        raise UserError(f"--device {name}: JAX finds none here, only {there} (see README, Install)")
+        raise UserError(f"--device {name}: JAX finds none, only {there} (see README, Install)")
 
 
 def _stop(number: int, _: object) -> None:
@@ -164,7 +164,7 @@ def main() -> None:
             signal.signal(number, _stop)
     if sys.stderr is None:  # closed: print() would use standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    with told_in_a_line():
+    with one_line_errors():
         arguments = parse(sys.argv[1:])
         keep_compiled_programs()
         sys.exit(run(arguments))

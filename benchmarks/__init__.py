@@ -1,4 +1,4 @@
-"""Benchmarks: `inference`, `loader`, `scan` and `training` print tables and a line on the machine.
+"""Benchmarks: `inference`, `loader`, `scan` and `training` describe the machine and print tables.
 
-`crops` makes a picture of results with the included weights; the other modules are helpers.
+`crops` makes the README's picture from the default weights; the other modules are helpers.
 """

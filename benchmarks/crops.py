@@ -11,19 +11,20 @@ import tyro
 from dvmsr_jax import images
 from dvmsr_jax.evaluation import comparison, sample_benchmark
 from dvmsr_jax.inference import make_upscaler
-from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
+from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.registry import DEFAULT
 
 # First row and column of each crop, in HR pixels.
 CROPS = {"astronaut": (40, 120), "chelsea": (60, 110), "coffee": (60, 200)}
 SIZE = 160
 
 
-def main(target: Path, ckpt: Path = DEFAULT_WEIGHTS) -> None:
+def main(target: Path, ckpt: Path = Path(DEFAULT)) -> None:
     """Writes the picture.
 
     Args:
         target: a PNG file.
-        ckpt: a checkpoint directory, a .safetensors file or a published .pth file.
+        ckpt: a name of weights, a checkpoint directory, a .safetensors or a .pth file.
     """
     model = load_model(ckpt)
     upscale = make_upscaler(model)

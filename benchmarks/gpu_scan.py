@@ -1,9 +1,9 @@
 """`python -m benchmarks.scan --gpu`: the Triton kernels compared with the limits of the GPU.
 
-The floor of a pass is the larger of two times: its bytes over the GPU's memory bandwidth, and its
-exponentials over the rate of its special-function units. Bytes are those of every input, read once,
-and of every output, written once (a backward pass reads the inputs again). Exponentials are the
-decays, b l d n per pass. The chunks' border states, softplus and silu are overhead.
+The floor of a pass is the larger of two times: its bytes divided by the GPU's memory bandwidth, and
+its exponentials divided by the rate of the special-function units. The bytes are those of reading
+every input and writing every output once (a backward pass reads the inputs again). The exponentials
+are the decays, b l d n per pass. The chunks' border states, softplus and silu count as overhead.
 """
 
 import functools
@@ -30,7 +30,7 @@ COLUMNS = ("b", "l", "d", "type", "pass", "time", "TB/s", "Texp/s", "floor")
 BATCH_SECONDS = 0.05
 BATCHES = 7
 # The host's time is measured over this many calls, too few to fill a queue and block the host. If
-# it is more than this share of the GPU's time, the measurement may be of the host.
+# it exceeds this fraction of the GPU's time, the GPU may have waited for the host.
 UNHINDERED = 8
 HOST_BOUND = 0.8
 SPECIAL_FUNCTIONS_A_CLOCK = 16  # per multiprocessor, for compute capabilities 8.0 to 10.0
@@ -42,7 +42,7 @@ def print_times(
     channels: Iterable[int],
     implementations: tuple[Implementation, ...],
 ) -> None:
-    """Prints the time of each size (b, l), d, type and pass, and its ratios to floor and others."""
+    """Prints the time for each size (b, l), d, type and pass, and its ratio to floor and others."""
     bandwidth, clock = copy_bandwidth(), highest_clock()
     exponentials = jax.devices()[0].core_count * SPECIAL_FUNCTIONS_A_CLOCK * clock
     print(
@@ -112,7 +112,7 @@ def compare(
 
 
 def noting_lack_of_memory(measure: Callable) -> Callable:
-    """Makes a measurement return "out of memory" where JAX or PyTorch raises it."""
+    """Makes a measurement return "out of memory" if JAX or PyTorch raises that error."""
 
     @functools.wraps(measure)
     def measure_or_note(*args, **options):
@@ -132,9 +132,10 @@ class HostBound(float):
 
 @noting_lack_of_memory
 def queued_seconds(call: Callable, wait: Callable) -> float | str:
-    """Seconds per call, with many calls in the queue so that the GPU does not wait for the host.
+    """Seconds per call, with many calls queued so that the GPU does not wait for the host.
 
-    HostBound if it may have waited nevertheless; "out of memory" if there is no measurement.
+    Returns a HostBound if the GPU may have waited nevertheless, and "out of memory" if there is too
+    little memory.
     """
 
     def seconds_of(calls):
@@ -156,7 +157,7 @@ def queued_seconds(call: Callable, wait: Callable) -> float | str:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second that the GPU reads and writes in a map over 2 GiB."""
+    """Bytes per second that the GPU reads and writes in an elementwise operation on 2 GiB."""
     x = jnp.zeros(2**29, jnp.float32)
     seconds = queued_seconds(functools.partial(jax.jit(lambda x: x + 1), x), jax.block_until_ready)
     assert isinstance(seconds, float), seconds
@@ -174,7 +175,7 @@ def highest_clock() -> float:
 
 @noting_lack_of_memory
 def mamba_ssm_seconds(inputs, *, backward: bool) -> float | str:
-    """Seconds of the original CUDA scan on the same arrays, with channels before tokens."""
+    """Seconds per call of Mamba's CUDA scan on the same arrays, with channels before tokens."""
     import torch
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 

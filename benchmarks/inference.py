@@ -1,10 +1,10 @@
 """Time and memory of upscaling with the paper's student: `python -m benchmarks.inference`.
 
-Every case runs in its own process. `first` is the first call, including compilation. `seconds` is
-the median of the later calls and, in parentheses, how many times faster this is than with the
-`associative` scan. Megapixels are those of the output. `memory` is the peak memory of the process
-(on a GPU, of JAX on the GPU) beyond its memory after the imports. It includes the input picture.
-The output is held in memory with `whole`, and dropped row by row with `streaming`.
+Every case runs in its own process. `first` is the time of the first call, including compilation.
+`seconds` is the median of the later calls, with the speed-up over the `associative` scan in
+parentheses. Megapixels are those of the output. `memory` is the peak memory of the process (on a
+GPU, of JAX on the GPU) beyond that after the imports. It includes the input picture. The output is
+held in memory with `whole`, and dropped band by band with `streaming`.
 
 JAX chooses the device; `JAX_PLATFORMS=cpu python -m benchmarks.inference` overrides this.
 """
@@ -109,13 +109,13 @@ class Surroundings(NamedTuple):
 
 
 def find_surroundings(scans: tuple[Implementation, ...]) -> Surroundings:
-    """The surroundings of this process."""
+    """Describes the machine, and which of these scans it can run."""
     lacks = tuple(missing(scan) for scan in scans)
     return Surroundings(machine.describe(), jax.default_backend(), lacks)
 
 
 def apart(function: Callable[..., Answer], *arguments: object) -> Answer:
-    """Calls the function in a new process. A TPU admits one process at a time."""
+    """Calls the function in a new process, as a TPU admits only one process at a time."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
@@ -153,7 +153,7 @@ def main(
     torch: tuple[str, ...] = (),
     smoke: bool = False,
 ) -> None:
-    """Prints time, memory, and the growth of time with the picture, as Markdown tables.
+    """Prints time, memory, and how time grows with the size of the picture, as Markdown tables.
 
     Args:
         sizes: sizes of the low-resolution picture, WIDTHxHEIGHT or the side of a square.
@@ -162,7 +162,7 @@ def main(
         scans: implementations of the selective scan (auto: native or triton where they run).
         torch: other x4 models in PyTorch to measure in float32, as FILE.py:CLASS: classes that are
             built without arguments and take (1, 3, h, w).
-        smoke: a quick run that only shows that everything works.
+        smoke: a quick run to check that everything works.
     """
     if smoke:
         sizes, precisions, scans = ("8", "8x16"), ("float32",), ("auto",)

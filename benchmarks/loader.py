@@ -1,11 +1,13 @@
 """Training crops per second, from disk and from device memory: `python -m benchmarks.loader`.
 
-For comparison, it also measures how many crops the models' steps (forward and backward, float32,
-without the optimizer) consume on this machine's devices. Crops per CPU-second count the CPU time of
-the process's threads, so that other programs have little influence; crops per second need an idle
-machine.
+This includes degraded LR, which the reading threads compute from HR. For comparison, it also
+measures how many crops the models' steps (forward and backward, float32, without the optimizer)
+consume on this machine's devices. Crops per CPU-second count the CPU time of
+the process's threads, on which other programs have little influence; crops per second require an
+idle machine.
 """
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import skimage.data
 import tyro
 from flax import nnx
 
@@ -29,24 +32,25 @@ from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.training import losses
 
 SCALE = 4
-COLUMNS = ("", "crops/s", "crops per CPU-second", "cores busy")
+COLUMNS = ("", "crops/s", "crops per CPU-second", "CPU ms per crop", "cores busy")
 
 
 def make_records(folder: Path, pictures: int) -> None:
-    """Prepares pictures of noise, 64 sub-images each. Stored raw, noise costs no more."""
+    """Prepares mosaics of a photograph, with 64 sub-images each."""
+    square = skimage.data.astronaut()[:320, :320]
 
     def picture(i: int) -> Source:
         def load():
-            return np.random.default_rng(i).integers(0, 256, (2560, 2560, 3), np.uint8)
+            return np.tile(np.roll(square, 40 * i, axis=0), (8, 8, 1))
 
-        return Source(f"noise {i}", f"noise {i}", load)
+        return Source(f"mosaic {i}", f"mosaic {i}", load)
 
     train = [picture(i) for i in range(pictures)]
     prepare({"train": train, "val": [picture(pictures)]}, SCALE, folder)
 
 
 def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) -> list[str]:
-    """Measures a row of the table, without the first `warm_up` batches."""
+    """Measures a row of the table, ignoring the first `warm_up` batches."""
     count = 0
     for i, batch in enumerate(batches):
         if i == warm_up:
@@ -55,7 +59,8 @@ def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) ->
         count += batch_size
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     rates = [count / seconds, count / cpu_seconds]
-    return [name, *map(rounded, rates), f"{cpu_seconds / seconds:.1f}"]
+    cores = f"{cpu_seconds / seconds:.1f}"
+    return [name, *map(rounded, rates), f"{1000 * cpu_seconds / count:.2f}", cores]
 
 
 def make_step(config: ModelConfig) -> Callable[[dict[str, jax.Array]], Any]:
@@ -63,7 +68,7 @@ def make_step(config: ModelConfig) -> Callable[[dict[str, jax.Array]], Any]:
 
     def loss(parameters, batch):
         lr, hr = (batch[name].astype(jnp.float32) / 255 for name in ("lr", "hr"))
-        return losses.pixel(Weights(config, parameters).model()(lr), hr)
+        return losses.l1(Weights(config, parameters).model()(lr), hr)
 
     parameters = named_parameters(DVMSR(config, rngs=nnx.Rngs(0)))
     gradients = jax.jit(jax.grad(loss))
@@ -83,13 +88,13 @@ def main(
 
     Args:
         records: a folder made by `python -m dvmsr_jax.data prepare`. None: 512 new sub-images,
-            which are then in the system's page cache.
+            which are then in the page cache.
         workers: numbers of threads that read from disk.
         lr_crop: side of the LR crops.
         batch_size: crops in a batch.
-        step_batch_size: crops in a step of the models.
+        step_batch_size: crops in a step of the models, and in a batch of degraded crops.
         batches: batches to measure.
-        smoke: a quick run that only shows that everything works.
+        smoke: a quick run to check that everything works.
     """
     models = {
         f"the {phase}'s step": PRESETS["paper"][phase].model for phase in ("student", "teacher")
@@ -118,6 +123,14 @@ def main(
             config = DataConfig(lr_crop=lr_crop, batch_size=batch_size, workers=threads)
             feed = data.make_feed(train, config, scale=SCALE)
             show(f"from disk, {threads} workers", feed.inputs(**span))
+
+        degraded = DataConfig(lr_crop=lr_crop, batch_size=step_batch_size, degradation="mild")
+        for config in (degraded, dataclasses.replace(degraded, degradation="real")):
+            for threads in workers:
+                config = dataclasses.replace(config, workers=threads)
+                feed = data.make_feed(train, config, scale=SCALE)
+                name = f"from disk, {config.degradation}, {threads} workers"
+                show(name, feed.inputs(**span), step_batch_size)
 
         config = DataConfig(lr_crop=lr_crop, batch_size=batch_size, cache="device")
         feed = data.make_feed(train, config, scale=SCALE)

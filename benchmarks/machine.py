@@ -20,9 +20,9 @@ def describe() -> str:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that a program can take without swapping (outside Linux: all memory).
+    """Bytes of host memory that a program can use without swapping (outside Linux: all memory).
 
-    sysconf's SC_AVPHYS_PAGES would not count caches that the kernel can release.
+    sysconf's SC_AVPHYS_PAGES would not include caches that the kernel can release.
     """
     available = _proc_field("meminfo", "MemAvailable")
     return int(available.split()[0]) * 1024 if available else _total_memory()

@@ -13,7 +13,7 @@ from benchmarks.table import rounded
 from dvmsr_jax.errors import is_out_of_memory
 from kernels.selective_scan import Implementation, selective_scan
 
-# A program is timed at least MIN_REPETITIONS times, and until that has taken CELL_SECONDS.
+# A program is timed at least MIN_REPETITIONS times, and until the calls have taken CELL_SECONDS.
 CELL_SECONDS = 2.0
 MIN_REPETITIONS = 2
 
@@ -21,7 +21,7 @@ MIN_REPETITIONS = 2
 def make_inputs(
     l: int, d: int, n: int = 16, b: int = 1, dtype: jnp.dtype = jnp.float32
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Returns (arrays of a call, with Mamba's initial A and step sizes; weights of the loss)."""
+    """Returns (the scan's arrays, with Mamba's initial A and step sizes; the loss's weights)."""
     keys = iter(jax.random.split(jax.random.key(0), 7))
 
     def normal(channels):
@@ -68,7 +68,7 @@ class Program:
             assert sizes is not None, f"no memory analysis on {jax.default_backend()}"
             self.temp_bytes = sizes.temp_size_in_bytes
             needed = self.temp_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-            # A CPU program that takes too much is killed by the system, without an exception.
+            # On CPUs, the system kills a program that needs too much, without an exception.
             if jax.default_backend() == "cpu" and needed > machine.available_memory():
                 self.obstacle = f"needs {needed / machine.GIB:.0f} GiB"
 
@@ -78,7 +78,7 @@ class Program:
         return not (self.obstacle or enough)
 
     def repeat(self) -> None:
-        """Times one call, after another one that warms up memory and caches."""
+        """Times one call, after another call to warm up memory and caches."""
         with self._noting_lack_of_memory():
             jax.block_until_ready(self.compiled(*self.inputs))
             start = time.perf_counter()

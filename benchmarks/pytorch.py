@@ -1,4 +1,4 @@
-"""Other models in PyTorch, for comparison. PyTorch itself is optional."""
+"""Other models, in PyTorch, for comparison. PyTorch itself is optional."""
 
 import importlib.util
 import sys
@@ -13,7 +13,7 @@ from dvmsr_jax.errors import UserError
 
 
 class TorchModel(NamedTuple):
-    """A class of models that upscale (b, 3, h, w), float32."""
+    """A class of PyTorch models that upscale (b, 3, h, w), float32."""
 
     place: str
     """FILE.py:CLASS; the class is instantiated without arguments."""
@@ -21,10 +21,10 @@ class TorchModel(NamedTuple):
 
 
 def load_class(model: TorchModel) -> Callable[[], Any]:
-    """Imports the class. Raises UserError if its file, it or PyTorch is missing or fails."""
+    """Imports the class. Raises UserError if the file, the class or PyTorch is missing or fails."""
     file, _, name = model.place.rpartition(":")
     if not Path(file).is_file():
-        raise UserError(f"{model.place}: expected FILE.py:CLASS of an existing file")
+        raise UserError(f"{model.place}: expected FILE.py:CLASS, with an existing file")
     if importlib.util.find_spec("torch") is None:
         raise UserError(f"{model.place}: needs PyTorch, which is not installed (pip install torch)")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)

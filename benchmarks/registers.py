@@ -1,4 +1,4 @@
-"""Registers of the Triton kernels, found by compiling them. Needs no GPU."""
+"""Register usage of the Triton kernels, determined by compiling them. Needs no GPU."""
 
 import re
 import subprocess

@@ -1,8 +1,8 @@
 """Time and memory of every selective scan, side by side: `python -m benchmarks.scan`.
 
-Each cell is a median and, in parentheses, how many times better than `associative` it is. The
-implementations are timed in turn, round after round, so that a noisy machine affects them equally.
-Memory is what XLA allocates besides arguments and results.
+Each cell is a median, with the improvement over `associative` in parentheses. The implementations
+are timed in turn, round after round, so that a noisy machine affects all of them equally. Memory is
+what XLA allocates besides arguments and results.
 """
 
 import functools
@@ -73,12 +73,12 @@ def main(
     Args:
         lengths: numbers of tokens, l.
         channels: numbers of channels, d.
-        implementations: implementations to compare. None: those that run here, or with `gpu` the
+        implementations: implementations to compare. None: those that run here or, with `gpu`, the
             baselines of the Triton kernels.
-        smoke: a quick run that only shows that everything works: l = 256, d = 16, one repetition.
+        smoke: a quick run to check that everything works: l = 256, d = 16, one repetition.
         gpu: compare the Triton kernels with the limits of an NVIDIA GPU instead.
         sizes: with `gpu`, pairs of b and l: the number of sequences and the tokens of each.
-        registers: print the registers of the Triton kernels instead; needs no GPU.
+        registers: print the register usage of the Triton kernels instead; needs no GPU.
     """
     if smoke:
         lengths, channels = (256,), (16,)

@@ -3,8 +3,8 @@
 python -m benchmarks.training
 python -m benchmarks.training --smoke
 
-The rows of a table take steps in turn, so that a busy moment of the machine affects all of them.
-Pictures are random numbers and weights are untrained, which does not affect the cost.
+The rows of a table take steps in turn, so that a busy machine affects all of them equally. Pictures
+are random and weights untrained, which does not affect the cost.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Runner:
         self._seconds.append(time.perf_counter() - begin)
 
     def forget(self) -> None:
-        """Drops the timings so far, which are of warming up."""
+        """Drops the timings so far, of the warm-up."""
         self._seconds, self._waited = [], []
 
     def flops(self) -> int:
@@ -111,7 +111,7 @@ def phases(student: TrainConfig, teacher: TrainConfig, weights: Path) -> Iterato
 
 
 def savers(student: TrainConfig) -> Iterator[Row]:
-    """Yields the student without a teacher, with its step computed in several ways."""
+    """Yields the student without a teacher, with options that affect speed and memory."""
     plain = dataclasses.replace(student, phase="teacher")
     accumulated = dataclasses.replace(plain.optim, accumulate=ACCUMULATE)
     yield Row("float32", plain)
@@ -157,16 +157,16 @@ def main(
 ) -> None:
     """Prints speed and memory of training steps as Markdown tables.
 
-    "time" is relative to the table's first row. FLOP/s count three forward passes of the model in
-    training and one of an online teacher's.
+    "time" is relative to the table's first row. FLOP/s count three forward passes of the trained
+    model and one of an online teacher.
 
     Args:
         presets: models and crops.
         tables: phases: student and teacher, kinds of distillation. savers: precision, memory.
         batch_size: crops per step, rounded up so that accumulated parts divide evenly among the
-            devices. None: the preset's, but 4 on a CPU.
+            devices. None: the preset's, or 4 on a CPU.
         steps: steps to time for each row, after a first one that is not timed.
-        smoke: a quick run of tiny models that only shows that everything works.
+        smoke: a quick run of tiny models to check that everything works.
     """
     tiny = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=2)
     if smoke:

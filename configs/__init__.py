@@ -1,10 +1,11 @@
-"""Presets of training runs, with their commands and, of the paper's, the scores to expect."""
+"""Presets of training runs, with their commands and, for the paper's, expected scores."""
 
-from configs import demo, student, teacher
+from configs import demo, finetune, student, teacher
 from dvmsr_jax.config import TrainConfig
 
 # preset -> phase -> configuration
 PRESETS: dict[str, dict[str, TrainConfig]] = {
     "paper": {"teacher": teacher.CONFIG, "student": student.CONFIG},
     "demo": {"teacher": demo.TEACHER, "student": demo.STUDENT},
+    "finetune": {"teacher": finetune.TEACHER, "student": finetune.STUDENT},
 }

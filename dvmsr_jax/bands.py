@@ -1,10 +1,10 @@
-"""The surroundings of a layer's rows: nothing, or the rest of a streamed image.
+"""The context of a layer's rows: a whole image, or a band of an image that is streamed.
 
 No layer of a unidirectional network reads a whole image. A 3x3 convolution reads one row above and
 one below, a causal convolution the tokens just before, and a scan its last state. An image can
 therefore pass through the network in bands of rows, one after the other, if every layer keeps the
-rows or the state that the next band needs, under its own name. Layers call the methods below and
-need not distinguish between the two cases:
+rows or the state that the next band needs, under its own name. Layers call the methods below in
+both cases:
 
 * WHOLE: the rows are the whole image, surrounded by zeros.
 * Band: a convolution waits for the row below, so its result is one row late, and whatever is added
@@ -25,7 +25,7 @@ class Whole:
     """The rows of a whole image."""
 
     def at(self, layer: str) -> "Whole":
-        """The same for a layer of this name within the current one."""
+        """The context for a layer of this name within the current one."""
         del layer
         return self
 
@@ -34,12 +34,12 @@ class Whole:
         return jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
 
     def delayed(self, x: Float[Array, "b h w c"], rows: int) -> Float[Array, "b h w c"]:
-        """The rows that match a result delayed by this many convolutions."""
+        """The rows that match a result that this many convolutions have delayed."""
         del rows
         return x
 
     def with_previous(self, u: Float[Array, "b l d"], count: int) -> Float[Array, "_ _ d"]:
-        """The tokens in runs of equal length, each preceded by the `count` tokens before it."""
+        """The tokens in runs of equal length, each with the `count` tokens before it prepended."""
         return jnp.pad(u, ((0, 0), (count, 0), (0, 0)))
 
     def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
@@ -63,8 +63,8 @@ WHOLE = Whole()
 class Band:
     """A band of one image's rows, for one pass through the network.
 
-    Each layer takes from `carried` the arrays that it left there, by its name, for the band above,
-    and puts as many in `left` for the one below.
+    Each layer takes the arrays under its name from `carried`, which it left there in the band
+    above, and puts the same number in `left` for the band below.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Band:
         columns: int,
         carried: Mapping[str, Array] | None,
     ):
-        """`first` is the place of the band's first row in the image of this height and width.
+        """`first` is the index of the band's first row in the image of this height and width.
 
-        `columns` is the band's own width, and `carried` the last band's `left`; None, for zeros, if
-        there has been none.
+        `columns` is the band's own width. `carried` is `left` of the band above; None stands for
+        zeros, above the first band.
         """
         self.left: dict[str, Array] = {}
         self._place = _Place(first)
@@ -93,7 +93,7 @@ class Band:
         return band
 
     def with_neighbours(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h+2 w c"]:
-        """See Whole. From here on, the rows are those one further up in the image."""
+        """See Whole. From here on, the rows are those that lie one higher in the image."""
         b, h, w, c = x.shape
         x = self.masked(x.reshape(b, h * w, c)).reshape(x.shape)
         self._place.first = self._place.first - 1
@@ -113,8 +113,9 @@ class Band:
         b, l, d = u.shape
         rows = l // self._columns
         known = jnp.concatenate([self._take("tokens", (b, count, d), u.dtype), u], axis=1)
-        # The places in the image, counted from the band's first token, of the tokens just before
-        # each row and of the last ones; and where those are kept, behind the `count` carried ones.
+        # Positions in the image, counted from the band's first token, of the tokens just before
+        # each row and of the band's last ones; then their indices in `known`, after the `count`
+        # carried.
         places = jnp.arange(rows + 1)[:, None] * self._width + jnp.arange(-count, 0)[None]
         row, column = jnp.divmod(places, self._width)
         known_at = count + jnp.where(places < 0, places, row * self._columns + column)
@@ -151,6 +152,6 @@ class Band:
 
 @dataclasses.dataclass
 class _Place:
-    """The place in the image of a band's first row, at the current layer of the pass."""
+    """The index in the image of a band's first row, at the current layer of the pass."""
 
     first: Int[Array, ""]

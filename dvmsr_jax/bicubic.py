@@ -1,14 +1,14 @@
-"""MATLAB's bicubic imresize, by which super-resolution benchmarks make their low-resolution files.
+"""MATLAB's bicubic imresize, with which the low-resolution files of benchmarks are made.
 
 Keys' kernel with a = -0.5 (IEEE Trans. ASSP 29, 1981), widened by the scale when shrinking. The
-files published for Set5 and Set14 come out bit for bit, which takes two of MATLAB's habits that are
-easily missed: uint8 pictures are rounded after each of the two passes, and beyond the border the
-outermost pixel repeats (MATLAB's releases since about 2016 mirror the picture there instead, which
-changes nothing but the outermost pixels of the result).
+files published for Set5 and Set14 are reproduced bit for bit. This depends on two details that are
+easily missed: uint8 pictures are rounded after each of the two passes, and the outermost pixel
+repeats beyond the border (MATLAB's releases since about 2016 mirror the picture there instead,
+which changes only the outermost pixels of the result).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Float, Float64, UInt8
@@ -18,17 +18,17 @@ from scipy.sparse import csr_array
 def resize(
     image: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"], height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} c"] | Float64[np.ndarray, "{height} {width} c"]:
-    """imresize(image, [height width], 'bicubic'), each at least 1.
+    """imresize(image, [height width], 'bicubic'); both sizes must be at least 1.
 
-    Computed in float64. Like MATLAB, gives back uint8 for uint8, rounded (halves up) and clamped
+    Computed in float64. As in MATLAB, a uint8 image stays uint8, rounded (halves up) and clamped
     after each pass; a float image is neither rounded nor clamped.
     """
     sizes = (height, width)
     rounded = image.dtype == np.uint8
-    # The axis that shrinks most first, rows before columns, as rounding makes the order matter.
+    # The order matters because of rounding: the axis that shrinks most first, rows before columns.
     for axis in sorted((0, 1), key=lambda axis: sizes[axis] / image.shape[axis]):
         lines = image.swapaxes(0, axis)
-        weights = _weights(len(lines), sizes[axis])
+        weights = resampling(len(lines), sizes[axis])
         resized = weights @ lines.reshape(len(lines), -1)
         image = resized.reshape(sizes[axis], *lines.shape[1:]).swapaxes(0, axis)
         if rounded:
@@ -39,15 +39,15 @@ def resize(
 def resize_bands(
     bands: Iterable[Float[np.ndarray, "rows w c"]], h: int, height: int, width: int
 ) -> Iterator[Float[np.ndarray, "rows width c"]]:
-    """`resize` of a float image of h rows that comes in bands of them, in float32 and likewise."""
-    weights = _weights(h, height).astype(np.float32)
-    weights.sum_duplicates()  # and put in order
+    """`resize` in float32, for a float image of h rows that arrives, and is returned, in bands."""
+    weights = resampling(h, height).astype(np.float32)
+    weights.sum_duplicates()  # also sorts the indices
     starts, ends = weights.indptr[:-1], weights.indptr[1:]
     first_sources, last_sources = weights.indices[starts], weights.indices[ends - 1]
     columns, held, first, done = None, None, 0, 0
     for band in bands:
         if columns is None:
-            columns = _weights(band.shape[1], width).astype(np.float32)
+            columns = resampling(band.shape[1], width).astype(np.float32)
         lines = (columns @ band.swapaxes(0, 1).reshape(band.shape[1], -1)).astype(np.float32)
         lines = lines.reshape(width, len(band), -1).swapaxes(0, 1)
         held = lines if held is None else np.concatenate([held, lines])
@@ -62,7 +62,7 @@ def resize_bands(
 
 
 def modcrop(image: UInt8[np.ndarray, "h w 3"], scale: int) -> UInt8[np.ndarray, "hs ws 3"]:
-    """The image without the last rows and columns that exceed a multiple of the scale.
+    """Crops rows and columns at the end, so that height and width are multiples of the scale.
 
     Raises ValueError if nothing is left.
     """
@@ -81,25 +81,8 @@ def downscale(image: UInt8[np.ndarray, "hs ws 3"], scale: int) -> UInt8[np.ndarr
 
 
 def upscale(image: UInt8[np.ndarray, "h w 3"], scale: int) -> UInt8[np.ndarray, "hs ws 3"]:
-    """The baseline of every table."""
+    """Bicubic upscaling, the baseline of every table."""
     return resize(image, image.shape[0] * scale, image.shape[1] * scale)
-
-
-def _weights(n_in: int, n_out: int) -> csr_array:
-    """(n_out, n_in) matrix that resizes a line of pixels."""
-    scale = n_out / n_in
-    shrink = min(scale, 1.0)
-    taps = math.ceil(4 / shrink)
-    # Pixel i covers [i, i + 1], so its centre is at i + 0.5; here in pixels of the input.
-    centres = (np.arange(n_out) + 0.5) / scale - 0.5
-    first = np.floor(centres - 2 / shrink).astype(int) + 1
-    sources = first[:, None] + np.arange(taps)
-    weights = _keys((sources - centres[:, None]) * shrink)
-    weights /= weights.sum(axis=1, keepdims=True)
-    # Where the border pixel repeats it is listed more than once in a row, and its weights add up.
-    columns = np.clip(sources, 0, n_in - 1)
-    row_starts = np.arange(n_out + 1) * taps
-    return csr_array((weights.ravel(), columns.ravel(), row_starts), shape=(n_out, n_in))
 
 
 def _keys(x: np.ndarray) -> np.ndarray:
@@ -107,3 +90,29 @@ def _keys(x: np.ndarray) -> np.ndarray:
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def resampling(
+    n_in: int,
+    n_out: int,
+    kernel: Callable[[np.ndarray], np.ndarray] = _keys,
+    radius: float = 2.0,
+) -> csr_array:
+    """(n_out, n_in) matrix that resizes a line of pixels.
+
+    `kernel` must be zero beyond `radius`, but need not be normalised. It is widened if the line
+    shrinks.
+    """
+    scale = n_out / n_in
+    shrink = min(scale, 1.0)
+    taps = math.ceil(2 * radius / shrink)
+    # In pixels of the input. Pixel i covers [i, i + 1], so its centre is at i + 0.5.
+    centres = (np.arange(n_out) + 0.5) / scale - 0.5
+    first = np.floor(centres - radius / shrink).astype(int) + 1
+    sources = first[:, None] + np.arange(taps)
+    weights = kernel((sources - centres[:, None]) * shrink)
+    weights /= weights.sum(axis=1, keepdims=True)
+    # A repeated border pixel is listed several times in a row of the matrix; its weights add up.
+    columns = np.clip(sources, 0, n_in - 1)
+    row_starts = np.arange(n_out + 1) * taps
+    return csr_array((weights.ravel(), columns.ravel(), row_starts), shape=(n_out, n_in))

@@ -2,10 +2,11 @@
 
 A run's checkpoints are in WORKDIR/PHASE/checkpoints/STEP, each with the items
 
-    config  the TrainConfig, as JSON, and "sources": the data and the teacher it was made from
+    config  the TrainConfig, as JSON, "sources" (identifiers of the data, the teacher and the
+            initial weights), and "lineage" (how the initial weights were made)
     best    the best validation so far, as JSON
-    ema     the averaged weights, by name: what evaluation, export and distillation read
-    state   the weights being trained and the optimizer's state, which resuming also reads
+    ema     the averaged weights, by name, for evaluation, export and distillation
+    state   the weights being trained and the optimizer's state, for resuming
 
 and CHECKSUMS of their files, which are verified before anything is read. Checkpoints of older
 versions have no checksums.
@@ -21,7 +22,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +36,13 @@ from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.model import Weights, check_finite
 
 _EFFECTS = effects(TrainConfig)
-# What the score of given weights depends on, besides the scale: validations before and after one of
-# these changed cannot be compared.
-_VALIDATED_ON = ("sources.data", "compute.precision")
+# Besides the weights and the scale, validation scores depend on these: scores from before and after
+# a change of one cannot be compared.
+_VALIDATED_ON = ("sources.data", "data.degradation", "compute.precision")
 _ITEMS = ("config", "best", "ema", "state")
-# In the folder of a checkpoint: SHA-256 of each of its items' files, by path, as JSON.
+# File in a checkpoint's folder: the SHA-256 of each of its items' files, by path, as JSON.
 CHECKSUMS = "checksums.json"
-# Of a file in a checkpoint; Orbax writes files of 2 GiB at most.
+# Limit on a file in a checkpoint; Orbax writes files of 2 GiB at most.
 _MAX_FILE_BYTES = 2**32
 
 
@@ -65,7 +66,7 @@ class Best(NamedTuple):
 
     @classmethod
     def from_json(cls, stored: Any) -> "Best":
-        """What `_asdict` gave. Raises ValueError if this is something else."""
+        """The inverse of `_asdict`. Raises ValueError if `stored` is something else."""
         match stored:
             case {"step": int(step), "psnr_y": int(psnr_y) | float(psnr_y), **rest}:
                 if not rest and step >= 0 and not math.isnan(psnr_y):
@@ -90,17 +91,21 @@ class Checkpoints:
         config: TrainConfig,
         sources: Mapping[str, str | None] | None = None,
         *,
+        lineage: Sequence[Mapping[str, Any]] = (),
         allow_changes: bool = False,
         describe_data: Callable[[str], str] = lambda identity: "",
     ):
         """A run resumes only with the configuration and the `sources` in its checkpoint.
 
-        `sources` identifies the data and the teacher. `allow_changes` lets both differ, except for
-        fields that determine the shapes of the weights. `describe_data` returns how the data differ
-        from those of another "data" source, for the messages.
+        `sources` identifies the data, the teacher and the initial weights. `lineage` describes the
+        initial weights and their predecessors, oldest first; it is recorded but not compared.
+        `allow_changes` lets configuration and sources differ, except for fields that determine the
+        shapes of the weights. `describe_data` returns how the data differ from those of another
+        "data" source, for the messages.
         """
         self.config = config
         self._description = to_json(config) | {"sources": dict(sources or {})}
+        self._lineage = {"lineage": list(lineage)} if lineage else {}
         self._allow_changes = allow_changes
         self._describe_data = describe_data
         self.directory = phase_directory(config) / "checkpoints"
@@ -112,8 +117,8 @@ class Checkpoints:
             item_names=_ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,  # of a run that was killed while it wrote one
-                lightweight_initialize=True,  # reads no file that may be damaged
+                cleanup_tmp_directories=True,  # left by a run that was killed while writing
+                lightweight_initialize=True,  # reads no files, which may be damaged
                 async_options=ocp.options.AsyncOptions(
                     post_finalization_callback=self._write_checksums
                 ),
@@ -133,7 +138,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    config=ocp.args.JsonSave(self._description),
+                    config=ocp.args.JsonSave(self._description | self._lineage),
                     best=ocp.args.JsonSave(best._asdict()),
                     ema=ocp.args.StandardSave(ema),
                     state=ocp.args.StandardSave(state),
@@ -148,7 +153,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: its configuration differs from this run's, in which case the message
-                shows both; or none of the checkpoints can be read.
+                lists the differences; or none of the checkpoints can be read.
         """
         failures: list[UnreadableError] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -174,7 +179,7 @@ class Checkpoints:
             if best.step and not changed.isdisjoint(_VALIDATED_ON):
                 parallel.say(
                     f"the best validation so far, {best.psnr_y:.2f} dB at step {best.step}, no "
-                    "longer counts: it was on other data or in another precision",
+                    "longer counts: its data, degradation or precision were different",
                     file=sys.stderr,
                 )
                 best = Best()
@@ -198,7 +203,7 @@ class Checkpoints:
         self._manager.close()
 
     def _write_checksums(self) -> None:
-        """The first process's writing thread calls it before the checkpoint gets its name."""
+        """Called in the first process's writing thread, before the checkpoint gets its name."""
         (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         checksums = {
             path.relative_to(folder).as_posix(): files.checksum(path)
@@ -214,16 +219,19 @@ class Checkpoints:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory} ({reason}); the last good one "
-                f"is {self.newest() or 'not there yet'}. When this is fixed, the same command "
+                f"is {self.newest() or 'not written yet'}. Once this is fixed, the same command "
                 "resumes from there."
             ) from error
 
     def _check_same(self, stored: dict[str, Any], path: Path) -> set[str]:
         """The fields that differ. Raises CheckpointError if they must not."""
         current = flat(self._description)
-        # A field that an older version did not have is as it was then: at its default.
-        defaults = to_json(TrainConfig()) | {"sources": self._description["sources"]}
+        # A field that an older version did not have behaved as its default does now.
+        defaults = to_json(TrainConfig()) | {
+            "sources": self._description["sources"] | {"init": None}
+        }
         stored = flat(defaults) | flat(stored)
+        stored.pop("lineage", None)
         differing = [
             name
             for name in sorted(stored.keys() | current.keys())
@@ -242,7 +250,7 @@ class Checkpoints:
             remedy = "" if fixed else ", or resume regardless with --allow-changes"
             raise CheckpointError(
                 f"{path} was made with another configuration:\n{lines}\n"
-                f"Use the same, or another --workdir{remedy}."
+                f"Use the same configuration, or another --workdir{remedy}."
             )
         parallel.say(f"resuming from {path} with another configuration:\n{lines}", sys.stderr)
         return set(differing)
@@ -294,7 +302,7 @@ def load_weights(path: Path) -> Weights:
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """The training of the weights that `load_weights` returns.
+    """How the weights that `load_weights` returns were trained.
 
     Returns:
         The configuration, in JSON's types, and "step", the number of steps taken.
@@ -303,18 +311,26 @@ def load_facts(path: Path) -> dict[str, Any]:
         CheckpointError: there is no readable checkpoint at `path`.
     """
     step = find_step(path)
-    with _reading(step, ("config",)):
-        return {"step": int(step.name), **_read_json(step, "config")}
+    with _reading(step, ("config", "state")):
+        # Not from the folder's name: a copy may have another.
+        taken = int(read_arrays(step / "state", only=("step",))["step"])
+        return {"step": taken, **_read_json(step, "config")}
 
 
-def read_arrays(item: Path) -> Any:
-    """An item of a checkpoint as NumPy arrays, whatever devices they were saved from."""
+def read_arrays(item: Path, only: Collection[str] = ()) -> Any:
+    """An item of a checkpoint as NumPy arrays, regardless of the devices that it was saved from.
+
+    With `only`, just the entries with these names are read.
+    """
     item = item.absolute()
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).tree
+        tree = reader.metadata(item).tree
+        wanted = {name: tree[name] for name in only or tree}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        return reader.restore(
+            item,
+            args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True),
         )
-        return reader.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 def _read_json(step: Path, item: str) -> dict[str, Any]:

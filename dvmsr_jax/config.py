@@ -17,7 +17,7 @@ from kernels.selective_scan import Implementation
 
 @dataclass(frozen=True)
 class Within:
-    """Says of a field in which range its number has to be: from `low` up, and below `below`."""
+    """Marks a numeric field with its range: at least `low`, and less than `below`."""
 
     low: int | float
     below: int | float = math.inf
@@ -25,13 +25,13 @@ class Within:
 
 @dataclass(frozen=True)
 class ForLevel:
-    """Says of a field of DistillConfig that it has a use at this level only."""
+    """Marks a field of DistillConfig that applies to this level only."""
 
     level: str
 
 
 class Effect(enum.Enum):
-    """Says of a field, and of those in it that say nothing themselves, what depends on it."""
+    """Marks a field with what depends on it. Fields inside it inherit the mark by default."""
 
     RESULT = "the result"
     """The default: it can change during a run only with --allow-changes."""
@@ -76,12 +76,12 @@ class ModelConfig:
 
     @property
     def delta_rank(self) -> int:
-        """Rank of the projection that makes delta, as Mamba's code has it: c / 16, rounded up."""
+        """Rank of the projection that makes delta, as in Mamba's code: c / 16, rounded up."""
         return math.ceil(self.channels / 16)
 
     @property
     def vimms(self) -> int:
-        """Number of ViMMs in all."""
+        """Total number of ViMMs."""
         return self.rssbs * self.vimms_per_rssb
 
 
@@ -93,7 +93,7 @@ class Compute:
     """Implementation of the selective scan; see kernels/selective_scan."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of convolutions and projections. Parameters, norms, residuals and the scan's state are
-    float32 always: activations grow to some 1,600, where bfloat16 has steps of 8."""
+    always float32: activations reach about 1,600, where bfloat16 has steps of 8."""
 
     @property
     def products(self) -> Literal["highest"] | None:
@@ -106,28 +106,32 @@ class Compute:
 class DataConfig:
     """Where the training pictures come from and how batches are cut from them."""
 
-    # The pictures matter, not where they are: checkpoints name them among the sources.
+    # Checkpoints identify the pictures by their content, under "sources"; paths do not matter.
     hr_dirs: Annotated[tuple[Path, ...], Effect.NOTHING] = ()
-    """Folders of high-resolution pictures, searched recursively. None: `dataset`."""
+    """Folders of high-resolution pictures, searched recursively. None: download `dataset`."""
     dataset: Annotated[Literal["div2k", "df2k"], Effect.NOTHING] = "div2k"
-    """Pictures to download, without `hr_dirs` and `prepared`. div2k: DIV2K (4 GB). df2k: DIV2K and
+    """Pictures to download, without `hr_dirs` or `prepared`. div2k: DIV2K (4 GB). df2k: DIV2K and
     Flickr2K, as in the paper; its archive also contains low-resolution pictures."""
     data_dir: Annotated[Path, Effect.NOTHING] = Path("~/tensorflow_datasets")
     """Where pictures are downloaded to and prepared, once."""
     prepared: Annotated[Path | None, Effect.NOTHING] = None
     """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
     val_images: Annotated[int, Within(1), Effect.NOTHING] = 20
-    """Pictures kept apart from training for validation, if they are prepared now."""
+    """Pictures held out for validation; without effect if `prepared` is given."""
     max_unreadable: Annotated[float, Within(0, 1), Effect.NOTHING] = 0.01
-    """Largest share of the pictures that may be left out because they cannot be read."""
+    """Largest share of the pictures that may be skipped because they cannot be read."""
     lr_crop: Annotated[int, Within(1)] = 64
     """Side of the square low-resolution training crops, in pixels."""
     batch_size: Annotated[int, Within(1)] = 128
-    """Crops a step, over all devices."""
+    """Crops per step, over all devices."""
     workers: Annotated[int, Within(0), Effect.NOTHING] = 2
-    """Threads that load and augment ahead of the training step."""
+    """Threads that load and augment crops ahead of the training step."""
     cache: Annotated[Literal["none", "device"], Effect.NOTHING] = "none"
-    """none: stream crops from disk. device: keep all sub-images in device memory and crop there."""
+    """none: stream crops from disk. device: keep all sub-images in device memory and crop there.
+    Either way, degraded crops are made by the host, from disk."""
+    degradation: Literal["clean", "mild", "real"] = "clean"
+    """How LR crops are made. clean: bicubic. mild: most with slight blur, noise or JPEG. real:
+    more and stronger, as in Real-ESRGAN and DASR. Validation pictures are degraded, too."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--data.")
@@ -146,11 +150,11 @@ class OptimConfig:
     b1: Annotated[float, Within(0, 1)] = 0.9
     """Adam's decay of the gradient's mean."""
     b2: Annotated[float, Within(0, 1)] = 0.99
-    """Adam's decay of its square's."""
+    """Adam's decay of the squared gradient's mean."""
     clip: Annotated[float, Within(0)] = 1.0
     """Largest global norm of a gradient; larger ones are scaled down to it. 0: no clipping."""
     accumulate: Annotated[int, Within(1), Effect.NOTHING] = 1
-    """Parts of a batch that follow one another, to save memory; the result is that of the whole."""
+    """Parts in which a batch is processed one by one, to save memory; the result is the same."""
     ema_decay: Annotated[float, Within(0, 1)] = 0.999
     """Decay of the weights' moving average, which validation and export use."""
 
@@ -163,18 +167,18 @@ class DistillConfig:
     """The student phase's second loss: L1 between student and teacher."""
 
     teacher: Annotated[Path | None, Effect.NOTHING] = None
-    """Teacher checkpoint. None: the teacher phase's under the same workdir."""
+    """The teacher's weights, given as for --init. None: the teacher phase's in the same workdir."""
     weight: Annotated[float, Within(0)] = 1.0
     """Factor lambda of the distillation loss."""
     level: Annotated[Literal["output", "mid"], Effect.SHAPES] = "output"
     """output: compare the pictures. mid: compare the outputs of `rssbs`, projected to fit."""
     rssbs: Annotated[tuple[tuple[int, int], ...], ForLevel("mid"), Effect.SHAPES] = ()
-    """For level mid: (student's, teacher's) RSSBs to pair, counted from 0. None: evenly."""
+    """For level mid: pairs of (student's, teacher's) RSSBs, counted from 0. None: spread evenly."""
     targets: Annotated[Literal["online", "precomputed"], ForLevel("output")] = "online"
     """For level output. online: run the teacher on each batch. precomputed: crop its outputs for
-    the whole sub-images, which `python -m dvmsr_jax.training distill` makes once."""
+    whole sub-images, computed once by `python -m dvmsr_jax.training distill`."""
     self_ensemble: Annotated[bool, ForLevel("output")] = False
-    """For level output: average the teacher over the eight flips and turns, a better one."""
+    """For level output: average the teacher over the eight flips and rotations: better targets."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--distill.")
@@ -195,15 +199,35 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """The loss between the upscaled crops and their HR pictures."""
+
+    pixel: Literal["l1", "charbonnier", "l2"] = "l1"
+    """l1: the paper's. charbonnier: L1, smooth near zero (about 1e-3). l2: mean squared error."""
+    fft_weight: Annotated[float, Within(0)] = 0.0
+    """Weight of the L1 between their two-dimensional Fourier transforms; SAFMN uses 0.05."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--loss.")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training phase."""
 
     phase: Annotated[Literal["teacher", "student"], Effect.SHAPES] = "student"
-    """teacher: L1 to the HR pictures. student: the same plus distillation."""
+    """teacher: the loss against the HR pictures. student: the same plus distillation."""
     workdir: Annotated[Path, Effect.NOTHING] = Path("runs/dvmsr")
     """Folder for checkpoints, metrics and samples, which go to WORKDIR/PHASE."""
     model: Annotated[ModelConfig, Effect.SHAPES] = field(default_factory=ModelConfig)
+    # Checkpoints identify the weights by their content, under "sources"; paths do not matter.
+    init: Annotated[Path | None, Effect.NOTHING] = None
+    """Weights to start from instead of random ones: a name, a checkpoint directory, a .safetensors
+    or a .pth file. For another scale, the last convolution starts at random."""
+    init_partial: Annotated[bool, Effect.NOTHING] = False
+    """If the weights for --init have another depth or width, use the parameters that fit."""
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     steps: Annotated[int, Within(1)] = 500_000
@@ -220,33 +244,40 @@ class TrainConfig:
     checkpoint_every: Annotated[int, Within(1), Effect.NOTHING] = 5_000
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Within(1), Effect.NOTHING] = 3
-    """How many of the newest checkpoints to keep, besides the best by validation."""
+    """Number of newest checkpoints to keep, besides the best by validation."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--")
         if self.phase == "teacher" and (given := self.distill.given()):
             raise UserError(f"{', '.join(given)}: for --phase=student only")
+        if self.init_partial and self.init is None:
+            raise UserError("--init-partial is for --init only")
+        if self.distill.targets == "precomputed" and self.data.degradation != "clean":
+            raise UserError(
+                "--distill.targets=precomputed is for clean crops only; with "
+                f"--data.degradation={self.data.degradation}, use --distill.targets=online"
+            )
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The processes of a run on several machines. Those of SLURM and Open MPI 4, one for each
-    GPU, and of a TPU pod are found without these."""
+    """The processes of a run on several machines. Not needed under SLURM or Open MPI 4, with one
+    process per GPU, or on a TPU pod: there, the processes are found automatically."""
 
     coordinator_address: str | None = None
     """HOST:PORT of the first process; the same for all."""
     num_processes: int | None = None
-    """Number of processes. 1, given alone: only this one, whatever the environment says."""
+    """Number of processes. 1, given alone: only this one, regardless of the environment."""
     process_id: int | None = None
     """Number of this process, from 0."""
     timeout: int = 300
-    """Seconds to wait for the others."""
+    """Seconds to wait for the other processes."""
 
 
 def check_fields(config: Any, prefix: str) -> None:
-    """Raises UserError if a field's value is not of its type or range, naming options by `prefix`.
+    """Raises UserError if a field has the wrong type or is out of range.
 
-    Only numbers, truth values and choices are checked.
+    The message names options, with `prefix`. Only numbers, booleans and choices are checked.
     """
     if problems := list(_problems(config, lambda name: prefix + _option(name))):
         raise UserError("; ".join(problems))

@@ -13,9 +13,9 @@ class Cost(NamedTuple):
     scan_flops: int
     """Floating-point operations of the scans, nine for each token, channel and state."""
     usual_macs: int
-    """The count reported for the published code by fvcore, the counter used in papers: it omits the
-    fused mixer (the causal convolution, W_x, W_dt, W_out and the scan), and counts five operations
-    for each input of a LayerNorm."""
+    """The count that papers quote, by fvcore on the published code: it omits the fused mixer (the
+    causal convolution, W_x, W_dt, W_out and the scan), and counts five operations for each input of
+    a LayerNorm."""
 
 
 def cost(config: ModelConfig, height: int, width: int) -> Cost:

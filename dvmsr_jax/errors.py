@@ -1,12 +1,12 @@
-"""Exceptions that are for the user to act on."""
+"""Exceptions that users can act on, and text that is safe to print."""
 
 import unicodedata
 
 
 class UserError(ValueError):
-    """Something passed in cannot be used. The message names it and says what to do.
+    """Some input cannot be used. The message names it and says what to do.
 
-    Since file names in it may contain control characters, `str` makes each line `printable`.
+    Since the message may contain file names, `str` makes each of its lines `printable`.
     """
 
     def __str__(self) -> str:
@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 class StoppedError(Exception):
-    """A signal ended the work before it was done. The message says how to resume it."""
+    """A signal stopped the work before it was done. The message says how to resume."""
 
 
 def printable(text: object) -> str:
@@ -30,5 +30,5 @@ def printable(text: object) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the host or of a device was too small."""
+    """Whether the host or a device ran out of memory."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

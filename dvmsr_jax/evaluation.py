@@ -1,16 +1,19 @@
-"""Benchmarks, folders of test pictures, and a model's scores on them."""
+"""Benchmarks (folders of test pictures), and a model's scores on them."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
 from dvmsr_jax import bicubic
+from dvmsr_jax.data import degradations
 from dvmsr_jax.errors import UserError, printable
 from dvmsr_jax.images import (
     SAMPLES,
@@ -20,7 +23,12 @@ from dvmsr_jax.images import (
     side_by_side,
     write_png,
 )
-from dvmsr_jax.metrics import psnr_y, ssim_y
+from dvmsr_jax.metrics import psnr_rgb, psnr_y, ssim_y
+
+_METRICS = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr_rgb": psnr_rgb}
+# Default strengths for `--degrade grid`: those commonly used for blind super-resolution since "A
+# Closer Look at Blind Super-Resolution" (arXiv 2205.04910), except for JPEG's, which is 60 there.
+_GRID = {"blur": 2.0, "noise": 20.0, "jpeg": 50}
 
 
 class Example(NamedTuple):
@@ -33,7 +41,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of an example."""
+    """The files that an example is read from."""
 
     name: str
     hr: Path
@@ -43,7 +51,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Examples, each read from its files whenever it is needed."""
+    """Examples, each read from its files during iteration."""
 
     pairs: tuple[Pair, ...]
     scale: int
@@ -55,8 +63,57 @@ class Benchmark:
         return (load_pair(pair, self.scale) for pair in self.pairs)
 
 
+@dataclass(frozen=True)
+class Degraded:
+    """A benchmark whose LR pictures are degraded, in the same way every time."""
+
+    benchmark: Benchmark
+    strengths: Mapping[str, Any]
+    """Arguments of `degradations.apply`."""
+
+    def __len__(self) -> int:
+        return len(self.benchmark)
+
+    def __iter__(self) -> Iterator[Example]:
+        for seed, example in enumerate(self.benchmark):
+            yield example._replace(lr=degradations.apply(example.lr, seed=seed, **self.strengths))
+
+
+def parse_degradations(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Parses the arguments of `evaluate.py --degrade`; returns strengths by name of degradation.
+
+    Args:
+        arguments: "blur=SIGMA", "noise=SIGMA" and "jpeg=QUALITY", as in `degradations.apply`, each
+            at most once. "grid": all combinations of the three, where strengths have defaults.
+
+    Raises:
+        UserError: an argument is none of these, or out of range.
+    """
+    given: dict[str, Any] = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if argument == "grid":
+            continue
+        if name not in _GRID or name in given:
+            raise UserError(
+                f"--degrade {argument}: expected blur=SIGMA, noise=SIGMA and jpeg=QUALITY, each at "
+                "most once, or grid"
+            )
+        try:
+            given[name] = type(_GRID[name])(value)
+        except ValueError as error:
+            raise UserError(f"--degrade {argument}: {value!r} is not a number") from error
+    degradations.check(**given)
+    if "grid" in arguments:
+        choices = sorted(itertools.product((False, True), repeat=len(_GRID)), key=sum)
+        cells = [dict(itertools.compress((_GRID | given).items(), choice)) for choice in choices]
+    else:
+        cells = [{name: given[name] for name in _GRID if name in given}]
+    return {" ".join(f"{n}={x:g}" for n, x in cell.items()) or "clean": cell for cell in cells}
+
+
 def find_benchmarks(dirs: Sequence[Path], scale: int) -> dict[str, Benchmark]:
-    """The benchmarks in these folders, by the names of their folders.
+    """Finds benchmarks in these folders, and returns them by the name of their folder.
 
     Each folder is a benchmark or contains benchmarks. A benchmark has pictures in HR/ and,
     optionally, their low-resolution versions in LR/ (STEM.png or, as in DIV2K, STEMx{scale}.png for
@@ -109,26 +166,19 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Scores `upscale`, a function from LR to SR pictures, both uint8, and bicubic upscaling.
 
-    Returns the scores, {"psnr_y", "ssim_y", "bicubic": {"psnr_y", "ssim_y"}, "images": {NAME:
-    {"psnr_y", "ssim_y"}}}, with means over the examples outside "images", and the seconds taken for
-    each picture. The first of each size is upscaled once beforehand, to exclude the time
-    for compiling.
+    Returns the scores, {METRICS, "bicubic": {METRICS}, "images": {NAME: {METRICS}}}, and the
+    seconds taken for each picture, excluding compilation. METRICS are "psnr_y", "ssim_y" and
+    "psnr_rgb", and means over the examples except in "images".
 
     Progress goes to stderr if that is a terminal, under the benchmark's `name`. With `save_dir`,
     SR pictures are written to SAVE_DIR/NAME/PICTURE.png. Raises UserError if there are no
-    examples, and naming the picture if one cannot be scored (see `metrics`).
+    examples or, naming the picture, if one cannot be scored (see `metrics`).
     """
     images: dict[str, dict[str, float]] = {}
     baseline: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    compiled: set[tuple[int, ...]] = set()
     for picture, lr, hr in tqdm(examples, desc=printable(name), unit="picture", disable=None):
-        if lr.shape not in compiled:
-            upscale(lr)
-            compiled.add(lr.shape)
-        start = time.perf_counter()
-        sr = upscale(lr)
-        seconds[picture] = time.perf_counter() - start
+        sr, seconds[picture] = _timed(upscale, lr)
         if save_dir is not None:
             write_png(save_dir / name / f"{picture}.png", sr)
         try:
@@ -144,20 +194,40 @@ def evaluate(
 def comparison(
     example: Example, upscaled: Mapping[str, UInt8[np.ndarray, "h w 3"]], part: tuple[slice, slice]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The same part, rows and columns, of bicubic's, the models' and the HR picture, in a row."""
+    """Shows a part (rows, columns) of the picture by bicubic, by each model and in HR, in a row."""
     scale = len(example.hr) // len(example.lr)
     whole = {"bicubic": bicubic.upscale(example.lr, scale), **upscaled, "HR": example.hr}
     return side_by_side({label: picture[part] for label, picture in whole.items()})
 
 
+def _timed(upscale: Callable[[np.ndarray], np.ndarray], lr: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns the upscaled picture and the seconds taken. Repeats the call if JAX compiled."""
+    compilations: list[str] = []
+
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
+        if event.startswith("/jax/core/compile"):
+            compilations.append(event)
+
+    def once() -> tuple[np.ndarray, float]:
+        start = time.perf_counter()
+        return upscale(lr), time.perf_counter() - start
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        result = once()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    return once() if compilations else result
+
+
 def _score(sr: np.ndarray, hr: np.ndarray, border: int) -> dict[str, float]:
-    return {"psnr_y": psnr_y(sr, hr, border), "ssim_y": ssim_y(sr, hr, border)}
+    return {name: metric(sr, hr, border) for name, metric in _METRICS.items()}
 
 
 def _mean(scores: dict[str, dict[str, float]]) -> dict[str, float]:
     return {
-        metric: float(np.mean([score[metric] for score in scores.values()]))
-        for metric in ("psnr_y", "ssim_y")
+        metric: float(np.mean([score[metric] for score in scores.values()])) for metric in _METRICS
     }
 
 
@@ -168,7 +238,7 @@ def _benchmark_folders(folder: Path) -> list[Path]:
         raise ImageError(f"{folder}: no such folder")
     found = sorted(sub for sub in folder.iterdir() if (sub / "HR").is_dir())
     if not found:
-        raise ImageError(f"{folder}: neither it nor a folder in it has an HR/ folder of pictures")
+        raise ImageError(f"{folder}: no HR/ folder of pictures in it or in its subfolders")
     return found
 
 

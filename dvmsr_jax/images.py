@@ -21,11 +21,11 @@ SAMPLES = tuple(
 
 
 def read_rgb(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture as RGB, upright by its EXIF orientation, read as `pictures.reading` does.
+    """Reads a picture as RGB, upright according to its EXIF orientation.
 
-    Grey becomes three equal channels, 16 bits are scaled to 8, transparency is dropped, and of
-    several frames or pages the first is taken. Raises ImageError for a file that is missing, in no
-    format that `Picture` reads, damaged, truncated, or larger than its default limit.
+    Grey becomes three equal channels, 16 bits are scaled to 8, transparency is dropped, and only
+    the first of several frames or pages is read. Raises ImageError for a file that is missing,
+    damaged, truncated, in a format that `Picture` does not read, or larger than its default limit.
     """
     with contextlib.closing(Picture(path).frames()) as frames:
         pixels = next(frames).pixels
@@ -47,7 +47,7 @@ def find_images(
     suffixes: Collection[str] = STILL_SUFFIXES,
     on_error: Callable[[Path, ImageError], None] | None = None,
 ) -> list[Path]:
-    """The pictures in a folder and its subfolders, by suffix and sorted.
+    """The pictures in a folder and its subfolders, found by suffix, sorted.
 
     Hidden files and folders are skipped. Links to folders are followed, but no folder is visited
     twice, and none that contains `folder`.

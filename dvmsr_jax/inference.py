@@ -16,10 +16,10 @@ from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR
 
-# A band has about this many pixels, and at most so many rows. A CPU is fastest where a layer's
-# features fit its cache, and the answer's lateness costs the small picture up to a band more. An
-# accelerator takes as long for a small band as for a larger one (where that ends is a guess, not
-# measured).
+# Approximate number of pixels and largest number of rows of a band. A CPU is fastest if a layer's
+# features fit its cache. The delay of the result (see `DVMSR.rows_late`) can cost up to one more
+# band, which matters for small pictures. An accelerator takes as long for a small band as for a
+# somewhat larger one (these two values are guesses, not measured).
 BAND_PIXELS, MAX_BAND_ROWS = 8_192, 16
 ACCELERATOR_BAND_PIXELS, ACCELERATOR_MAX_BAND_ROWS = 131_072, 128
 
@@ -28,15 +28,15 @@ AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 
 class RgbView:
-    """An RGB image in [0, 1] that is made of other pixels where it is looked at, and not held.
+    """An RGB image in [0, 1] that is computed from other pixels part by part, when indexed.
 
-    Of an array's interface it has what upscaling takes: shape, slices, and np.asarray for all.
+    It has the parts of an array's interface that upscaling uses: shape, slices and np.asarray.
     """
 
     dtype = np.dtype(np.float32)
 
     def __init__(self, pixels: np.ndarray, to_rgb: Callable[[np.ndarray], np.ndarray]):
-        """`to_rgb` makes (h, w, 3), float32, of any part, (h, w, channels), of the pixels."""
+        """`to_rgb` converts any part of the pixels, (h, w, channels), to (h, w, 3), float32."""
         self.shape = (*pixels.shape[:2], 3)
         self._pixels, self._to_rgb = pixels, to_rgb
 
@@ -50,65 +50,56 @@ class RgbView:
         return np.array(self[:], dtype, copy=copy)
 
 
-# A function from an RGB image in [0, 1] to its upscaled rows from top to bottom in arrays of
-# (any number, w s, 3), which may leave that range slightly.
+# A function from an RGB image in [0, 1] to its upscaled rows, from top to bottom, in arrays of
+# shape (any number, w s, 3), whose values may leave that range slightly.
 RgbUpscale = Callable[[np.ndarray | RgbView], Iterator[np.ndarray]]
 
 
-def make_upscaler(
-    model: DVMSR, *, self_ensemble: bool = False
-) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
-    """A function from RGB pictures to RGB pictures, `scale` times larger, compiled once a size.
-
-    With `self_ensemble` it averages the results of the eight flips and turns, turned back.
-    """
-    graph, parameters = nnx.split(model)
-
-    @jax.jit
-    def run(parameters, picture):
-        model = nnx.merge(graph, parameters)
-        return upscale_pixels(model, picture[None], self_ensemble=self_ensemble)[0]
-
-    return lambda picture: np.asarray(run(parameters, picture))
-
-
 def upscale_pixels(
-    model: Callable[[Array], Array], pictures: UInt8[Array, "b h w 3"], *, self_ensemble: bool
-) -> UInt8[Array, "b H W 3"]:
-    """Upscales 8-bit pictures as `upscale_batch` does images; clamps and rounds to 8 bits."""
-    images = pictures.astype(jnp.float32) / 255
+    model: Callable[[AnyArray], AnyArray],
+    pictures: UInt8[AnyArray, "b h w 3"],
+    *,
+    self_ensemble: bool,
+) -> UInt8[AnyArray, "b H W 3"]:
+    """`upscale_batch` for 8-bit pictures; the result is clamped and rounded to 8 bits."""
+    xp = pictures.__array_namespace__()  # NumPy's or JAX's
+    images = pictures.astype(np.float32) / np.float32(255)
     upscaled = upscale_batch(model, images, self_ensemble=self_ensemble)
-    return jnp.rint(jnp.clip(upscaled, 0, 1) * 255).astype(jnp.uint8)
+    return xp.rint(xp.clip(upscaled, 0, 1) * 255).astype(np.uint8)
 
 
 def upscale_batch(
-    model: Callable[[Array], Array], images: Float[Array, "b h w 3"], *, self_ensemble: bool
-) -> Float[Array, "b H W 3"]:
-    """The model's answer to the images, or the average over their symmetries."""
+    model: Callable[[AnyArray], AnyArray],
+    images: Float[AnyArray, "b h w 3"],
+    *,
+    self_ensemble: bool,
+) -> Float[AnyArray, "b H W 3"]:
+    """The model's output for the images, averaged over their symmetries if `self_ensemble`."""
     return average_over_symmetries(model, images) if self_ensemble else model(images)
 
 
 def average_over_symmetries(
     model: Callable[[AnyArray], AnyArray], images: Float[AnyArray, "b h w 3"]
 ) -> Float[AnyArray, "b H W 3"]:
-    """The mean of the model's answers to the eight flips and turns of the images, turned back."""
+    """The mean of the model's outputs for the eight flips and rotations of the images, undone."""
     rot90 = images.__array_namespace__().rot90  # NumPy's or JAX's
 
-    def answers() -> Iterator[AnyArray]:
+    def outputs() -> Iterator[AnyArray]:
         for turns in range(4):
             for flip in (False, True):
                 x = rot90(images, turns, axes=(1, 2))
                 y = model(x[:, :, ::-1] if flip else x)
                 yield rot90(y[:, :, ::-1] if flip else y, -turns, axes=(1, 2))
 
-    return functools.reduce(operator.add, answers()) / 8
+    return functools.reduce(operator.add, outputs()) / 8
 
 
 def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
-    """Upscales in bands of rows, exactly, in memory that does not grow with the image's height.
+    """Upscales in bands of rows, in memory that does not grow with the image's height.
 
-    One compiled step serves images of any height and of many widths (see `_columns`). Raises
-    UserError if the model is bidirectional.
+    The result equals the model's output for the whole image up to float rounding. One compiled step
+    serves images of any height and of many widths (see `_columns`). Raises UserError if the model
+    is bidirectional.
     """
     if model.config.bidirectional:
         raise UserError("a bidirectional model reads a picture from both ends: upscale it in tiles")
@@ -116,7 +107,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
     s, late = model.config.scale, model.rows_late
 
     def step(parameters, carried, rows, first, height, width):
-        """(what the next band needs, the upscaled rows)."""
+        """(arrays for the next band, the upscaled rows)."""
         band = Band(first, height, width, rows.shape[1], carried)
         upscaled = nnx.merge(graph, parameters)(rows[None], band=band)[0]
         return band.left, upscaled
@@ -135,8 +126,8 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
         columns = _columns(w)
         count = band_rows or _band_rows(columns)
 
-        def answers() -> Iterator[tuple[int, Array]]:
-            """(the place of the first row, the upscaled rows), which JAX may still compute."""
+        def outputs() -> Iterator[tuple[int, Array]]:
+            """(position of the first row, the upscaled rows); JAX may still be computing them."""
             shapes = shapes_carried(count, columns)
             carried = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
             for first in range(0, h + late, count):
@@ -145,7 +136,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
                 carried, upscaled = compiled_step(parameters, carried, rows, first, h, w)
                 yield first - late, upscaled
 
-        for place, upscaled in _one_ahead(answers()):
+        for place, upscaled in _one_ahead(outputs()):
             start, end = max(0, -place), min(count, h - place)
             if start < end:
                 yield np.asarray(upscaled)[start * s : end * s, : w * s]
@@ -153,12 +144,36 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
     return stream
 
 
+def make_upscaler(
+    model: DVMSR, *, self_ensemble: bool = False
+) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
+    """Returns a function that enlarges RGB pictures by the model's scale.
+
+    It streams, so that pictures of many sizes share a program. For bidirectional models, which
+    cannot be streamed, one is compiled per size. With `self_ensemble`, it averages over the eight
+    flips and rotations of the picture.
+    """
+    if model.config.bidirectional:
+        graph, parameters = nnx.split(model)
+        run = jax.jit(lambda parameters, images: nnx.merge(graph, parameters)(images))
+
+        def whole(images: np.ndarray) -> np.ndarray:
+            return np.asarray(run(parameters, images))
+    else:
+        stream = make_streamer(model)
+
+        def whole(images: np.ndarray) -> np.ndarray:
+            return np.concatenate([*stream(images[0])])[None]
+
+    return lambda picture: upscale_pixels(whole, picture[None], self_ensemble=self_ensemble)[0]
+
+
 def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> RgbUpscale:
     """Upscales in squares of `tile` pixels, which fade into each other where they overlap.
 
-    Near the model's answer to the whole image, but not equal to it: for bidirectional models, or
-    where even a band is too much. Compiled once, but for images smaller than a tile. Raises
-    UserError if the overlap is not smaller than the tile.
+    The result approximates the model's output for the whole image. This is for bidirectional
+    models, or if even a band needs too much memory. Compiled once, and again for images smaller
+    than a tile. Raises UserError if the overlap is not smaller than the tile.
     """
     if not 0 <= overlap < tile:
         raise UserError(f"tiles of {tile} pixels cannot overlap by {overlap}")
@@ -175,7 +190,7 @@ def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> RgbUpscale:
         h, w, _ = image.shape
         tops, weights_down = _tiles_along(h, tile, overlap, s)
         lefts, weights_across = _tiles_along(w, tile, overlap, s)
-        begun = np.zeros((0, w * s, 3), np.float32)  # rows that the tiles above have their part in
+        begun = np.zeros((0, w * s, 3), np.float32)  # rows that the tiles above overlap
         for top, below, down in zip(tops, [*tops[1:], h], weights_down, strict=True):
             rows = np.zeros((len(down), w * s, 3), np.float32)
             rows[: len(begun)] = begun
@@ -194,9 +209,9 @@ def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> RgbUpscale:
 def _tiles_along(
     size: int, tile: int, overlap: int, scale: int
 ) -> tuple[list[int], list[np.ndarray]]:
-    """Where along an axis each tile starts, and the weight of each of its upscaled pixels.
+    """The start of each tile along an axis, and the weight of each of its upscaled pixels.
 
-    The tiles overlap by at least `overlap`; the weights of the tiles at any pixel add up to 1.
+    The tiles overlap by at least `overlap`. At every pixel, the tiles' weights add up to 1.
     """
     count = 1 if size <= tile else math.ceil((size - overlap) / (tile - overlap))
     tile = min(tile, size)
@@ -212,7 +227,7 @@ def _tiles_along(
 
 
 def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items, each when the next is asked for already: that is computed while one is used."""
+    """Yields each item only after requesting the next, which JAX can compute in the meantime."""
     ahead = next(items)
     for item in items:
         yield ahead
@@ -229,9 +244,9 @@ def _band_rows(columns: int) -> int:
 
 
 def _columns(width: int) -> int:
-    """The width rounded up to four significant bits, by 5% on average.
+    """The width rounded up to four significant bits, which adds 5% on average.
 
-    So each doubling of the width takes eight programs at most, not one for each width.
+    At most eight programs are thus compiled for each doubling of the width.
     """
     unit = 1 << max(width.bit_length() - 4, 0)
     return -(-width // unit) * unit

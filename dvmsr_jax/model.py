@@ -1,6 +1,6 @@
 """DVMSR (arXiv 2405.03008, figure 2): shallow features, RSSBs of ViMMs, reconstruction.
 
-Legend of the shapes, used by every signature of this package:
+Names of dimensions in the signatures of this package:
 
     b  batch       h w  low-resolution height and width     l = h w  tokens in raster order
     c  channels    d    inner channels of a ViMM            s        scale
@@ -8,6 +8,9 @@ Legend of the shapes, used by every signature of this package:
 
 import dataclasses
 import functools
+import hashlib
+import json
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +24,7 @@ from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
 
-# Mean colour of DIV2K, taken off before the first convolution and added after the last.
+# Mean colour of DIV2K, subtracted before the first convolution and added after the last.
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
 
@@ -94,9 +97,18 @@ class DVMSR(nnx.Module):
         self.conv_last = Conv3x3(c, c, compute, rngs=rngs)
         self.reconstruct = Conv3x3(c, 3 * s * s, compute, rngs=rngs)
 
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, compute: Compute = Compute()
+    ) -> "DVMSR":
+        """Equivalent to `pretrained.load_model`."""
+        from dvmsr_jax.pretrained import load_model  # which builds on this module
+
+        return load_model(source, compute=compute)
+
     @property
     def rows_late(self) -> int:
-        """The delay of the results for bands, in rows: one for each 3x3 convolution."""
+        """Rows by which results for bands are delayed: one for each 3x3 convolution."""
         return len(self.rssbs) + 3
 
     def __call__(
@@ -104,7 +116,7 @@ class DVMSR(nnx.Module):
     ) -> Float[Array, "b hs ws 3"]:
         """Upscales RGB images in [0, 1]; the result may leave that range slightly.
 
-        For a `Band`, the result is `rows_late` rows further up in the image.
+        For a `Band`, the result begins `rows_late` rows above the band.
         """
         return self.with_features(image, band=band)[0]
 
@@ -152,8 +164,8 @@ def parameter_count(model: nnx.Module) -> int:
 class Weights:
     """A network's configuration and its parameters, checked to match.
 
-    The parameters are arrays by the names that `named_parameters` gives them. Weights are a JAX
-    pytree of them: they can be passed to compiled functions and moved to devices.
+    The parameters are arrays, keyed as by `named_parameters`. Weights are a JAX pytree: they can be
+    passed to compiled functions and moved to devices.
     """
 
     config: ModelConfig
@@ -162,7 +174,7 @@ class Weights:
     def __post_init__(self) -> None:
         """Raises ValueError if parameters are missing, left over or of other shapes."""
         config, parameters = self.config, self.parameters
-        if config.vimms > len(parameters):  # an absurd depth would take ages
+        if config.vimms > len(parameters):  # building an absurdly deep network would take ages
             raise ValueError(
                 f"the weights do not fit the model: {len(parameters)} of them for {config.rssbs} "
                 f"RSSBs of {config.vimms_per_rssb} ViMMs"
@@ -199,9 +211,18 @@ class Weights:
         check_finite(weights.parameters)
         return weights
 
+    def identity(self) -> str:
+        """A short identifier derived from the configuration and the parameters."""
+        config = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+        digest = hashlib.sha256(config.encode())
+        for name, x in sorted(self.parameters.items()):
+            digest.update(name.encode())
+            digest.update(np.asarray(x, np.float32).tobytes())
+        return digest.hexdigest()[:12]
+
     def model(self, compute: Compute = Compute()) -> DVMSR:
         """The network with these weights."""
-        # Traced only for the structure: nothing is initialised to be thrown away.
+        # eval_shape builds the structure without initialising weights that would be discarded.
         model = nnx.eval_shape(lambda: DVMSR(self.config, compute=compute, rngs=nnx.Rngs(0)))
         leaves = [
             (path, variable.replace(jnp.asarray(self.parameters[_name(path)], jnp.float32)))

@@ -1,7 +1,7 @@
-"""Many devices and processes: a mesh with the axis `data`, sharded batches, all else replicated.
+"""Several devices and processes: a mesh with the axis `data`, sharded batches, all else replicated.
 
-Every process runs the same program on its own devices and its own share of each batch. The first
-one alone writes to the terminal and the logs.
+Every process runs the same program on its own devices and its own share of each batch. Only the
+first process writes to the terminal and the logs.
 """
 
 import atexit
@@ -28,12 +28,12 @@ from dvmsr_jax.errors import UserError
 
 AXIS = "data"
 
-# Where JAX's coordinator keeps the line of the process that failed first, and how often each
-# process looks for it, in seconds.
+# Key under which JAX's coordinator stores the message of the first process that failed, and the
+# interval at which each process looks for it, in seconds.
 _FAILURE = "dvmsr/failure"
 _POLL = 1.0
-# Where each process counts those times, and for how many seconds it may fail to. JAX aborts all
-# processes 100 s after the end of one.
+# Keys under which each process counts these looks, and the seconds after which one that no longer
+# counts is taken for dead. JAX itself aborts all processes 100 s after the end of one.
 _BEATS = "dvmsr/beats/"
 _SILENCE = 60.0
 
@@ -41,12 +41,12 @@ _SILENCE = 60.0
 def start(cluster: Cluster) -> None:
     """Joins the other processes, if there are any. Call it before using JAX.
 
-    Without addresses, JAX finds those of SLURM, Open MPI 4 and TPU pods; otherwise this process is
-    the only one, as it is if their number, 1, is all that is given.
+    Without addresses, JAX detects the processes of SLURM, Open MPI 4 and TPU pods. If there are
+    none, or if only `num_processes` = 1 is given, this process is the only one.
 
     Raises:
-        UserError: only some of the addresses are otherwise given, the others cannot be reached, or
-            they have other numbers of devices.
+        UserError: the address and numbers are given only in part, the other processes cannot be
+            reached, or they have different numbers of devices.
     """
     given = [cluster.coordinator_address, cluster.num_processes, cluster.process_id]
     if given == [None, 1, None]:
@@ -58,7 +58,7 @@ def start(cluster: Cluster) -> None:
         )
     if cluster.coordinator_address is not None and cluster.process_id:
         _wait_for(cluster.coordinator_address, cluster.timeout)
-    # It would swallow a SIGTERM that comes before the training loop, which has its own way to stop.
+    # It would swallow a SIGTERM that arrives before the training loop, which has its own handler.
     jax.config.update("jax_enable_preemption_service", False)
     late = threading.Timer(cluster.timeout, _give_up, [cluster.timeout])
     late.daemon = True
@@ -69,13 +69,13 @@ def start(cluster: Cluster) -> None:
             cluster.num_processes,
             cluster.process_id,
             initialization_timeout=cluster.timeout + 60,  # when JAX aborts the process itself
-            # Under SLURM, looking for what is not given would leave each process a single GPU.
+            # Otherwise, under SLURM, detection would limit each process to a single GPU.
             cluster_detection_method=None if None in given else "deactivate",
         )
     except ValueError as error:
         if not str(error).startswith("coordinator_address should be defined"):
-            raise UserError(f"a cluster is only half described: {error}") from error
-        # There is none.
+            raise UserError(f"the cluster is described incompletely: {error}") from error
+        # Otherwise there is no cluster.
     except RuntimeError as error:
         raise UserError(
             f"the processes of the cluster did not find each other ({error}); "
@@ -94,7 +94,7 @@ def is_first() -> bool:
 
 
 def say(line: str, file: Any = None) -> None:
-    """Prints a line, in the first process only."""
+    """Prints a line in the first process only."""
     if is_first():
         print(line, file=file, flush=True)
 
@@ -105,12 +105,12 @@ def wait_for_all(name: str) -> None:
 
 
 def from_first(value: float) -> float:
-    """The first process's value, in all of them."""
+    """The first process's value, in all processes."""
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
 def everywhere(flag: bool) -> bool:
-    """Whether it is true in all processes; the same answer in each."""
+    """Whether the flag is true in all processes; returns the same in each."""
     return bool(np.all(multihost_utils.process_allgather(np.array(flag))))
 
 
@@ -118,7 +118,7 @@ def make_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
     """A mesh over all devices of all processes.
 
     Raises:
-        UserError: they cannot share a batch of this size, in `accumulate` parts, evenly.
+        UserError: a batch of this size, in `accumulate` parts, does not divide evenly among them.
     """
     devices = jax.device_count()
     if accumulate < 1 or batch_size % (devices * accumulate):
@@ -131,11 +131,11 @@ def make_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every array, the same in all processes, on every device."""
+    """Copies every array, which must be equal in all processes, to every device."""
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def copied(x):
-        if isinstance(x, np.ndarray):  # device_put would send all processes' copies to all devices
+        if isinstance(x, np.ndarray):  # device_put would gather all processes' copies to compare
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
         return jax.device_put(x, sharding)
 
@@ -143,13 +143,13 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Global arrays, split over the devices along their first axis, of this process's rows."""
+    """Global arrays, split over the devices along their first axis, from each process's rows."""
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def prefetch(batches: Iterable[Any], mesh: Mesh, ahead: int = 2) -> Iterator[Any]:
-    """The batches on the devices, whose transfer begins `ahead` batches before they are needed."""
+    """Yields the batches on the devices, starting each transfer `ahead` batches early."""
     batches = (shard_batch(batch, mesh) for batch in batches)
     queue = collections.deque(itertools.islice(batches, ahead))
     while queue:
@@ -168,50 +168,50 @@ def is_disconnection(error: BaseException) -> bool:
 
 
 def end_all(line: str) -> None:
-    """Ends all processes, with this line on stderr in each; returns if this is the only one.
+    """Ends all processes, each with this line on stderr; returns if this is the only process.
 
-    For an error in one process: the others would wait for it in collective operations, until JAX
-    aborts them.
+    For an error in one process: otherwise the others would wait for it in collective operations
+    until JAX aborts them.
     """
     _failures.end_all(line)
 
 
 class _Failures:
-    """The way in which a process that fails ends the others."""
+    """Lets a process that fails end the others."""
 
     def __init__(self) -> None:
         self._client: Any = None
-        self._ending = threading.Lock()  # taken once, by the thread that ends this process
+        self._ending = threading.Lock()  # acquired once, by the thread that ends this process
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._stopped = threading.Event()
 
     @property
     def watching(self) -> bool:
-        """Whether there are others."""
+        """Whether there are other processes."""
         return self._client is not None
 
     def watch(self) -> None:
-        """Ends this process when another has failed."""
+        """Starts a thread that ends this process when another has failed."""
         self._client = multihost.get_jax_distributed_client()
         self._watcher.start()
-        # Before JAX's own, which was registered before. A thread that the end of the interpreter
-        # finds in JAX's client aborts the process.
+        # Runs before JAX's own exit handler, which was registered earlier. A thread that is inside
+        # JAX's client when the interpreter exits would abort the process.
         atexit.register(self._stop)
 
     def end_all(self, line: str) -> None:
-        """See the function."""
+        """See the function of this name."""
         if not self.watching:
             return
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # the watching thread is about to end the process
         try:
             self._client.key_value_set(_FAILURE, line)
-        except Exception:  # another process failed first, which may be why this one did
+        except Exception:  # another process failed first, which may have caused this failure
             line = self._found() or line
         self._end(line, linger=2 * _POLL)
 
     def _watch(self) -> None:
-        last: dict[str, tuple[str, float]] = {}  # process -> its count, and since when that stands
+        last: dict[str, tuple[str, float]] = {}  # process -> its count, time of last change
         for beat in itertools.count():
             if self._stopped.wait(_POLL):
                 return
@@ -236,7 +236,7 @@ class _Failures:
     def _stop(self) -> None:
         self._stopped.set()
         self._watcher.join()
-        with contextlib.suppress(Exception):  # others may still be at work, and are not to miss it
+        with contextlib.suppress(Exception):  # so that the others do not take it for dead
             self._client.key_value_delete(f"{_BEATS}{jax.process_index()}")
 
     def _found(self) -> str | None:
@@ -247,9 +247,9 @@ class _Failures:
 
     def _end(self, line: str, linger: float) -> None:
         sys.stdout.flush()
-        tqdm.write(line, file=sys.stderr)  # on a line of its own, whatever bar there is
-        # The others lose their connections when this process ends, and the coordinator with the
-        # first one: it goes last.
+        tqdm.write(line, file=sys.stderr)  # not in the middle of a progress bar
+        # The others lose their connections when this process ends, and the coordinator when the
+        # first process ends, which therefore waits longest.
         time.sleep(linger + (2 * _POLL if is_first() else 0))
         os._exit(1)  # sys.exit would wait for the others
 
@@ -258,7 +258,7 @@ _failures = _Failures()
 
 
 def _give_up(timeout: int) -> None:
-    """Ends this process, which JAX keeps waiting in a call that nothing else interrupts."""
+    """Ends this process, which waits in a call of JAX that nothing else can interrupt."""
     print(
         f"error: not all processes of the cluster started within {timeout} s: start the others, or "
         "raise --cluster.timeout",
@@ -269,7 +269,7 @@ def _give_up(timeout: int) -> None:
 
 
 def _check_even() -> None:
-    """Raises UserError, in all processes alike, if they have different numbers of devices."""
+    """Raises UserError, in every process, if they have different numbers of devices."""
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         numbers = ", ".join(str(counts[i]) for i in sorted(counts))
@@ -280,7 +280,7 @@ def _check_even() -> None:
 
 
 def _wait_for(address: str, timeout: int) -> None:
-    """Returns when something answers at HOST:PORT: JAX would end the process if nothing did."""
+    """Waits until HOST:PORT accepts connections: JAX would end the process if nothing answered."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout
     while True:
@@ -297,10 +297,10 @@ def _wait_for(address: str, timeout: int) -> None:
 
 
 class AnyProcess:
-    """Whether some process has raised its flag, answered alike in all of them.
+    """Whether any process has raised its flag; returns the same in all of them.
 
-    The answer is about the flags of `LAG` calls ago, so that no step waits for it; with one process
-    it is that process's flag.
+    The result is based on the flags of `LAG` calls ago, so that no step waits for it. With a single
+    process, it is that process's current flag.
     """
 
     LAG = 2

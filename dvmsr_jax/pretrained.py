@@ -1,10 +1,11 @@
-"""Weights in and out: checkpoint directories, `.safetensors`, and the authors' published `.pth`.
+"""Reads and converts weights: checkpoint directories, `.safetensors`, the authors' `.pth`.
 
 python -m dvmsr_jax.pretrained IN OUT.safetensors
 """
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,38 +15,37 @@ import safetensors
 import safetensors.numpy
 import tyro
 
-from dvmsr_jax import checkpoint, files, pth
+from dvmsr_jax import checkpoint, files, pth, registry
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, Weights, named_parameters
-from dvmsr_jax.program import told_in_a_line
-
-# The project's own.
-DEFAULT_WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "x4.safetensors"
+from dvmsr_jax.program import one_line_errors
 
 
 class PretrainedError(UserError):
     """A weights file cannot be used; the message names it and the reason."""
 
 
-def load_model(path: Path, *, compute: Compute = Compute()) -> DVMSR:
+def load_model(source: str | os.PathLike[str], *, compute: Compute = Compute()) -> DVMSR:
     """The network with the weights of `load_weights`.
 
     Raises:
         PretrainedError: as `load_weights`.
         ScanError: the scan that `compute` names cannot run here.
     """
-    return load_weights(path).model(compute)
+    return load_weights(source).model(compute)
 
 
-def load_weights(path: Path) -> Weights:
-    """The weights in a checkpoint directory (the averaged ones), `.safetensors` or `.pth` file.
+def load_weights(source: str | os.PathLike[str]) -> Weights:
+    """Reads weights by their name (see `registry`), or from a checkpoint directory (the averaged
+    ones), `.safetensors` or `.pth` file.
 
     Raises:
         PretrainedError: the path does not exist, is none of the three, is damaged or unsafe, or its
             weights do not fit a DVMSR or are not finite.
+        UserError: as `registry.find`.
     """
-    path = path.expanduser()
+    path = registry.find(source)
     try:
         return _read(path)
     except (checkpoint.CheckpointError, pth.PthError) as error:
@@ -74,17 +74,19 @@ def save_safetensors(model: DVMSR, path: Path, training: dict[str, Any] | None =
         temporary.write_bytes(safetensors.numpy.save(arrays, metadata))
 
 
-def training_facts(path: Path) -> dict[str, Any] | None:
-    """How the weights in a checkpoint directory or `.safetensors` file were trained.
+def training_facts(source: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """How the weights that `load_weights` returns were trained.
 
     Returns:
         "step", the number of steps taken, and the configuration's fields by names like
         "optim.schedule", without those that do not affect the result, such as paths. None if the
-        file does not say.
+        file does not contain them.
 
     Raises:
         CheckpointError, PretrainedError: it cannot be read.
+        UserError: as `registry.find`.
     """
+    path = registry.find(source)
     if path.is_dir():
         return checkpoint.flat(checkpoint.load_facts(path))
     if path.suffix != ".safetensors":
@@ -97,10 +99,9 @@ def training_facts(path: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> Weights:
-    if path == DEFAULT_WEIGHTS and not path.exists():
-        raise PretrainedError(f"the project's own weights are not in {path}: name others (--ckpt)")
     if not path.exists():
-        raise PretrainedError(f"{path}: no such file or directory")
+        names = ", ".join(registry.NAMED)
+        raise PretrainedError(f"{path}: no such file or directory, nor a name of weights ({names})")
     if path.is_dir():
         return checkpoint.load_weights(path)
     files.regular_size(path, at_most=pth.MAX_BYTES)
@@ -208,21 +209,21 @@ def convert(source: Path, target: Path) -> None:
     "training" in its metadata is the result of `training_facts`.
 
     Args:
-        source: a checkpoint directory, a .safetensors file or a published .pth file.
+        source: a name, a checkpoint directory, a .safetensors file or a published .pth file.
         target: the .safetensors file to write; an existing one is not overwritten.
     """
     if target.suffix != ".safetensors":
         raise PretrainedError(f"{target}: the output's name must end in .safetensors")
     if target.exists():
-        raise PretrainedError(f"{target}: exists already; remove it or choose another name")
-    # A run may write another checkpoint in the meantime.
+        raise PretrainedError(f"{target}: already exists; remove it or choose another name")
+    # Pinned, because a run may write another checkpoint in the meantime.
     weights = checkpoint.find_step(source) if source.is_dir() else source
     save_safetensors(load_model(weights), target, training_facts(weights))
     print(f"{source} -> {target}")
 
 
 if __name__ == "__main__":
-    with told_in_a_line():
+    with one_line_errors():
         tyro.cli(
             tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(convert),
             prog="python -m dvmsr_jax.pretrained",

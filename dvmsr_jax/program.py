@@ -1,4 +1,4 @@
-"""What command lines have in common: errors told in a line, Ctrl-C, and kept compiled programs."""
+"""Shared by all commands: one-line error messages, Ctrl-C, and the cache of compiled programs."""
 
 import contextlib
 import signal
@@ -12,24 +12,24 @@ from dvmsr_jax import parallel
 from dvmsr_jax.errors import StoppedError, UserError, is_out_of_memory
 from kernels import user_cache
 
-# Exit status of a program that SIGINT ended, as shells give it.
+# Exit status of a program ended by SIGINT, as shells report it.
 INTERRUPTED = 130
 
 
 @contextlib.contextmanager
-def told_in_a_line(
+def one_line_errors(
     *, out_of_memory: str = "close other programs", interrupted: str = "interrupted"
 ) -> Iterator[None]:
     """For main functions: an exception that is not a defect ends the process with one line.
 
     The line is the message of a UserError, an OSError or JAX's error that a device is missing;
-    `out_of_memory`, which says what to try; or `interrupted`, after Ctrl-C. A StoppedError's
+    `out_of_memory`, which says what to try; or, after Ctrl-C, `interrupted`. A StoppedError's
     message goes to standard output. Any other exception is a defect and keeps its traceback.
 
-    With several processes, it ends all of them, with the line in each.
+    If there are several processes, all of them end with the same line.
 
-    A program may leave SIGINT at its default while it imports, so that Ctrl-C ends it without a
-    traceback; from here on it raises KeyboardInterrupt again.
+    A program may leave SIGINT at its default during imports, so that Ctrl-C ends it without a
+    traceback; from here on, SIGINT raises KeyboardInterrupt again.
     """
     try:
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
@@ -37,7 +37,7 @@ def told_in_a_line(
         yield
     except StoppedError as stopped:
         parallel.say(str(stopped))
-        sys.exit(INTERRUPTED)  # so that nothing takes the work for done
+        sys.exit(INTERRUPTED)  # 0 would mean that the work is done
     except KeyboardInterrupt:
         parallel.end_all(interrupted)
         print(interrupted, file=sys.stderr)
@@ -47,16 +47,16 @@ def told_in_a_line(
         if line is not None:
             parallel.end_all(f"error: {line}")
             sys.exit(f"error: {line}")
-        if parallel.joined():  # or else JAX, on exit, waits for the others
+        if parallel.joined():  # otherwise JAX, on exit, would wait for the other processes
             traceback.print_exc()
             parallel.end_all("error: a process of the run has failed unexpectedly")
         raise
 
 
 def _line(error: Exception, out_of_memory: str) -> str | None:
-    """The line that tells of an error; None if it is a defect."""
+    """The line that reports an error; None for a defect."""
     reason = str(error).partition("\n")[0]
-    if parallel.is_disconnection(error):  # which may be the reason of a UserError
+    if parallel.is_disconnection(error):  # even if it comes as a UserError
         return (
             f"another process of the run has ended or does not answer ({reason}); start all of "
             "them again to resume"
@@ -71,10 +71,10 @@ def _line(error: Exception, out_of_memory: str) -> str | None:
 
 
 def keep_compiled_programs() -> None:
-    """Keeps what JAX compiles in the user's cache, so that the next process need not wait.
+    """Keeps what JAX compiles in the user's cache, so that the next process starts faster.
 
-    This changes JAX's settings, so it is not for libraries to call. A folder set by the user
-    (JAX_COMPILATION_CACHE_DIR) stays; if no folder can be written to, nothing is kept.
+    This changes JAX's settings, so libraries should not call it. A folder set by the user
+    (JAX_COMPILATION_CACHE_DIR) takes precedence; if none can be written to, nothing is kept.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         with contextlib.suppress(OSError):

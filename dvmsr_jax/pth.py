@@ -1,9 +1,9 @@
 """Reads the tensors of a PyTorch checkpoint without PyTorch and without trusting the file.
 
 A `.pth` is a zip archive: `data.pkl`, a pickle that describes the tensors, and `data/N`, their
-bytes. An ordinary unpickler runs whatever code the file names. This one carries out only the
-instructions that torch.save writes, and knows three names: the ordered dictionary, the tensor, and
-the storage's type. Its time and memory are limited by the size of the file, whatever that claims.
+bytes. An ordinary unpickler runs whatever code the file names. This one executes only the
+instructions that torch.save writes, and accepts three kinds of names: the ordered dictionary, the
+tensor, and types of storage. Its time and memory are limited by the actual size of the file.
 """
 
 import enum
@@ -20,7 +20,7 @@ import numpy as np
 from dvmsr_jax import files
 from dvmsr_jax.errors import UserError
 
-# Far more than a DVMSR takes.
+# Far more than a DVMSR needs.
 MAX_BYTES = 2**30
 _MAX_PICKLE = 2**22
 
@@ -44,7 +44,7 @@ def read_pth(path: Path) -> Any:
     Raises:
         PthError: the file is not a PyTorch zip archive, is truncated or damaged, or names any class
             other than a tensor's. Nothing in it has been executed.
-        OSError: the file cannot be read, is not a regular one, or is larger than MAX_BYTES.
+        OSError: the file cannot be read, is not a regular file, or is larger than MAX_BYTES.
     """
     size = files.regular_size(path, at_most=MAX_BYTES)
     try:
@@ -157,18 +157,18 @@ class _Machine:
                 stack.append(_find(*argument.split(" ", 1)))
             case "REDUCE":
                 stack.append(self._call(*self._pop(2)))
-            case "BUILD":  # torch notes versions of modules in a state_dict's attributes
+            case "BUILD":  # torch keeps versions of modules in a state_dict's attributes
                 self._pop(1)
                 if type(stack[-1]) is not dict:
-                    raise PthError("refused, it sets attributes of other than a dictionary")
+                    raise PthError("refused, it sets attributes of a non-dictionary")
             case "BINPERSID":
                 stack.append(self._storage(*self._pop(1)))
             case _:
-                raise PthError(f"refused, torch.save does not write such a {opcode}")
+                raise PthError(f"refused, torch.save does not write {opcode} instructions")
 
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count:
-            raise PthError("damaged, its pickle takes more from the stack than there is")
+            raise PthError("damaged, its pickle takes more from the stack than it holds")
         items = self._stack[-count:]
         del self._stack[-count:]
         return items
@@ -181,14 +181,14 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         if type(self._stack[-1]) is not list:
-            raise PthError("damaged, it appends to other than a list")
+            raise PthError("damaged, it appends to a non-list")
         self._stack[-1].extend(items)
 
     def _update(self, items: list[Any]) -> None:
         keys, values = items[::2], items[1::2]
         if type(self._stack[-1]) is not dict:
-            raise PthError("damaged, it sets items of other than a dictionary")
-        # Others can take for ever to hash, or be nested too deeply for it.
+            raise PthError("damaged, it sets items of a non-dictionary")
+        # Keys of other types can take forever to hash, or be nested too deeply for it.
         if not all(type(key) is str for key in keys):
             raise PthError("refused, a dictionary has keys that are not strings")
         self._stack[-1].update(zip(keys, values, strict=True))
@@ -199,7 +199,7 @@ class _Machine:
                 return {}
             if function is _Global.REBUILD and len(arguments) >= 4:
                 return self._tensor(*arguments[:4])
-        raise PthError("refused, it calls other than torch.save's functions")
+        raise PthError("refused, it calls functions that torch.save does not write")
 
     def _storage(self, pid: Any) -> _Storage:
         if type(pid) is not tuple or len(pid) != 5:
@@ -221,14 +221,14 @@ class _Machine:
             raise PthError("a tensor without a storage")
         if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
             raise PthError("a tensor of impossible shape")
-        # Products of numbers with a million digits, or of a million numbers, would take for ever.
+        # Products of numbers with a million digits, or of a million numbers, would take forever.
         places = (offset, *shape, *strides)
         if len(shape) > 32 or not all(type(x) is int and 0 <= x < 2**63 for x in places):
             raise PthError("a tensor of impossible shape")
         last = offset + sum(
             (size - 1) * stride for size, stride in zip(shape, strides, strict=True)
         )
-        # Strides of 0 would make a tensor of any size out of one number.
+        # Strides of 0 could make a tensor of any size out of one number.
         numbers = storage.numbers
         self._budget -= math.prod(shape) * numbers.itemsize
         if (0 not in shape and last >= numbers.size) or self._budget < 0:

@@ -13,7 +13,7 @@ from dvmsr_jax.errors import UserError
 from kernels.selective_scan import missing, selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
-# A step size of 0 before its softplus: a token with it leaves the scan's state alone.
+# Becomes a step size of 0 after the softplus: the token leaves the scan's state unchanged.
 NO_STEP = -1e30
 dense_init = nnx.initializers.truncated_normal(0.02)
 
@@ -29,7 +29,7 @@ def check_scan(compute: Compute) -> None:
 
 
 class CausalConv(nnx.Module):
-    """Depthwise convolution along the tokens, over each one and the `width - 1` before it.
+    """Depthwise convolution along the tokens, over each token and the `width - 1` before it.
 
     Written as shifted multiply-adds: XLA's grouped convolution takes 40 times as long on CPUs.
     """
@@ -40,7 +40,7 @@ class CausalConv(nnx.Module):
         self.bias = nnx.Param(init(rngs.params(), (channels,)))
 
     def __call__(self, u: Float[Array, "b l d"], band: Whole | Band) -> Float[Array, "b l d"]:
-        """The convolution, zeros before the image's first token."""
+        """Convolves, with zeros before the image's first token."""
         kernel, bias = self.kernel[...].astype(u.dtype), self.bias[...].astype(u.dtype)
         width = kernel.shape[0]
         runs = band.with_previous(u, width - 1)
@@ -118,7 +118,7 @@ class ViMM(nnx.Module):
         keys: Key[Array, " b"] | None = None,
         band: Whole | Band = WHOLE,
     ) -> Float[Array, "b l c"]:
-        """Mixes an image's tokens, in raster order. With `keys`, drop-path is active."""
+        """Mixes an image's tokens, given in raster order. With `keys`, drop-path is active."""
         if keys is not None and self.drop_path:
             tokens = drop_samples(tokens, self.drop_path, _fold_in(keys, self.index))
         tokens = band.masked(self.norm(tokens))
@@ -167,6 +167,6 @@ def torch_uniform(fan_in: int):
 
 
 def step_size_bias(key, shape, dtype=jnp.float32):
-    """Mamba's: softplus of it is log-uniform in [1e-3, 1e-1]."""
+    """Mamba's initial bias: its softplus is log-uniform in [1e-3, 1e-1]."""
     step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
     return step + jnp.log(-jnp.expm1(-step))  # softplus' inverse

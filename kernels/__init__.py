@@ -1,4 +1,4 @@
-"""Compute kernels of this project. They import nothing of `dvmsr_jax`."""
+"""This project's compute kernels. They import nothing from `dvmsr_jax`."""
 
 from kernels.xla_flags import turn_off_ynnpack
 

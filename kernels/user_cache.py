@@ -1,4 +1,4 @@
-"""Folders that keep compiled programs between runs."""
+"""Folders for compiled programs, kept between runs."""
 
 import os
 import tempfile
@@ -8,8 +8,8 @@ from pathlib import Path
 def folder() -> Path:
     """Creates and returns this project's folder in the user's cache.
 
-    Raises OSError if there is no home, or the folder cannot be written to or can be written to by
-    others: its contents are executed.
+    Raises OSError if there is no home directory, if the folder cannot be written to, or if other
+    users can write to it: its contents are executed.
     """
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -19,9 +19,10 @@ def folder() -> Path:
 
 
 def library_folder() -> Path:
-    """Like `folder`, for shared libraries, which cannot be loaded from a file system mounted
-    `noexec`: the first of the user's cache, runtime directory and the temporary directory on one
-    that is not.
+    """Like `folder`, for shared libraries, which cannot be loaded from a `noexec` file system.
+
+    Uses the first of the user's cache, the runtime directory and the temporary directory that is
+    not on such a file system.
     """
     first = folder()
     if not _is_noexec(first):
@@ -31,7 +32,7 @@ def library_folder() -> Path:
     for parent in parents:
         if parent and os.path.isdir(parent) and not _is_noexec(Path(parent)):
             elsewhere = Path(parent, name)
-            if elsewhere.is_symlink():  # where others may have put it
+            if elsewhere.is_symlink():  # other users may have created it
                 raise PermissionError(f"{elsewhere} is a symbolic link")
             return _private(elsewhere)
     raise PermissionError(f"{first} and the temporary directory are mounted noexec; set TMPDIR")

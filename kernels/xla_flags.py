@@ -1,6 +1,6 @@
 """Turns off the part of XLA that computes wrong sums on CPUs.
 
-jaxlib hands reductions to YNNPACK from 0.10.2 on, with silently wrong results
+From 0.10.2 on, jaxlib delegates reductions to YNNPACK, with silently wrong results
 (https://github.com/jax-ml/jax/issues/39103) and crashes (issues 39257 and 40412).
 """
 
@@ -14,9 +14,9 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def turn_off_ynnpack() -> None:
-    """Adds the flag to XLA_FLAGS, unless the user has set it; warns if JAX has started already.
+    """Adds the flag to XLA_FLAGS unless the user has set it; warns if JAX has already started.
 
-    Only for releases of jaxlib that have the flag: XLA aborts the process on an unknown one.
+    Only for releases of jaxlib that have the flag: XLA aborts the process for unknown flags.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if not (0, 10, 2) <= __version_info__ < (0, 12) or FLAG in flags:
@@ -32,7 +32,7 @@ def turn_off_ynnpack() -> None:
 
 
 def _jax_computes_on_cpus() -> bool:
-    """Whether JAX has read XLA_FLAGS already, and its default device is a CPU."""
+    """Whether JAX has already read XLA_FLAGS, and its default device is a CPU."""
     if "jax" not in sys.modules:
         return False
     import jax

@@ -1,5 +1,6 @@
 """Settings for all tests, and shared fixtures."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ import jax
 import pytest
 
 import kernels  # noqa: F401  sets flags of XLA
+from dvmsr_jax import files
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -36,7 +38,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_each_program_once():
-    """Training compiles the same programs in several tests."""
+    """Several tests train, and compile the same programs."""
     folder = tempfile.mkdtemp(prefix="dvmsr-jax-test-")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -53,6 +55,24 @@ def doubling():
             yield image[first : first + 4].repeat(2, 0).repeat(2, 1)
 
     return upscale
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """Replaces flock; some NFS, Lustre and FUSE file systems have no locks."""
+
+    def flock(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr(files, "_POLL", 0.01)
+
+
+@pytest.fixture(params=["locks", "no locks"])
+def locks(request):
+    """A file system with and without locks."""
+    if request.param == "no locks":
+        request.getfixturevalue("no_locks")
 
 
 def pytest_collection_modifyitems(items):

@@ -49,7 +49,7 @@ class Run:
         self._steps = steps
 
     def start(self) -> subprocess.Popen:
-        """Starts it, or goes on."""
+        """Starts or resumes it."""
         with self._log.open("a") as log:
             return subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log)
 
@@ -59,7 +59,7 @@ class Run:
             sys.exit(f"a run failed:\n{self._log.read_text()}")
 
     def kill_after(self, steps: int, seconds: float) -> bool:
-        """Kills it so many seconds after so many more steps are logged; False if it had ended."""
+        """Kills it some seconds after it has logged more steps; False if it had already ended."""
         target = max(self.losses(), default=0) + steps
         with self.start() as process:
             while process.poll() is None and max(self.losses(), default=0) < target:
@@ -80,14 +80,14 @@ class Run:
         return dict(logged)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that its last checkpoint holds."""
+        """The contents of its last checkpoint."""
         step = (self.folder / "checkpoints" / str(self._steps)).absolute()
         items = {item: read_arrays(step / item) for item in ("ema", "state")}
         return {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(items)}
 
 
 def main(work: Path, kills: int, steps: int, seed: int) -> int:
-    """Runs both, and compares them; the number of kills before the run had ended.
+    """Runs and compares both; returns the number of kills before the run had ended.
 
     Fails with a message or an assertion.
     """
@@ -104,7 +104,7 @@ def main(work: Path, kills: int, steps: int, seed: int) -> int:
     random.seed(seed)
     done = 0
     while done < kills:
-        # Every fourth one while it starts, the others within a few steps of the one aimed at.
+        # Every fourth kill during the start, the others within a few steps of the intended one.
         aim = 0 if done % 4 == 3 else random.randint(1, max(1, steps // kills))
         if not killed.kill_after(aim, random.uniform(0, 0.1 if aim else 10)):
             break

@@ -25,13 +25,13 @@ from tests.test_selective_scan import (
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
 
-# The interpreter is not made for JAX's threads, of which each may make a callback.
+# The interpreter is not thread-safe, and JAX makes callbacks from several threads.
 ONE_AT_A_TIME = threading.Lock()
 TYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 class Tensor:
-    """What the interpreter asks of a torch.Tensor, over a NumPy array."""
+    """The parts of torch.Tensor that the interpreter uses, for a NumPy array."""
 
     def __init__(self, array):
         self.array = array
@@ -67,7 +67,7 @@ def interpret(monkeypatch):
 
         def run(*arrays):
             arrays = [np.array(x) for x in arrays]
-            # Whatever a kernel does not write shows.
+            # NaN shows wherever a kernel does not write.
             out = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
             function = getattr(triton_kernels, kernel)
             with ONE_AT_A_TIME:
@@ -116,7 +116,7 @@ def test_large_steps_do_not_overflow():
 
 @pytest.mark.parametrize("mapped", ["everything", "tokens"])
 def test_under_vmap(mapped):
-    """Both with weights of their own for each mapped sequence and with shared ones."""
+    """With separate weights for each mapped sequence, and with shared ones."""
     arrays, flags = make_inputs(9, b=2, d=4, n=4)
     axes = {k: 0 if mapped == "everything" or v.shape[0] == 2 else None for k, v in arrays.items()}
     others, _ = make_inputs(9, b=2, d=4, n=4, seed=1)

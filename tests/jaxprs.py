@@ -1,10 +1,10 @@
-"""Looking into programs."""
+"""Inspects JAX programs."""
 
 import jax.extend
 
 
 def equations(jaxpr):
-    """All equations of a program, those of the programs inside it too."""
+    """All equations of a program, including those of programs inside it."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):

@@ -1,4 +1,4 @@
-"""The Triton form lowered for NVIDIA GPUs, by JAX's CUDA plugin on a machine without any.
+"""The Triton form lowered for NVIDIA GPUs, by JAX's CUDA plugin on a machine without a GPU.
 
 Not collected with the other tests: `test_triton.py` runs it in a process of its own, with two CPU
 devices to shard over. Triton compiles its kernels to PTX on the way.

@@ -1,4 +1,4 @@
-"""What a layer carries from one band to the next belongs to it by name."""
+"""Arrays that layers carry from one band to the next are kept by the layers' names."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,7 @@ ORDERS = ["ab", "ba"]
 
 
 def run(order, carried):
-    """Two causal layers, of equal shapes, on different tokens: what each reads and leaves."""
+    """Runs two causal layers of equal shapes on different tokens: what each reads and leaves."""
     band = Band(jnp.array(0), jnp.array(8), jnp.array(WIDTH), WIDTH, carried)
     read = {}
     for layer in order:
@@ -32,12 +32,12 @@ def test_a_reordered_layer_reads_its_own_tokens(first, second):
         np.testing.assert_array_equal(read[layer], float(ord(layer)))
 
 
-def test_layers_of_one_name_are_refused():
+def test_duplicate_layer_names_are_refused():
     with pytest.raises(ValueError, match=r"two layers of a band are called 'a\.tokens'"):
         run("aa", None)
 
 
-def test_the_names_are_those_of_the_weights():
+def test_layers_have_the_names_of_their_weights():
     config = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=2, states=4)
     model = DVMSR(config, rngs=nnx.Rngs(0))
     band = Band(jnp.array(0), jnp.array(8), jnp.array(WIDTH), WIDTH, None)

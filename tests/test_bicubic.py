@@ -1,4 +1,4 @@
-"""MATLAB's imresize: weights worked out by hand, and the published low-resolution files."""
+"""MATLAB's imresize: weights computed by hand, and the published low-resolution files."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were, wherever they were made, and damaged ones are refused."""
+"""Checkpoints are restored exactly, on any number of devices, and damaged ones are refused."""
 
 import dataclasses
 import os
@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from dvmsr_jax import checkpoint
-from dvmsr_jax.checkpoint import Best, CheckpointError, Checkpoints, load_weights, read_arrays
+from dvmsr_jax.checkpoint import (
+    Best,
+    CheckpointError,
+    Checkpoints,
+    load_facts,
+    load_weights,
+    read_arrays,
+)
 from dvmsr_jax.config import Compute, Effect, ModelConfig, TrainConfig, effects
 from dvmsr_jax.model import parameter_shapes
 from dvmsr_jax.pretrained import PretrainedError, load_model
@@ -68,7 +75,7 @@ def config(tmp_path):
     return TrainConfig(workdir=tmp_path / "run", model=MODEL)
 
 
-def test_the_newest_are_kept_and_come_back(config):
+def test_the_newest_are_kept_and_restored(config):
     config = dataclasses.replace(config, keep_checkpoints=2)
     assert restore(config) is None
     directory = save(config, 1, 2, 3)
@@ -83,7 +90,7 @@ def test_the_newest_are_kept_and_come_back(config):
     assert sorted(int(step.name) for step in directory.iterdir()) == [9, 10, 11]
 
 
-def test_weights_from_more_devices_than_there_are_here(tmp_path, config):
+def test_weights_saved_from_more_devices(tmp_path, config):
     program = f"""
 import jax
 from pathlib import Path
@@ -117,7 +124,7 @@ checkpoints.close()
 
 
 def test_any_damaged_file(tmp_path, config):
-    """Whichever file is missing, cut or changed: refused by name, or the weights are whole."""
+    """With any file missing, cut or changed: an error names it, or the weights are intact."""
     directory = save(config, 7)
     whole = tmp_path / "whole"
     shutil.copytree(directory, whole)
@@ -161,7 +168,7 @@ def flipped(contents, position):
 
 
 def test_flipped_bits(tmp_path, config, capfd):
-    """In whichever file: refused in a line, or what is read is what was written."""
+    """In any file: a one-line error, or the original weights."""
     directory = save(config, 7)
     whole = tmp_path / "whole"
     shutil.copytree(directory, whole)
@@ -169,7 +176,7 @@ def test_flipped_bits(tmp_path, config, capfd):
     tried = 0
     for file in sorted(path for path in whole.rglob("*") if path.is_file()):
         contents = file.read_bytes()
-        # Orbax's own notes, which nothing here is read from; it logs what it finds wrong in them.
+        # Orbax's own metadata, which is not used here; Orbax logs errors in it.
         if file.name != "_CHECKPOINT_METADATA":
             for position in range(0, len(contents), max(len(contents) // 5, 1)):
                 shutil.rmtree(directory)
@@ -233,50 +240,58 @@ def test_numbers_that_are_not_finite(config, item, value, capsys):
     assert "holds numbers that are not finite" in capsys.readouterr().err
 
 
-def test_only_regular_files_are_read(config):
-    """Devices and pipes may never end. In a process, for a time limit."""
-    directory = save(config, 7)
-    program = f"""
-import resource
+LOADING = """
+import resource, sys
 from pathlib import Path
 from dvmsr_jax.checkpoint import CheckpointError, load_facts, load_weights
 resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
-for load in (load_facts, load_weights):
-    try:
-        load(Path({str(directory)!r}))
-        print("read")
-    except CheckpointError as error:
-        print(error)
+for path in map(Path, sys.argv[1:]):
+    for load in (load_facts, load_weights):
+        try:
+            load(path)
+            problem = "none"
+        except CheckpointError as error:
+            problem = str(error)
+    print(problem)
 """
 
-    def problem():
-        command = [sys.executable, "-c", program]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr[-1000:]
-        *_, line = done.stdout.splitlines()
-        assert line.startswith(f"{directory}/7: cannot be read (")
-        return line
+
+def test_only_regular_files_are_read(tmp_path, config):
+    """Devices and pipes may never end. In a process of its own, to limit time and memory."""
+    whole = save(config, 7) / "7"
+    expected = {}
+
+    def copy():
+        folder = tmp_path / f"copy{len(expected)}"
+        shutil.copytree(whole, folder)
+        return folder
 
     for name in ("config/metadata", "ema/manifest.ocdbt", checkpoint.CHECKSUMS):
-        path = directory / "7" / name
-        contents = path.read_bytes()
-        path.unlink()
-        path.symlink_to("/dev/zero")
-        assert f"{path}: not a regular file" in problem()
-        path.unlink()
-        os.mkfifo(path)
-        assert f"{path}: not a regular file" in problem()
-        path.unlink()
-        path.write_bytes(contents)
-    folder = directory / "7" / "ema"
-    (folder / "more").symlink_to("/proc")
-    assert f"{folder / 'more'}: is a link to a folder" in problem()
+        for replace in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
+            folder = copy()
+            (folder / name).unlink()
+            replace(folder / name)
+            expected[folder] = f"{folder / name}: not a regular file"
+    folder = copy()
+    (folder / "ema" / "more").symlink_to("/proc")
+    expected[folder] = f"{folder / 'ema' / 'more'}: is a link to a folder"
+
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, *map(str, expected)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    for (path, problem), line in zip(expected.items(), done.stdout.splitlines(), strict=True):
+        assert line.startswith(f"{path}: cannot be read (")
+        assert problem in line
 
 
 @pytest.mark.parametrize("item", ["config", "best", "ema", "state"])
 def test_damaged_checkpoints_are_passed_over(config, item, capsys):
-    """For the one before, with a warning; if there is none, it is an error."""
+    """The run resumes from the one before, with a warning; if there is none, it is an error."""
 
     def damage(step):
         for path in (directory / step / item).rglob("*"):
@@ -295,7 +310,7 @@ def test_damaged_checkpoints_are_passed_over(config, item, capsys):
     for warning, step in zip(warnings, "87", strict=True):
         path = re.escape(str(directory / step))
         assert re.match(f"warning: {path}: cannot be read .*it is now {path}.damaged", warning)
-    save(config, 7, 8)  # nothing is in the way of the run that goes on
+    save(config, 7, 8)  # the resumed run can save under the same names
     assert restore(config).step == 8
     kept = sorted(path.name for path in directory.iterdir())
     assert kept == ["6", "7", "7.damaged", "8", "8.damaged"]
@@ -313,9 +328,11 @@ def test_damaged_checkpoints_are_passed_over(config, item, capsys):
     assert kept == sorted(path.name for path in directory.iterdir())
 
 
-def test_every_free_field_may_differ(config):
+def test_fields_without_effect_may_differ(config):
     save(config, 7)
     changed = {
+        "init": Path("weights.safetensors"),
+        "init_partial": True,
         "compute": Compute(scan="sequential"),
         "log_every": 1,
         "val_every": 1,
@@ -367,6 +384,14 @@ def test_other_fields_may_not(config, change, line):
         f"{directory / '7'} was made with another configuration:",
         line,
     ]
+
+
+def test_a_renamed_checkpoint_says_how_many_steps_it_took(tmp_path, config):
+    shutil.copytree(save(config, 9) / "9", tmp_path / "best")
+    assert load_facts(tmp_path / "best")["step"] == STATE["step"]
+    (tmp_path / "copies").mkdir()
+    shutil.copytree(tmp_path / "best", tmp_path / "copies" / "1000")
+    assert load_facts(tmp_path / "copies")["step"] == STATE["step"]
 
 
 def test_paths(tmp_path, config):

@@ -1,4 +1,4 @@
-"""The command lines: documented commands parse, mistakes are answered, scores have their form."""
+"""The commands: documented examples parse, mistakes get an answer, scores have the right form."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ from dvmsr_jax.training import __main__ as training_commands
 from kernels.selective_scan import native, triton_scan
 
 ROOT = Path(__file__).resolve().parents[1]
-# Logs keep commands as they were.
+# Logs may contain commands of older versions.
 GUIDES = [path for path in (ROOT / "docs").glob("*.md") if path.name != "experiments.md"]
 COMMANDS = sorted(
     {
@@ -45,7 +45,7 @@ COMMANDS = sorted(
 
 
 def parse_only(command):
-    """A function of the same arguments that returns them."""
+    """A function with the same parameters that returns its arguments."""
     return functools.wraps(command)(lambda **options: options)
 
 
@@ -72,7 +72,7 @@ def test_documented_commands_parse(command, monkeypatch):
         assert len(arguments) == 2
 
 
-def test_the_documents_show_commands():
+def test_the_documents_contain_commands():
     assert len(COMMANDS) >= 20
 
 
@@ -99,10 +99,11 @@ def test_phase_and_preset_choose_the_defaults():
         (["--scan", "fast"], "chunked"),
         (["--phase=students"], "student"),
         (["--profile=-3"], "--profile is -3"),
+        (["--data.degradation=strong"], "mild"),
         (["--optim.warmup=2"], "--optim.warmup is 2"),
     ],
 )
-def test_mistakes_are_answered(arguments, answer, capsys):
+def test_mistakes_get_an_answer(arguments, answer, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse(arguments)
     assert stop.value.code != 0
@@ -110,7 +111,7 @@ def test_mistakes_are_answered(arguments, answer, capsys):
 
 
 @pytest.mark.parametrize("program", [train, evaluate, upscale, data_commands])
-def test_help_shows_examples_as_they_are(program, monkeypatch, capsys):
+def test_help_keeps_the_layout_of_examples(program, monkeypatch, capsys):
     examples = re.findall(r"^ +python .*", program.__doc__, re.MULTILINE)
     assert examples
     monkeypatch.setattr("sys.argv", ["program", "--help"])
@@ -181,6 +182,26 @@ def test_evaluation_prints_and_writes_scores(weights, tmp_path, monkeypatch, cap
     assert "GMACs" in printed
 
 
+def test_evaluation_of_degraded_pictures(weights, tmp_path, monkeypatch, capsys):
+    picture = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    images.write_png(tmp_path / "Mine" / "HR" / "one.png", picture)
+    result = tmp_path / "scores.json"
+    arguments = ("--ckpt", weights, "--data", tmp_path / "Mine", "--json", result)
+    run_main(evaluate, monkeypatch, *arguments)
+    plain = json.loads(result.read_text())["datasets"]["Mine"]
+    run_main(evaluate, monkeypatch, *arguments, "--degrade", "grid", "blur=1")
+    cells = json.loads(result.read_text())["datasets"]
+    assert len(cells) == 8
+    assert cells["Mine clean"] == plain
+    assert len({cell["psnr_y"] for cell in cells.values()}) == 8
+    printed = capsys.readouterr().out
+    for name, scores in cells.items():
+        assert re.search(rf"^{name} +1 +{scores['psnr_y']:.3f} ", printed, re.MULTILINE)
+    assert "Mine blur=1 noise=20 jpeg=50" in cells
+    with pytest.raises(SystemExit, match="error: --degrade rain=1: expected blur=SIGMA"):
+        run_main(evaluate, monkeypatch, *arguments, "--degrade", "rain=1")
+
+
 def test_self_ensemble_changes_the_scores(weights, tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
     images.write_png(tmp_path / "Mine" / "HR" / "one.png", picture)
@@ -190,7 +211,7 @@ def test_self_ensemble_changes_the_scores(weights, tmp_path):
         ]["Mine"]["psnr_y"]
         for on in (False, True)
     )
-    assert ensemble > plain  # the mean of eight answers of a random model errs less
+    assert ensemble > plain  # the mean of eight outputs of a random model is less wrong
 
 
 def test_scores_of_the_published_weights(shared, tmp_path):
@@ -254,11 +275,11 @@ def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
 def test_loader_benchmark_runs(capsys):
     loader.main(smoke=True)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 4
+    assert len(rows) == 2 + 4 + 2
 
 
 def test_inference_benchmark_runs(monkeypatch, capsys):
-    """Within this process, and with a small model."""
+    """In this process, with a small model."""
     config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
     monkeypatch.setattr(inference_benchmark, "CONFIG", config)
     monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
@@ -284,7 +305,7 @@ class Failing(Fourfold):
 
 
 def test_inference_benchmark_takes_models_in_pytorch(monkeypatch, capsys, tmp_path):
-    """What stands for PyTorch has as much of it as is used."""
+    """A stand-in has the parts of PyTorch that are used."""
 
     class Tensor:
         def __init__(self, array):

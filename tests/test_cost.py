@@ -1,4 +1,4 @@
-"""The stated cost of a model against the paper's figures and against an actual model."""
+"""The cost of a model, compared with the paper's figures and with an actual model."""
 
 import pytest
 from flax import nnx

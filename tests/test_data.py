@@ -1,7 +1,6 @@
 """Crops are aligned, batches are a function of seed and step, pictures are prepared once."""
 
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
@@ -19,10 +18,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dvmsr_jax import data, images
+from dvmsr_jax import data, files, images
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import prepare
-from dvmsr_jax.data.check import check
+from dvmsr_jax.data.check import find_problems
 from dvmsr_jax.data.records import ShardWriter, open_records, open_shard, sub_images
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.errors import UserError
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def aligned_pair(height, width, scale):
-    """LR pixels with values of their own, and an HR picture that repeats each scale x scale."""
+    """An LR picture of distinct pixels, and an HR picture that repeats each scale x scale times."""
     lr = np.random.default_rng(0).permutation(256**2)[: height * width].reshape(height, width)
     lr = np.stack([lr // 256, lr % 256, lr % 7], axis=-1).astype(np.uint8)
     return lr, lr.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -48,19 +47,6 @@ def photos(tmp_path):
     return folder
 
 
-def without_locks(*arguments):
-    """Takes flock's place; some file systems, of NFS, Lustre and FUSE, have no locks."""
-    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-
-@pytest.fixture(params=["locks", "no locks"])
-def locks(request, monkeypatch):
-    """The file system with and without locks."""
-    if request.param == "no locks":
-        monkeypatch.setattr("fcntl.flock", without_locks)
-        monkeypatch.setattr(prepare, "_POLL", 0.01)
-
-
 def aligned_records(count, side, scale):
     """Records of equal sizes and different pixels."""
     lr, hr = aligned_pair(side, side, scale)
@@ -68,7 +54,7 @@ def aligned_records(count, side, scale):
 
 
 @pytest.mark.parametrize("module", ["dvmsr_jax.data", "dvmsr_jax.data.__main__"])
-def test_data_stands_below_the_network(module):
+def test_data_does_not_import_the_network(module):
     program = f"import sys, {module}; print(*sys.modules)"
     imported = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
@@ -128,7 +114,7 @@ def test_device_cuts_the_same_batches(with_targets):
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_processes_share_the_same_batches(parts):
-    """Each reads its records only."""
+    """Each reads only its own records."""
 
     class Spy(dict):
         def __getitem__(self, name):
@@ -208,7 +194,7 @@ def test_order_and_crops_depend_on_the_seed():
         assert (first[name] != other[name]).any(), name
 
 
-def test_crops_of_a_step_are_not_those_of_the_one_before():
+def test_crops_differ_from_step_to_step():
     records = aligned_records(20, 20, 2)
     plan = plan_of(records, DataConfig(lr_crop=8, batch_size=20), batches=2)
     for name in ("index", "top", "left", "symmetry"):
@@ -217,7 +203,7 @@ def test_crops_of_a_step_are_not_those_of_the_one_before():
 
 @pytest.mark.parametrize("crop", [12, 13])
 def test_crops_reach_every_border(crop):
-    """All offsets at which a crop fits are taken, the last row and column among them."""
+    """All offsets at which a crop fits occur, including the last row and column."""
     plan = plan_of(aligned_records(2, 13, 2), DataConfig(lr_crop=crop, batch_size=200))
     for name in ("top", "left"):
         assert set(plan[name].tolist()) == set(range(13 - crop + 1))
@@ -253,7 +239,7 @@ def test_pictures_are_prepared_once_and_held_out(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "read_rgb", fail)
     again = data.load_records(config, 4)
     np.testing.assert_array_equal(again.train[0]["lr"], record["lr"])
-    with pytest.raises(AssertionError, match="read again"):  # another scale is another data set
+    with pytest.raises(AssertionError, match="read again"):  # another scale is another dataset
         data.load_records(config, 2)
 
 
@@ -263,7 +249,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("cut_at", [0, 3, 5])
 def test_preparation_resumes_where_it_was_interrupted(photos, tmp_path, monkeypatch, cut_at, locks):
-    """And the records depend neither on that nor on the number of cores."""
+    """The records depend neither on the interruption nor on the number of cores."""
     monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 2)
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=2))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -299,7 +285,7 @@ def test_preparation_resumes_where_it_was_interrupted(photos, tmp_path, monkeypa
     assert files_of(cut) == files_of(whole)
 
 
-def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch, locks):
+def test_two_threads_prepare_once(photos, tmp_path, monkeypatch, locks):
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     read_rgb, read, waiting = images.read_rgb, [], threading.Event()
     monkeypatch.setattr("builtins.print", lambda *words, **_: waiting.set())
@@ -316,8 +302,7 @@ def test_two_that_prepare_the_same_do_it_once(photos, tmp_path, monkeypatch, loc
         ]:
             future.result()
     assert len(read) == 6
-    assert check(tmp_path / "out") == []
-    assert not {"lock", "claim"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert find_problems(tmp_path / "out") == []
     assert not list(tmp_path.glob(".incomplete*"))
 
 
@@ -331,6 +316,7 @@ def flock(*arguments):
 fcntl.flock = flock
 from dvmsr_jax import images
 from dvmsr_jax.config import DataConfig
+from dvmsr_jax import files
 from dvmsr_jax.data import prepare
 from dvmsr_jax.data.sources import find_sources
 
@@ -341,19 +327,24 @@ def slow(path):
     sys.stdin.readline()
     return read_rgb(path)
 
-images.read_rgb, prepare._POLL = slow, 0.01
+images.read_rgb, files._POLL = slow, 0.01
 pictures = find_sources(DataConfig(hr_dirs=(folder / "photos",), val_images=1))
 prepare.prepare(pictures, 4, folder / "out")
 """
 
 
 def preparing(folder):
-    """A process without locks, which prints "read" for each picture and waits for a line."""
+    """A process without locks, which prints "read" for each picture and waits for a line.
+
+    Its messages come with its output, and it shows no progress.
+    """
     return subprocess.Popen(
         [sys.executable, "-c", PREPARING, str(folder)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"TQDM_DISABLE": "1"},
         text=True,
     )
 
@@ -369,27 +360,27 @@ def test_two_processes_without_locks_prepare_once(photos, tmp_path):
         assert works.stdout.read() == "read\n" * 5
         assert waits.stdout.read() == ""
     assert first.returncode == second.returncode == 0
-    assert check(tmp_path / "out") == []
+    assert find_problems(tmp_path / "out") == []
     assert not list(tmp_path.glob(".incomplete*"))
 
 
-def test_without_locks_a_killed_process_is_named_and_its_work_kept(photos, tmp_path, monkeypatch):
+def test_without_locks_a_killed_process_is_named_and_its_work_kept(
+    photos, tmp_path, monkeypatch, no_locks
+):
     with preparing(tmp_path) as killed:
         assert killed.stdout.readline() == "read\n"
         killed.kill()
-    monkeypatch.setattr("fcntl.flock", without_locks)
-    monkeypatch.setattr(prepare, "_POLL", 0.01)
-    monkeypatch.setattr(prepare, "_PATIENCE", 0.1)
+    monkeypatch.setattr(files, "_PATIENCE", 0.1)
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
-    claim = tmp_path / ".incomplete-out" / "claim"
-    with pytest.raises(UserError, match=f"{claim}: .* has prepared no picture for .* remove"):
+    lock = tmp_path / ".incomplete-out.lock"
+    with pytest.raises(UserError, match=f"{lock}: .* has not touched it for .* remove"):
         prepare.prepare(pictures, 4, tmp_path / "out")
-    claim.unlink()
+    lock.unlink()
     prepare.prepare(pictures, 4, tmp_path / "out")
-    assert check(tmp_path / "out") == []
+    assert find_problems(tmp_path / "out") == []
 
 
-def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, capsys):
+def test_few_unreadable_pictures_are_left_out(photos, tmp_path, capsys):
     bad = photos / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
@@ -407,7 +398,7 @@ def test_unreadable_pictures_are_left_out_but_few(photos, tmp_path, capsys):
 
 
 def test_repaired_pictures_are_read_again(photos, tmp_path):
-    """Though their names, sizes and middles are what they were."""
+    """Even if their names, sizes and middles are unchanged."""
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     path = photos / "3.png"
     content = path.read_bytes()
@@ -444,7 +435,7 @@ def test_another_set_leaves_an_interrupted_one_alone(photos, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"val_images": 6}, "hold 6 pictures, of which data.val_images = 6"),
+        ({"val_images": 6}, "contain 6 pictures, of which data.val_images = 6"),
         ({"val_images": 0}, "--data.val-images is 0, not a whole number from 1 up"),
         ({"lr_crop": 81}, "lr_crop is 81, at most 80"),
         ({"hr_dirs": ("missing",)}, "missing: no such folder"),
@@ -458,13 +449,13 @@ def test_unusable_settings_are_named(photos, tmp_path, change, message):
 
 
 def test_records_are_a_tfds_dataset(photos, tmp_path):
-    """TFDS reads what our own reader does."""
+    """TFDS reads the same as our own reader."""
     prepare.prepare(find_sources(DataConfig(hr_dirs=(photos,), val_images=2)), 4, tmp_path / "r")
     records = data.load_records(DataConfig(prepared=tmp_path / "r"), 4)
     source = tfds.builder_from_directory(tmp_path / "r").as_data_source("train")
     assert len(source) == len(records.train)
     for ours, theirs in zip(records.train, source, strict=True):
-        assert list(ours) == ["hr", "lr", "name"]  # whatever the process, for equal bytes
+        assert list(ours) == ["hr", "lr", "name"]  # the same in every process, for equal bytes
         assert ours.keys() == theirs.keys()
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name])
@@ -478,19 +469,19 @@ def test_an_explicit_folder(photos, tmp_path):
     pictures = find_sources(DataConfig(hr_dirs=(photos,), val_images=1))
     prepare.prepare(pictures, 4, folder)
     assert len(data.load_records(config, 4).train) == 5
-    with pytest.raises(UserError, match="was prepared for x4, the model is to be x2"):
+    with pytest.raises(UserError, match="was prepared for x4, but the model is for x2"):
         data.load_records(config, 2)
     with pytest.raises(UserError, match=r"data\.prepared and data\.hr_dirs exclude each other"):
         data.load_records(DataConfig(prepared=folder, hr_dirs=(photos,)), 4)
     with pytest.raises(UserError, match="prepared: holds records of other pictures"):
         prepare.prepare({"train": pictures["train"][1:], "val": pictures["val"]}, 4, folder)
-    with pytest.raises(UserError, match="photos: is a file, or holds something else"):
+    with pytest.raises(UserError, match="photos: is a file, or contains something else"):
         prepare.prepare(pictures, 4, photos)
     assert len(images.find_images(photos)) == 6
 
 
 def test_moved_and_copied_pictures_are_the_same(photos, tmp_path):
-    """And a changed one is another, whatever its size and time."""
+    """A changed picture is a different one, even of equal size and time."""
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1)
     before = data.load_records(config, 4).folder
     moved = dataclasses.replace(config, hr_dirs=(photos.rename(tmp_path / "moved"),))
@@ -504,7 +495,7 @@ def test_moved_and_copied_pictures_are_the_same(photos, tmp_path):
     assert data.load_records(moved, 4).folder != before
 
 
-def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeypatch):
+def test_identity_does_not_depend_on_the_location(photos, tmp_path, monkeypatch):
     def identity(folder, name, *, scale=4, val_images=1):
         splits = find_sources(DataConfig(hr_dirs=(folder,), val_images=val_images))
         prepare.prepare(splits, scale, tmp_path / name, max_unreadable=0.2)
@@ -533,7 +524,7 @@ def test_identity_names_the_pictures_wherever_they_lie(photos, tmp_path, monkeyp
     assert len({first, *others}) == 6
 
 
-def test_the_change_of_pictures_is_described(photos, tmp_path):
+def test_changes_of_pictures_are_described(photos, tmp_path):
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
     first = data.load_records(config, 4).folder
     before = data.identity(first)
@@ -557,13 +548,11 @@ def test_the_change_of_pictures_is_described(photos, tmp_path):
     assert change() == "pictures: 2 added, 1 removed"
     changed = data.load_records(config, 4).folder
     shutil.rmtree(first)
-    assert data.describe_change(changed, before).startswith(
-        "7 pictures now; the folder of the earlier"
-    )
+    assert data.describe_change(changed, before).startswith("7 pictures now; the earlier folder")
 
 
 def test_superseded_folders_are_named(photos, tmp_path, capsys):
-    """Those of the same settings only, and nothing is deleted."""
+    """Only those with the same settings, and nothing is deleted."""
     config = DataConfig(hr_dirs=(photos,), data_dir=tmp_path / "data", val_images=1, lr_crop=8)
     first = data.load_records(config, 4).folder
     data.load_records(dataclasses.replace(config, val_images=2), 4)
@@ -571,10 +560,10 @@ def test_superseded_folders_are_named(photos, tmp_path, capsys):
     data.load_records(config, 2)
     assert capsys.readouterr().out == ""
     (photos / "3.png").unlink()
-    for _ in range(2):  # preparing, and then finding it prepared
+    for _ in range(2):  # the second time, nothing is left to prepare
         data.load_records(config, 4)
         (line,) = capsys.readouterr().out.splitlines()
-        assert re.search(rf"0\.0 GB that you may delete .*: {first}$", line)
+        assert re.search(rf"0\.0 GB, which you may delete .*: {first}$", line)
     assert len(open_records(first).train) == 5
 
 
@@ -588,8 +577,8 @@ def prepared(photos, tmp_path):
     return tmp_path / "prepared"
 
 
-def test_check_finds_no_fault_in_good_records(prepared):
-    assert check(prepared) == []
+def test_check_accepts_good_records(prepared):
+    assert find_problems(prepared) == []
 
 
 @pytest.mark.parametrize("file", ["train.array_record-00001-of-00002", "val.array_record-00000"])
@@ -604,7 +593,7 @@ def test_check_finds_no_fault_in_good_records(prepared):
 def test_check_finds_damaged_files(prepared, file, damage, problem):
     (path,) = prepared.glob(f"*{file}*")
     damage(path)
-    (found,) = check(prepared)
+    (found,) = find_problems(prepared)
     assert re.search(rf"{path.name}: .*{problem}", found)
 
 
@@ -643,7 +632,7 @@ SHARD = {"key": "", "split": "train", "records": 0, "bytes": 0, "sha256": "", "l
 )
 def test_another_preparation_file_is_refused(tmp_path, text):
     (tmp_path / "preparation.json").write_text(text)
-    for use in (check, data.identity, open_records):
+    for use in (find_problems, data.identity, open_records):
         with pytest.raises(UserError, match="holds no prepared records"):
             use(tmp_path)
 
@@ -661,7 +650,7 @@ def test_another_preparation_file_is_refused(tmp_path, text):
     ],
 )
 def test_check_finds_wrong_records(prepared, change, problem):
-    """Though the checksum is theirs."""
+    """Even if their checksum is right."""
     (path,) = prepared.glob("*train.array_record-00000*")
     pairs = [(record["lr"], record["hr"], record["name"].decode()) for record in open_shard(path)]
     writer = ShardWriter(path)
@@ -672,6 +661,6 @@ def test_check_finds_wrong_records(prepared, change, problem):
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
     preparation["shards"][path.name]["sha256"] = checksum
     (prepared / "preparation.json").write_text(json.dumps(preparation))
-    found = check(prepared)
+    found = find_problems(prepared)
     assert found
     assert all(re.search(problem, line) for line in found)

@@ -1,30 +1,27 @@
 """DIV2K and Flickr2K from a local server: small archives of the same layout, and the real code."""
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import itertools
 import os
-import re
 import tarfile
-import threading
 import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dvmsr_jax import bicubic, data
+from dvmsr_jax import bicubic, data, downloads
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import download
 from dvmsr_jax.data.__main__ import prepare as prepare_command
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.errors import StoppedError, UserError
+from tests.file_server import serving
 
 NAMES = ("DIV2K_train_HR.zip", "DIV2K_valid_HR.zip", "Flickr2K.tar")
 
@@ -47,7 +44,7 @@ def make_zip(folder, seeds):
 
 
 def make_tar(seeds):
-    """With what Flickr2K's has besides: low-resolution pictures. And with traps."""
+    """Like Flickr2K's, with low-resolution pictures, and with traps."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
 
@@ -73,7 +70,7 @@ def make_tar(seeds):
 
 @pytest.fixture(scope="session")
 def contents():
-    """The archives that the server has."""
+    """The archives on the server."""
     archives = (
         make_zip("DIV2K_train_HR", range(1, 6)),
         make_zip("DIV2K_valid_HR", range(801, 804)),
@@ -82,85 +79,29 @@ def contents():
     return dict(zip(NAMES, archives, strict=True))
 
 
-class Server(ThreadingHTTPServer):
-    """Serves archives, in the ways that servers have."""
-
-    def __init__(self, contents):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.contents = dict(contents)
-        self.ranges = True
-        self.lengths = True
-        """Whether answers say how long they are; otherwise they end with the connection."""
-        self.cut_after = None
-        """Bytes of an answer after which the connection breaks."""
-        self.status = None
-        """Of all answers."""
-        self.asked = []
-        """(file name, first byte or None) of each request."""
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/copies"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self):
-        server, name = self.server, os.path.basename(self.path)
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        server.asked.append((name, asked and int(asked[1])))
-        status = server.status or (200 if self.path == f"/copies/{name}" else 404)
-        if status != 200:
-            return self.send_error(status)
-        content = server.contents[name]
-        start = int(asked[1]) if asked and server.ranges else 0
-        if start >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        self.send_response(206 if asked and server.ranges else 200)
-        if asked and server.ranges:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        if server.lengths:
-            self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):
-            self.wfile.write(content[start:][: server.cut_after])
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server(contents, monkeypatch):
     """A server that has the archives, which `download` uses in place of the public ones."""
     sizes = {"DIV2K_train_HR.zip": 5, "DIV2K_valid_HR.zip": 3, "Flickr2K.tar": 3}
 
     def local(archive):
-        content = contents[archive.name]
-        known = archive.sha256 is not None
-        return archive._replace(
-            pictures=sizes[archive.name],
-            size=len(content) if known else None,
-            sha256=hashlib.sha256(content).hexdigest() if known else None,
-        )
+        remote = archive.remote
+        content = contents[remote.name]
+        if remote.sha256 is not None:
+            checksum = hashlib.sha256(content).hexdigest()
+            remote = remote._replace(size=len(content), sha256=checksum)
+        return archive._replace(remote=remote, pictures=sizes[remote.name])
 
     datasets = {
         name: {split: tuple(map(local, archives)) for split, archives in splits.items()}
         for name, splits in download.DATASETS.items()
     }
     monkeypatch.setattr(download, "DATASETS", datasets)
-    monkeypatch.setattr(download, "_WAITS", (0, 0))
+    monkeypatch.setattr(downloads, "_WAITS", (0, 0))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Server(contents) as server:
-        monkeypatch.setenv(download.MIRROR, f"{server.url}/")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(contents) as server:
+        monkeypatch.setenv(downloads.MIRROR, f"{server.url}/")
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -170,7 +111,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def folder(config):
-    """Where archives are downloaded to; made, so that files can be put there."""
+    """The folder that archives are downloaded to, created so that files can be put there."""
     path = config.data_dir / "pictures"
     path.mkdir(parents=True)
     return path
@@ -185,7 +126,8 @@ def test_published_archives():
     lines = files("tensorflow_datasets.datasets.div2k").joinpath("checksums.tsv").read_text()
     published = {url: rest for url, *rest in (line.split("\t") for line in lines.splitlines())}
     for archive in (download._DIV2K_TRAIN, download._DIV2K_VALID):
-        assert [str(archive.size), archive.sha256] == published[archive.url][:2]
+        remote = archive.remote
+        assert [str(remote.size), remote.sha256] == published[remote.url][:2]
 
 
 def test_div2k_is_the_default(server, config, folder):
@@ -198,7 +140,7 @@ def test_div2k_is_the_default(server, config, folder):
     np.testing.assert_array_equal(record["lr"][:50, :50], bicubic.downscale(hr, 4))
     assert server.asked == [("DIV2K_train_HR.zip", None), ("DIV2K_valid_HR.zip", None)]
     left = {path.name for path in folder.iterdir()}
-    assert left == {".lock", "DIV2K_train_HR", "DIV2K_valid_HR"}
+    assert left == {"DIV2K_train_HR", "DIV2K_valid_HR"}
 
     server.status = 503  # not asked again
     assert data.load_records(config, 4).folder == records.folder
@@ -217,7 +159,7 @@ def test_df2k_takes_only_high_resolution_pictures(server, config, folder, conten
     }
     digest = hashlib.sha256(contents["Flickr2K.tar"]).hexdigest()
     assert (folder / "SHA256SUMS").read_text() == f"{digest}  Flickr2K.tar\n"
-    assert f"no checksum is published; its SHA-256 is {digest}" in capsys.readouterr().out
+    assert f"no checksum is published; its SHA-256 is {digest}" in capsys.readouterr().err
 
 
 def test_a_validation_picture_is_not_trained_on(server, config, capsys):
@@ -254,7 +196,7 @@ def test_a_breaking_connection_is_resumed(server, config, ranges):
 
 
 def test_answers_of_unknown_length(server, config, folder):
-    """Whether they are complete shows only by the size of the archive."""
+    """Only the size of the archive shows whether they are complete."""
     server.lengths, server.cut_after = False, 200_000
     assert len(data.load_records(config, 4).train) == 5
     asked = [first for name, first in server.asked if name == "DIV2K_train_HR.zip"]
@@ -280,7 +222,7 @@ def test_a_stopped_download_is_resumed_in_another_run(
 
 
 def test_ctrl_c_keeps_what_was_downloaded(server, config, folder, monkeypatch):
-    update, received = download.tqdm.update, []
+    update, received = downloads.tqdm.update, []
 
     def interrupt(self, n=1):
         received.append(n)
@@ -289,10 +231,10 @@ def test_ctrl_c_keeps_what_was_downloaded(server, config, folder, monkeypatch):
         return update(self, n)
 
     with monkeypatch.context() as patch:
-        patch.setattr(download.tqdm, "update", interrupt)
+        patch.setattr(downloads.tqdm, "update", interrupt)
         with pytest.raises(
             StoppedError,
-            match=r"so far is kept; run the same command again, .* by hand to .*HR\.zip",
+            match=r"files are kept; run the same command again, .* by hand to .*HR\.zip",
         ):
             data.load_records(config, 4)
     have = (folder / "DIV2K_train_HR.zip.partial").stat().st_size
@@ -324,7 +266,7 @@ def test_interrupted_unpacking_is_resumed(server, config, folder, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_damaged_archives_are_named(server, config, folder, contents, name, by_hand):
-    """Those with a checksum whatever the damage; Flickr2K's by what is missing."""
+    """With a checksum, any damage is found; in Flickr2K's archive, missing pictures."""
     config = dataclasses.replace(config, dataset="df2k")
     damaged = bytearray(contents[name])
     if name == "Flickr2K.tar":
@@ -393,7 +335,7 @@ def test_errors_of_the_server(server, config, status, attempts):
     ],
 )
 def test_without_a_network(server, config, monkeypatch, mirror, reason):
-    monkeypatch.setenv(download.MIRROR, mirror)
+    monkeypatch.setenv(downloads.MIRROR, mirror)
     with pytest.raises(UserError, match=f"{mirror}/DIV2K_train_HR.zip: {reason}.* by hand") as e:
         data.load_records(config, 4)
     assert "\n" not in str(e.value)
@@ -401,7 +343,7 @@ def test_without_a_network(server, config, monkeypatch, mirror, reason):
 
 def test_too_little_space_is_found_first(server, config, folder, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     with pytest.raises(
         UserError, match=rf"{folder}: DIV2K_train_HR.zip needs .* GB here, .* GB are free; make"
     ):
@@ -411,14 +353,14 @@ def test_too_little_space_is_found_first(server, config, folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["DIV2K_train_HR.zip", "DIV2K_train_HR.zip.partial"])
 def test_too_little_space_to_unpack(server, config, folder, contents, monkeypatch, name):
-    """Whoever put the archive there, it is kept, and nothing is unpacked."""
+    """The archive is kept, whether downloaded or put there by hand, and nothing is unpacked."""
     (folder / name).write_bytes(contents["DIV2K_train_HR.zip"])
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(download.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**5))
+        patch.setattr(downloads.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**5))
         with pytest.raises(UserError, match=rf"{folder}: DIV2K_train_HR.zip needs .* GB here"):
             data.load_records(config, 4)
-    assert {path.name for path in folder.iterdir()} == {".lock", name}
+    assert {path.name for path in folder.iterdir()} == {name}
     assert len(data.load_records(config, 4).train) == 5
     assert [asked for asked, _ in server.asked] == ["DIV2K_valid_HR.zip"]
 
@@ -426,7 +368,7 @@ def test_too_little_space_to_unpack(server, config, folder, contents, monkeypatc
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk(server, config, folder):
     (folder / "DIV2K_train_HR.zip.partial").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="pictures: No space left on device; once this is solved"):
+    with pytest.raises(UserError, match="pictures: No space left on device; once this is fixed"):
         data.load_records(config, 4)
 
 
@@ -437,7 +379,7 @@ def test_an_incomplete_folder_of_pictures(server, config, folder):
         data.load_records(config, 4)
 
 
-def test_two_processes_download_once(server, config):
+def test_two_processes_download_once(server, config, locks):
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: data.load_records(config, 4).folder, range(2)))
     assert folders[0] == folders[1]
@@ -463,7 +405,7 @@ def test_unusable_settings(server, config, tmp_path, change, message):
 
 
 def test_an_archive_with_too_few_pictures(server, config, folder):
-    """Which no checksum tells."""
+    """This can happen without a checksum."""
     (folder / "Flickr2K.tar").write_bytes(make_tar(range(11, 13)))
     config = dataclasses.replace(config, dataset="df2k")
     message = (

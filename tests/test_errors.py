@@ -1,16 +1,16 @@
-"""What command lines say of errors."""
+"""How commands report errors."""
 
 import jax
 import pytest
 
 from dvmsr_jax.errors import StoppedError, UserError, printable
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.program import one_line_errors
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (UserError("mend this"), "error: mend this"),
+        (UserError("fix this"), "error: fix this"),
         (UserError("in\n  lines: \x1b[2J\u202e"), "error: in\n  lines: \\x1b[2J\\u202e"),
         (FileNotFoundError("no such file"), "error: no such file"),
         (MemoryError(), "error: out of memory (in main memory); try less"),
@@ -26,15 +26,15 @@ from dvmsr_jax.program import told_in_a_line
         (StoppedError("the same command resumes"), 130),
     ],
 )
-def test_what_is_no_defect_is_told_in_a_line(error, code):
-    with pytest.raises(SystemExit) as exit_, told_in_a_line(out_of_memory="try less"):
+def test_other_errors_are_reported_in_one_line(error, code):
+    with pytest.raises(SystemExit) as exit_, one_line_errors(out_of_memory="try less"):
         raise error
     assert exit_.value.code == code
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), jax.errors.JaxRuntimeError("INTERNAL: x")])
 def test_a_defect_keeps_its_traceback(error):
-    with pytest.raises(type(error)) as found, told_in_a_line(out_of_memory="try less"):
+    with pytest.raises(type(error)) as found, one_line_errors(out_of_memory="try less"):
         raise error
     assert found.value is error
 

@@ -1,21 +1,29 @@
-"""Benchmarks are found and paired, or refused by name; scores are means over their pictures."""
+"""Benchmarks are found and paired, or errors name them; scores are means over their pictures."""
 
 import re
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dvmsr_jax import bicubic
+from dvmsr_jax.data import degradations
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.evaluation import (
+    Degraded,
     Example,
     Pair,
     evaluate,
     find_benchmarks,
     load_pair,
+    parse_degradations,
     sample_benchmark,
 )
 from dvmsr_jax.images import SAMPLES, ImageError, read_rgb, write_png
+
+METRICS = ("psnr_y", "ssim_y", "psnr_rgb")
 
 
 def picture(height, width, seed=0):
@@ -70,7 +78,7 @@ def test_sizes_that_do_not_fit(tmp_path, lr_size):
         load_pair(Pair("x", tmp_path / "tiny.png", None), scale=2)
 
 
-def test_what_does_not_pair_up_is_named(tmp_path):
+def test_files_that_do_not_pair_up_are_named(tmp_path):
     def refused(*dirs, naming):
         with pytest.raises(ImageError, match=f"^{re.escape(str(naming))}: "):
             find_benchmarks(dirs, scale=2)
@@ -108,10 +116,10 @@ def test_scores_are_means_and_pictures_are_saved(tmp_path):
         return bicubic_x2(lr) // 2
 
     scores, seconds = evaluate(darker, examples, 2, name="Pair", save_dir=tmp_path)
-    assert list(scores) == ["psnr_y", "ssim_y", "bicubic", "images"]
+    assert list(scores) == ["psnr_y", "ssim_y", "psnr_rgb", "bicubic", "images"]
     assert list(scores["images"]) == list(seconds) == ["a", "b"]
     assert all(second > 0 for second in seconds.values())
-    for metric in ("psnr_y", "ssim_y"):
+    for metric in METRICS:
         each = [scores["images"][name][metric] for name in "ab"]
         assert each[0] != each[1]
         assert scores[metric] == pytest.approx(sum(each) / 2, rel=1e-14)
@@ -121,15 +129,15 @@ def test_scores_are_means_and_pictures_are_saved(tmp_path):
         np.testing.assert_array_equal(saved, darker(example.lr))
 
     baseline, _ = evaluate(bicubic_x2, examples, 2, name="Pair")
-    assert {key: baseline[key] for key in ("psnr_y", "ssim_y")} == scores["bicubic"]
+    assert {key: baseline[key] for key in METRICS} == scores["bicubic"]
 
 
-def test_what_cannot_be_scored_is_named():
+def test_pictures_that_cannot_be_scored_are_named():
     small = picture(14, 30)
     example = Example("small", bicubic.downscale(small, 2), small)
     with pytest.raises(UserError, match="Mine/small: 30x14 pixels are too few"):
         evaluate(bicubic_x2, [example], 2, name="Mine")
-    with pytest.raises(UserError, match=r"Mine/small: .* do not compare"):
+    with pytest.raises(UserError, match=r"Mine/small: cannot compare .*"):
         evaluate(lambda lr: lr, [example], 2, name="Mine")
     with pytest.raises(UserError, match="Mine: no pictures"):
         evaluate(bicubic_x2, [], 2, name="Mine")
@@ -142,3 +150,71 @@ def test_samples():
     assert example.name == "astronaut"
     assert example.hr.shape == (512, 512, 3)
     assert example.lr.shape == (128, 128, 3)
+
+
+def test_times_exclude_compilation():
+    @jax.jit
+    def upscale(lr):
+        time.sleep(0.5)  # while it is traced
+        return jnp.repeat(jnp.repeat(lr, 2, 0), 2, 1)
+
+    hr = picture(32, 32)
+    examples = [Example(name, bicubic.downscale(hr, 2), hr) for name in "ab"]
+    _, seconds = evaluate(lambda lr: np.asarray(upscale(lr)), examples, 2, name="Pair")
+    assert seconds["a"] < 0.4
+    assert seconds["b"] < 0.4
+
+
+def test_degradations_are_parsed():
+    assert parse_degradations(["jpeg=40", "blur=1.5"]) == {
+        "blur=1.5 jpeg=40": {"blur": 1.5, "jpeg": 40}
+    }
+    grid = parse_degradations(["grid", "noise=10"])
+    assert list(grid) == [
+        "clean",
+        "jpeg=50",
+        "noise=10",
+        "blur=2",
+        "noise=10 jpeg=50",
+        "blur=2 jpeg=50",
+        "blur=2 noise=10",
+        "blur=2 noise=10 jpeg=50",
+    ]
+    assert grid["clean"] == {}
+    assert grid["blur=2 noise=10 jpeg=50"] == {"blur": 2.0, "noise": 10.0, "jpeg": 50}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["rain=1"], "--degrade rain=1: expected blur=SIGMA"),
+        (["blur=1", "blur=2"], "--degrade blur=2: expected .* at most once"),
+        (["blur"], "--degrade blur: '' is not a number"),
+        (["noise=much"], "--degrade noise=much: 'much' is not a number"),
+        (["jpeg=50.5"], "--degrade jpeg=50.5: '50.5' is not a number"),
+        (["blur=-1"], "blur is -1.0"),
+        (["noise=nan"], "noise is nan"),
+        (["jpeg=0"], "jpeg is 0"),
+        (["grid", "jpeg=101"], "jpeg is 101"),
+    ],
+)
+def test_invalid_degradations(arguments, problem):
+    with pytest.raises(UserError, match=problem):
+        parse_degradations(arguments)
+
+
+def test_degraded_benchmarks(tmp_path):
+    """The same every time, with other noise in each picture, and the same HR."""
+    write_png(tmp_path / "B" / "HR" / "a.png", picture(32, 32))
+    write_png(tmp_path / "B" / "HR" / "b.png", picture(32, 32))
+    (benchmark,) = find_benchmarks([tmp_path / "B"], scale=2).values()
+    degraded = Degraded(benchmark, {"noise": 20.0, "jpeg": 50})
+    assert len(degraded) == 2
+    clean, first, again = [*benchmark], [*degraded], [*degraded]
+    for i, example in enumerate(first):
+        np.testing.assert_array_equal(example.hr, clean[i].hr)
+        np.testing.assert_array_equal(example.lr, again[i].lr)
+        expected = degradations.apply(clean[i].lr, noise=20.0, jpeg=50, seed=i)
+        np.testing.assert_array_equal(example.lr, expected)
+    np.testing.assert_array_equal(clean[0].lr, clean[1].lr)
+    assert not np.array_equal(first[0].lr, first[1].lr)

@@ -17,7 +17,7 @@ from dvmsr_jax.pictures.reading import BandedFrame, ImageError, Picture
 
 RNG = np.random.default_rng(0)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-# A few tall bands of random and smooth pixels, so that every filter and a strip's end is met.
+# A few tall bands of random and smooth pixels, to exercise every filter and the end of a strip.
 NOISE = RNG.integers(0, 2**16, (70, 41, 4), np.uint16)
 SMOOTH = np.add.outer(np.arange(70), np.outer(np.arange(41), range(1, 5))).astype(np.uint16) * 99
 DEEP = np.concatenate([NOISE, SMOOTH, NOISE[:3], SMOOTH])
@@ -28,7 +28,7 @@ NOTHING = Metadata()
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes arrays as the frames of a picture of some kind, and gives the file's path."""
+    """Writes arrays as the frames of some kind of picture, and returns the file's path."""
 
     def write(form, *frames, metadata=NOTHING, source="PNG", plays=0, quality=None, scale=1.0):
         suffix = next(key for key, value in formats.BY_SUFFIX.items() if value is form)
@@ -46,7 +46,7 @@ def write(tmp_path):
 
 
 class Source(Picture):
-    """Stands for the picture that was enlarged."""
+    """A stand-in for the picture that was enlarged."""
 
     def is_lossless_webp(self):
         return False
@@ -83,7 +83,7 @@ def test_one_pixel(write):
         np.testing.assert_array_equal(only_pixels(write(form, pixels)), pixels)
 
 
-def test_what_a_format_cannot_hold_is_made_to_fit(write):
+def test_pictures_are_adapted_to_the_format(write):
     deep = np.full((16, 16, 4), [257 * 200, 257 * 100, 0, 257 * 51], np.uint16)
     on_white = np.array([244, 224, 204])
     for form in (JPEG, BMP):
@@ -173,7 +173,7 @@ def test_metadata(write, form, big, monkeypatch):
 
 @pytest.mark.parametrize("quality", [1, 80, 94, 95, 100])
 def test_jpeg_of_noise(write, quality):
-    """Which takes more bytes than pixels."""
+    """It takes more bytes than pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 200, 3), np.uint8)
     found = only_pixels(write(JPEG, pixels, quality=quality)).astype(int)
     assert np.abs(found - pixels).mean() < 2 if quality == 100 else found.shape == pixels.shape
@@ -232,11 +232,11 @@ def profile_of(channels, gamma=1.0):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("form", [BMP, GIF, WEBP])
 def test_colours_are_converted_where_their_profile_is_lost(write, form, channels):
-    """A linear one, in which middle grey is 55 rather than 128."""
+    """From a linear profile, in which middle grey is 55 rather than 128."""
     colour = np.array([55, 55, 55, 255][:channels], np.uint8)
     metadata = Metadata(icc=profile_of(channels))
     frame = only_frame(write(form, np.tile(colour, (16, 16, 1)), metadata=metadata, quality=100))
-    if form is WEBP and channels > 1:  # which has room for it
+    if form is WEBP and channels > 1:  # WebP keeps it
         assert frame.metadata.icc == metadata.icc
         assert np.abs(frame.pixels[:, :, :3].astype(int) - 55).max() <= 1
     else:
@@ -274,10 +274,10 @@ def test_frames_that_are_shown_long(write, form, seconds):
 
 @pytest.mark.parametrize(
     ("form", "seconds", "remedy"),
-    [(GIF, 700, "webp or png"), (WEBP, 20_000, "--format png"), (PNG, 70_000, "ends at 65535")],
+    [(GIF, 700, "webp or png"), (WEBP, 20_000, "--format png"), (PNG, 70_000, "allows 65535")],
 )
 def test_frames_that_are_shown_too_long(write, form, seconds, remedy):
-    with pytest.raises(FormatError, match=rf"a frame for {seconds} seconds, and .*{remedy}"):
+    with pytest.raises(FormatError, match=rf"a frame for {seconds} seconds; .*{remedy}"):
         write(form, *FLICKER[:2], metadata=Metadata(duration=1000.0 * seconds))
 
 
@@ -300,7 +300,7 @@ def test_more_plays_than_a_format_counts(write, form, most):
 @pytest.mark.parametrize("form", [PNG, WEBP, GIF])
 def test_animations(write, form, plays):
     frames = [np.full((24, 32, 4), [250, 0, 0, 255], np.uint8) for _ in range(3)]
-    for i, frame in enumerate(frames):  # what a frame leaves clear shows nothing of the one before
+    for i, frame in enumerate(frames):  # clear areas show nothing of the frame before
         frame[:, 8 * i : 8 * i + 8] = [0, 250, 0, 255]
         frame[4:8, 8 * i : 8 * i + 8] = 0
     metadata = Metadata(duration=70.0)
@@ -360,7 +360,7 @@ def test_too_large_for_the_format(write, form):
 
 
 def test_bmp_ends_at_4_gb(tmp_path):
-    """Which shows before anything is computed."""
+    """This is found before anything is computed."""
     shape = 40_000, 40_000, 3
     frame = BandedFrame(shape, np.dtype(np.uint8), map(pytest.fail, ["computed"]), NOTHING)
     picture = Source([np.empty((1, 1, 3), np.uint8)], "PNG", 0)

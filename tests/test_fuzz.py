@@ -1,4 +1,4 @@
-"""Every damaged file, of any format, is either upscaled or reported."""
+"""Damaged files of every format are either upscaled or reported."""
 
 import faulthandler
 import io
@@ -9,13 +9,13 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageCms, ImageSequence
 
-from dvmsr_jax.pictures import batch, png
+from dvmsr_jax.pictures import jobs, png
 from dvmsr_jax.pictures.metadata import Metadata
 from dvmsr_jax.pictures.reading import BandedFrame
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 
 FILES = 2_000
-SECONDS = 60  # limit for one file, which takes milliseconds
+SECONDS = 60  # limit for one file; it should take milliseconds
 
 
 def originals():
@@ -89,7 +89,7 @@ def damaged(rng, intact, other):
                 data[place : place + 20] = other[start : start + int(rng.integers(1, 40))]
             case 2:  # a number becomes extreme
                 data[place : place + 2] = bytes([rng.choice([0, 1, 127, 128, 255])]) * 2
-            case 3:  # a piece is lost or comes twice
+            case 3:  # a piece is lost or repeated
                 data[place:place] = data[max(place - 8, 0) : place] * int(rng.integers(2))
                 del data[place : place + int(rng.integers(8))]
             case _:  # a bit flips
@@ -124,9 +124,9 @@ def test_damaged_files(tmp_path, capfd, doubling):
     statuses: Counter[str] = Counter()
     for i, suffix in enumerate((None, ".png", ".tif", ".jpg", ".webp", ".gif", ".bmp")):
         results = tmp_path / f"results{suffix}"
-        jobs = batch.plan(files[i::7], f"{results}/", scale=2.0, suffix=suffix)
+        planned = jobs.plan(files[i::7], f"{results}/", scale=2.0, suffix=suffix)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        for outcome in batch.run(jobs, PictureUpscaler(doubling, 2), max_pixels=20_000):
+        for outcome in jobs.run(planned, PictureUpscaler(doubling, 2), max_pixels=20_000):
             faulthandler.dump_traceback_later(SECONDS, exit=True)
             statuses[outcome.status] += 1
             written = list(results.glob(f"*{outcome.source.stem}*"))

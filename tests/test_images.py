@@ -25,7 +25,7 @@ def rgb():
     return np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
-def test_png_comes_back_as_written(tmp_path, rgb):
+def test_png_round_trip(tmp_path, rgb):
     path = tmp_path / "new" / "folder" / "picture.png"
     write_png(path, rgb)
     np.testing.assert_array_equal(read_rgb(path), rgb)
@@ -87,7 +87,7 @@ def test_unreadable_files_are_named(tmp_path, rgb):
 
 
 def test_training_pictures_are_read_as_others_are(tmp_path):
-    """Only upscale.py's formats are open: with Pillow's others, an EPS would run Ghostscript."""
+    """Only upscale.py's formats are allowed: of Pillow's others, EPS would run Ghostscript."""
     deep = np.random.default_rng(1).integers(0, 2**16, (5, 7, 4), np.uint16)
     path = tmp_path / "a.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
@@ -140,15 +140,15 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert len(find_images(tmp_path / "entry")) == 3
 
 
-def test_pictures_of_kinds_that_are_not_read_are_reported(tmp_path):
+def test_unsupported_pictures_are_reported(tmp_path):
     for name in ("a.png", "b.avif", "c.HEIC", "d.jp2", "e.dng", "f.jxl", "notes.txt"):
         (tmp_path / name).touch()
     reported = {}
     found = find_images(tmp_path, on_error=lambda path, error: reported.update({path.name: error}))
     assert [path.name for path in found] == ["a.png", "b.avif", "c.HEIC"]
     assert sorted(reported) == ["d.jp2", "e.dng", "f.jxl"]
-    assert re.search(r"d\.jp2: JPEG 2000 is not read; convert it", str(reported["d.jp2"]))
-    with pytest.raises(ImageError, match="is not read"):
+    assert re.search(r"d\.jp2: JPEG 2000 is not supported; convert it", str(reported["d.jp2"]))
+    with pytest.raises(ImageError, match="is not supported"):
         find_images(tmp_path)
 
 

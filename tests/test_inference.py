@@ -33,7 +33,7 @@ PADDED = 17  # a width for which bands are wider than the image
 
 @functools.cache
 def random_model(config):
-    """A model of random weights, larger than the initial ones, and of a long memory."""
+    """A model with random weights, larger than the initial ones, and with a long memory."""
     shapes = jax.eval_shape(lambda: named_parameters(DVMSR(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     weights = {name: np.float32(rng.normal(size=x.shape) * 0.3) for name, x in shapes.items()}
@@ -47,7 +47,7 @@ def random_image(h, w):
 
 @functools.cache
 def whole(config, h, w):
-    """The image's upscaled version, computed at once."""
+    """The upscaled image, computed as a whole."""
     return np.asarray(nnx.jit(random_model(config))(random_image(h, w)[None])[0])
 
 
@@ -68,8 +68,8 @@ def test_streaming_equals_the_whole_image(h, band_rows):
     assert_streams_like_whole(TINY, h, PADDED, band_rows)
 
 
-def test_rows_far_away_bear_on_the_result():
-    """What makes the test above sharp: the first row is felt at the bottom."""
+def test_distant_rows_affect_the_result():
+    """This makes the test above sharp: the first row has an effect at the bottom."""
     image = random_image(63, 5)
     changed = image.copy()
     changed[0] = 0
@@ -93,8 +93,8 @@ def test_streaming_the_published_weights(shared):
     np.testing.assert_allclose(np.concatenate(bands), whole, atol=1e-5, rtol=0)
 
 
-def test_a_band_is_asked_for_before_the_one_above_is_used():
-    """So that the one can be computed while the other is written."""
+def test_a_band_is_requested_before_the_one_above_is_used():
+    """One band can be computed while the other is written."""
     asked = []
 
     def note(part):
@@ -109,7 +109,7 @@ def test_a_band_is_asked_for_before_the_one_above_is_used():
 
 
 def test_one_program_serves_all_heights(monkeypatch):
-    """So its memory cannot depend on the height."""
+    """Its memory therefore cannot depend on the height."""
     stream = streamer(TINY, 8)
     list(stream(random_image(1, 5)))
     events = []
@@ -128,14 +128,14 @@ def test_one_program_serves_all_heights(monkeypatch):
         monitoring.unregister_event_duration_listener(listen)
 
 
-def test_columns_are_few_and_never_too_few():
+def test_numbers_of_columns_are_few_and_sufficient():
     columns = [_columns(w) for w in range(1, 4097)]
     assert all(w <= c <= 1.125 * w for w, c in enumerate(columns, start=1))
     assert _columns(PADDED) > PADDED
     assert len(set(columns)) == 16 + 8 * 8  # 1 to 16, and eight in each doubling up to 4,096
 
 
-def test_compiled_programs_are_kept_where_the_user_wants_them(monkeypatch, tmp_path):
+def test_compiled_programs_are_kept_in_the_folder_of_choice(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name = "jax_compilation_cache_dir"
     before = jax.config.values[name]
@@ -183,7 +183,7 @@ def test_bidirectional_models_are_not_streamed():
 
 
 def pixelwise_model(config):
-    """A model whose answer to a pixel depends on no other, so that tiles do not change it."""
+    """A model that treats every pixel separately, so that tiles do not change the result."""
     weights = {name: np.array(x) for name, x in named_parameters(random_model(config)).items()}
     for name, x in weights.items():
         if name.endswith("conv.kernel") and x.ndim == 2:  # the causal convolution's taps
@@ -210,7 +210,7 @@ def test_tiles_cover_and_their_weights_add_up(h, w, tile, overlap):
 
 @pytest.mark.parametrize(("h", "w"), [(7, 9), (4, 9), (4, 4), (3, 1)])
 def test_one_tile_is_the_whole_image(h, w):
-    """Also of sides that equal the overlap, or are shorter."""
+    """Even if its sides are equal to the overlap or shorter."""
     config = dataclasses.replace(TINY, bidirectional=True)
     image = random_image(h, w)
     tiled = np.concatenate(list(make_tiler(random_model(config), tile=9, overlap=4)(image)))
@@ -218,7 +218,7 @@ def test_one_tile_is_the_whole_image(h, w):
 
 
 def test_tiles_differ_from_the_whole_image_within_bounds(shared):
-    """On a photograph, and less the more they overlap; without a jump where one ends."""
+    """On a photograph: less the more they overlap, and without a jump at their borders."""
     model = load_model(shared / "reference" / "team07_DVMSR.pth")
     with np.load(shared / "reference" / "team07_activations.npz") as reference:
         image, expected = np.float32(reference["lr_uint8"]) / 255, reference["sr"]

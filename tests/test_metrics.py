@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from dvmsr_jax.metrics import luma, psnr_y, ssim_y
+from dvmsr_jax.metrics import luma, psnr_rgb, psnr_y, ssim_y
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_luma_of_the_primaries():
 
 
 @pytest.mark.parametrize("border", [0, 4])
-def test_psnr_equals_skimages(pictures, border):
+def test_psnr_equals_that_of_skimage(pictures, border):
     cropped = [luma(image[border : 21 - border, border : 19 - border]) for image in pictures]
     expected = peak_signal_noise_ratio(*cropped, data_range=255)
     assert psnr_y(*pictures, border) == pytest.approx(expected, rel=1e-12)
@@ -60,18 +60,27 @@ def test_border_does_not_count(pictures):
     framed[3:-3, 3:-3] = sr[3:-3, 3:-3]
     assert psnr_y(framed, hr, 3) == psnr_y(sr, hr, 3) != psnr_y(framed, hr, 2)
     assert ssim_y(framed, hr, 3) == ssim_y(sr, hr, 3) != ssim_y(framed, hr, 2)
+    assert psnr_rgb(framed, hr, 3) == psnr_rgb(sr, hr, 3) != psnr_rgb(framed, hr, 2)
+
+
+def test_psnr_rgb():
+    """A difference of 2 in one of three channels: a mean square error of 4 / 3."""
+    hr = np.full((6, 8, 3), 100, np.uint8)
+    sr = hr.copy()
+    sr[..., 2] += 2
+    assert psnr_rgb(sr, hr, 1) == pytest.approx(10 * math.log10(255**2 * 3 / 4), rel=1e-12)
 
 
 def test_equal_pictures(pictures):
     _, hr = pictures
-    assert psnr_y(hr, hr, 4) == math.inf
+    assert psnr_y(hr, hr, 4) == psnr_rgb(hr, hr, 4) == math.inf
     assert ssim_y(hr, hr, 4) == pytest.approx(1)
 
 
 def test_pictures_that_cannot_be_scored(pictures):
     sr, hr = pictures
-    for metric in (psnr_y, ssim_y):
-        with pytest.raises(ValueError, match="19x20 and 19x21 pixels do not compare"):
+    for metric in (psnr_y, ssim_y, psnr_rgb):
+        with pytest.raises(ValueError, match="cannot compare pictures of 19x20 and 19x21 pixels"):
             metric(sr[:-1], hr, 4)
     assert math.isfinite(ssim_y(sr, hr, 4))
     with pytest.raises(ValueError, match=r"19x21 pixels are too few .* below 21x21"):

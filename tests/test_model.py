@@ -1,4 +1,4 @@
-"""The network against its description: counts, shapes, order, initial weights, gradients."""
+"""The network compared with its description: counts, shapes, initial weights, gradients."""
 
 import collections
 import dataclasses
@@ -15,7 +15,7 @@ from flax import nnx
 from configs import PRESETS
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import average_over_symmetries, make_upscaler
+from dvmsr_jax.inference import average_over_symmetries, make_upscaler, upscale_pixels
 from dvmsr_jax.model import (
     DVMSR,
     Weights,
@@ -34,7 +34,7 @@ BIDIRECTIONAL = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4, bid
 
 @functools.cache
 def weights(config, seed=0):
-    """Random weights, larger than the initial ones, so that each part bears on the output."""
+    """Random weights, larger than the initial ones, so that each part affects the output."""
     shapes = jax.eval_shape(lambda: named_parameters(DVMSR(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
     return {name: (rng.normal(size=x.shape) * 0.3).astype(np.float32) for name, x in shapes.items()}
@@ -52,7 +52,7 @@ def images(b, h, w, seed=0):
 
 
 def make_vimm(config, index=0):
-    """The network's ViMM number `index`, of random weights."""
+    """The network's ViMM number `index`, with random weights."""
     vimm = nnx.eval_shape(lambda: ViMM(config, index, Compute(), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)
     state = jax.tree.map(
@@ -115,7 +115,7 @@ def test_vimm_has_no_skip():
 
 
 @pytest.mark.parametrize("config", [SMALLEST, BIDIRECTIONAL], ids=["causal", "bidirectional"])
-def test_what_a_token_reaches(config):
+def test_reach_of_a_token(config):
     vimm, tokens = make_vimm(config), make_tokens()
     before = run(vimm, tokens)
     by_first = np.abs(run(vimm, tokens.at[:, 0, 0].add(1.0)) - before).max(axis=(0, 2))
@@ -146,7 +146,7 @@ def test_drop_path_rates_grow_linearly():
 def test_drop_path_drops_the_input_of_whole_samples():
     config = dataclasses.replace(SMALLEST, vimms_per_rssb=2, drop_path=0.25)
     vimm, keys = make_vimm(config, index=1), jax.random.split(jax.random.key(0), 64)
-    # Small enough for LayerNorm's epsilon to matter, which would hide the scaling otherwise.
+    # Small enough for LayerNorm's epsilon to matter; otherwise, LayerNorm would hide the scaling.
     tokens = 2e-3 * make_tokens(b=64)
     kept, dropped = run(vimm, tokens / 0.75), run(vimm, jnp.zeros_like(tokens))
     out = run(vimm, tokens, keys)
@@ -157,8 +157,8 @@ def test_drop_path_drops_the_input_of_whole_samples():
     assert not same(kept, dropped).any()
     assert not same(kept, run(vimm, tokens)).any()
     assert (same(out, kept) ^ same(out, dropped)).all()
-    assert 5 <= same(out, dropped).sum() <= 28  # of 64; outside once in a thousand seeds
-    # Each sample has its own key, whatever batch it is in.
+    assert 5 <= same(out, dropped).sum() <= 28  # of 64; not for one seed in a thousand
+    # Each sample has its own key, in any batch.
     assert same(run(vimm, tokens[::-1], keys[::-1])[::-1], out).all()
     assert not same(run(vimm, tokens, keys[::-1]), out).all()
 
@@ -180,7 +180,7 @@ def test_drop_path_is_for_training_only():
 def uniform(bound):
     def check(x):
         n = x.size
-        assert bound * 1e-3 ** (1 / n) < np.abs(x).max() <= bound  # once in a thousand seeds not
+        assert bound * 1e-3 ** (1 / n) < np.abs(x).max() <= bound  # not for one seed in a thousand
         assert abs(x.mean()) < 4 * bound / (3 * n) ** 0.5  # four standard deviations
 
     return check
@@ -228,7 +228,7 @@ def test_initial_weights():
 
 
 def by_the_paper(config, p, image):
-    """DVMSR in NumPy and float64, (output, shallow, RSSBs', body features) of one image."""
+    """DVMSR in NumPy and float64: (output, features: shallow, RSSBs', body) of one image."""
     p = {name: x.astype(np.float64) for name, x in p.items()}
 
     def norm(x, name):
@@ -345,7 +345,7 @@ def test_impossible_configurations(field, value):
         dataclasses.replace(TINY, **{field: value})
 
 
-def test_networkare_a_tree_of_their_parameters():
+def test_weights_are_a_tree_of_their_parameters():
     network = Weights(TINY, weights(TINY))
     doubled = jax.jit(lambda w: jax.tree.map(lambda x: 2 * x, w))(network)
     assert type(doubled) is Weights
@@ -366,14 +366,14 @@ def test_an_absurd_depth_is_refused_at_once():
 def test_scans_agree(scan):
     parameters, x = weights(SMALLEST), images(1, 20, 15)
     expected = compiled(SMALLEST, "sequential")(parameters, x)
-    # The scan bears on the output, so that another result would show.
+    # The scan affects the output, so that a wrong result would show.
     slower = parameters | {"rssbs.0.vimms.0.forward.A_log": np.zeros((16, 4), np.float32)}
     assert np.abs(compiled(SMALLEST, "sequential")(slower, x) - expected).max() > 1e-2
     np.testing.assert_allclose(compiled(SMALLEST, scan)(parameters, x), expected, atol=1e-5)
 
 
 def test_bfloat16_is_for_convolutions_and_projections():
-    """The result is near float32's; parameters, norms and the scan's sums stay float32."""
+    """The result is close to float32's; parameters, norms and the scan's sums stay float32."""
     parameters, x = weights(TINY), images(2, 9, 7)
     exact = compiled(TINY)(parameters, x)
     rounded = compiled(TINY, precision="bfloat16")(parameters, x)
@@ -397,7 +397,7 @@ def test_bfloat16_is_for_convolutions_and_projections():
 
 
 def test_float32_is_not_rounded_on_accelerators():
-    """Where JAX's default is to, also in the gradient."""
+    """JAX's default would be to round. This includes the gradient."""
     parameters, x = weights(TINY), images(2, 9, 7)
     loss = lambda p: compiled(TINY, "sequential")(p, x).sum()  # noqa: E731
     program = jax.make_jaxpr(jax.grad(loss))(parameters)
@@ -406,7 +406,7 @@ def test_float32_is_not_rounded_on_accelerators():
         for equation in equations(program.jaxpr)
         if equation.primitive.name in ("dot_general", "conv_general_dilated")
     ]
-    assert len(products) == 3 * (2 * 4 + 5) - 1  # but for the gradient by the picture
+    assert len(products) == 3 * (2 * 4 + 5) - 1  # without the gradient by the picture
     highest = (jax.lax.Precision.HIGHEST,) * 2
     assert {equation.params["precision"] for equation in products} == {highest}
 
@@ -448,7 +448,7 @@ def test_average_over_symmetries():
     assert np.abs(model(parameters, turn(x)) - turn(model(parameters, x))).max() > 1e-2
 
 
-def test_average_over_symmetries_leaves_numpy_arrays_where_they_are():
+def test_average_over_symmetries_of_numpy_arrays_is_one():
     def doubled(x):
         assert isinstance(x, np.ndarray)
         return x.repeat(2, axis=1).repeat(2, axis=2)
@@ -477,20 +477,46 @@ def test_upscaler(self_ensemble):
                 outputs.append(np.rot90(upscale(parameters, x).transpose(axes), -k))
         assert np.abs(outputs[0] - outputs[1]).max() > 0.1
         expected = np.mean(outputs, axis=0)
-    assert 0.1 < np.mean((expected > 0) & (expected < 1)) < 0.9  # some are clamped, some not
+    assert 0.1 < np.mean((expected > 0) & (expected < 1)) < 0.9  # some are clamped
     model = Weights(SMALLEST, parameters).model()
     upscaled = make_upscaler(model, self_ensemble=self_ensemble)(picture)
+    assert upscaled.dtype == np.uint8
     assert upscaled.shape == (16, 20, 3)
-    # Rounding to the nearest of 0 .. 255, but for rounding errors beforehand.
+    # Rounding to the nearest of 0 .. 255, up to rounding errors before that.
     np.testing.assert_allclose(upscaled, np.clip(expected, 0, 1) * 255, atol=0.501, rtol=0)
+
+
+def test_many_sizes_share_a_program():
+    """Those of 17 and 18 columns, of any height; the pictures are those of whole images."""
+    model = Weights(SMALLEST, weights(SMALLEST)).model()
+    upscale = make_upscaler(model)
+    compiled = []
+
+    def note(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration_secs)
+
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (h, w, 3), np.uint8) for h in (9, 20, 33) for w in (17, 18)]
+    upscale(pictures[0])
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        results = [upscale(picture) for picture in pictures]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not compiled
+    for picture, result in zip(pictures, results, strict=True):
+        whole = upscale_pixels(model, jnp.asarray(picture)[None], self_ensemble=False)[0]
+        difference = np.abs(result.astype(int) - np.asarray(whole, int))
+        assert difference.max() <= 1  # where rounding decides
+        assert (difference > 0).mean() < 1e-3
 
 
 def test_losses():
     rng = np.random.default_rng(0)
     x, y = rng.random((2, 2, 3, 4, 3), np.float32)
     expected = np.mean(np.abs(x.astype(np.float64) - y))
-    for loss in (losses.pixel, losses.output_level):
-        np.testing.assert_allclose(loss(jnp.asarray(x), jnp.asarray(y)), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses.l1(jnp.asarray(x), jnp.asarray(y)), expected, rtol=1e-6)
 
     student = rng.random((2, 1, 3, 4, 5), np.float32)
     teacher = rng.random((2, 1, 3, 4, 6), np.float32)

@@ -15,7 +15,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms
 
 from dvmsr_jax.images import ImageError
-from dvmsr_jax.pictures import batch
+from dvmsr_jax.pictures import jobs
 from dvmsr_jax.pictures.metadata import MAIN, Metadata
 from dvmsr_jax.pictures.reading import Picture, from_pillow, to_pillow
 
@@ -94,7 +94,7 @@ def test_8_bits(form):
     lossless = {"lossless": True} if form == "WEBP" else {}
     assert_read(saved(RGB, form, **lossless), RGB)
     if form != "BMP":
-        opaque_or_clear = RGBA.copy()  # WebP forgets the colour of what is clear
+        opaque_or_clear = RGBA.copy()  # WebP drops the colour of clear pixels
         opaque_or_clear[:, :, 3] = np.where(RGBA[:, :, 3] < 9, 9, RGBA[:, :, 3])
         assert_read(saved(opaque_or_clear, form, **lossless), opaque_or_clear)
     if form != "WEBP":
@@ -112,7 +112,7 @@ def test_16_bit_tiff(byteorder, compression):
     assert_read(tiff(DEEP, extrasamples=["unassalpha"], **rgb), DEEP)
     assert_read(tiff(DEEP, extrasamples=["unspecified"], **rgb), DEEP[:, :, :3])
     assert_read(tiff(DEEP[:, :, 0], photometric="minisblack", **options), DEEP[:, :, :1])
-    if byteorder == "<":  # Pillow knows of no others
+    if byteorder == "<":  # Pillow supports no others
         inverted = tiff(DEEP[:, :, 0], photometric="miniswhite", **options)
         assert_read(inverted, 65535 - DEEP[:, :, :1])
 
@@ -141,13 +141,13 @@ def test_a_transparent_colour():
     pixels = only_frame(png(7, 5, 16, 2, lines, transparent=colour)).pixels
     np.testing.assert_array_equal(pixels[:, :, :3], DEEP[:, :, :3])
     np.testing.assert_array_equal(np.argwhere(pixels[:, :, 3] == 0), [[2, 3]])
-    # Four bits of grey, in which the colour is counted too.
+    # Four bits of grey; the transparent colour has four bits, too.
     data = png(2, 1, 4, 0, [[0x5A]], transparent=struct.pack(">H", 5))
     expected = np.array([[[0x55, 0], [0xAA, 255]]], np.uint8)
     assert_read(data, expected)
     with Image.open(io.BytesIO(data)) as image:
         np.testing.assert_array_equal(from_pillow(image).pixels, expected)
-    # A palette, with alpha of its own.
+    # A palette with its own alpha.
     palette = Image.fromarray(RGB).quantize(4)
     pixels = only_frame(saved(palette, "PNG", transparency=bytes([0, 100, 200]))).pixels
     alpha = np.array([0, 100, 200, 255], np.uint8)[np.asarray(palette)]
@@ -185,7 +185,7 @@ def test_pictures_are_turned_upright(form, orientation):
     if form != "WEBP":
         dpi = (100, 200) if orientation < 5 else (200, 100)
         assert frame.metadata.dpi == pytest.approx(dpi, rel=1e-3)
-    assert not frame.metadata.exif  # nothing else was in it
+    assert not frame.metadata.exif  # it contained nothing else
 
 
 def rich_exif():
@@ -316,13 +316,13 @@ def test_memory_of_reading(tmp_path, monkeypatch):
         opened[-1].getpixel((0, 0))
 
 
-def test_previews_behind_a_jpeg_are_no_frames():
+def test_previews_after_a_jpeg_are_not_frames():
     data = saved(RGB, "MPO", save_all=True, append_images=[Image.fromarray(RGB[:2])])
     picture = Picture(data)
     assert (picture.format, len(picture)) == ("JPEG", 1)
 
 
-def test_what_is_no_picture_is_named(tmp_path):
+def test_files_that_are_not_pictures_are_named(tmp_path):
     def half(form):
         data = saved(np.tile(RGB, (20, 20, 1)), form)
         return data[: len(data) // 2]
@@ -375,7 +375,7 @@ def test_frames_count_together(form):
     assert len(Picture(pages, max_pixels=20_000)) == 3
 
 
-def test_bytes_are_limited_and_not_pixels_alone(monkeypatch):
+def test_bytes_are_limited_too(monkeypatch):
     """A 49 kB file may claim 201 megapixels of 16-bit RGBA, which take 1.6 GB."""
     deep = {"photometric": "rgb", "compression": "zlib", "extrasamples": ["unassalpha"]}
     claims = tiff(np.zeros((100, 200, 4), np.uint16), **deep)
@@ -388,7 +388,7 @@ def test_bytes_are_limited_and_not_pixels_alone(monkeypatch):
 
 
 def test_threads_share_pillows_limit(tmp_path):
-    """The limit and the filters of warnings are restored afterwards."""
+    """The limit and the warning filters are restored afterwards."""
     path = tmp_path / "a.png"
     path.write_bytes(saved(np.tile(RGB, (30, 30, 1)), "PNG"))
     before = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
@@ -420,7 +420,7 @@ def test_every_flipped_bit_in_a_png_is_found(kind):
             list(Picture(other).frames())
 
 
-def test_pngs_whose_chunks_are_whole_and_pixels_are_not():
+def test_pngs_with_intact_chunks_and_damaged_pixels():
     lines = [b"\0" + bytes(line) for line in RGB.reshape(5, -1)]
     whole = zlib.compress(b"".join(lines))
     for pixels, damage in (
@@ -473,7 +473,7 @@ def test_missing_strips_and_tiles(compression, layout):
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
 def test_gif_frames_are_cleared_to_transparent(mode):
-    """This is what viewers do, without a declared transparent colour too."""
+    """Viewers do this even without a declared transparent colour."""
     frames = []
     for colour, place in (("red", (0, 0, 4, 6)), ("lime", (4, 0, 8, 6)), ("blue", (2, 2, 6, 4))):
         frame = Image.new("RGB", (8, 6), "black")
@@ -511,7 +511,7 @@ def test_avif():
     assert [frame.pixels[8, 8].argmax() for frame in picture.frames()] == [0, 1]
 
 
-def test_heic_takes_another_library(tmp_path, monkeypatch):
+def test_heic_requires_a_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     path = tmp_path / "a.heic"
     path.write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(99))
@@ -531,29 +531,29 @@ def test_heic():
 @pytest.mark.parametrize(
     ("suffix", "kind"), [(".jp2", "JPEG 2000"), (".JXL", "JPEG XL"), (".nef", "camera raw")]
 )
-def test_kinds_that_are_not_read(tmp_path, suffix, kind):
+def test_unsupported_kinds(tmp_path, suffix, kind):
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(saved(RGB, "TIFF"))  # as raw files are, whose first page is a preview
-    with pytest.raises(ImageError, match=f"a{suffix}: {kind} is not read; convert it to PNG"):
+    path.write_bytes(saved(RGB, "TIFF"))  # like raw files, whose first page is a preview
+    with pytest.raises(ImageError, match=f"a{suffix}: {kind} is not supported; convert it to PNG"):
         Picture(path)
 
 
 @pytest.mark.parametrize("pattern", ["", "/*"])
-def test_no_picture_of_a_folder_is_left_out_in_silence(tmp_path, monkeypatch, pattern):
+def test_no_picture_of_a_folder_is_silently_skipped(tmp_path, monkeypatch, pattern):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for name in ("a.png", "b.avif", "c.heic", "d.jp2", "e.nef", "notes.txt", "link/f.gif"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).touch()
     (tmp_path / "in" / "link").rename(tmp_path / "elsewhere")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
-    jobs = batch.plan([f"{tmp_path}/in{pattern}"], None, scale=4.0, suffix=None)
-    failed = {job.source.name: job.what for job in jobs if isinstance(job, batch.Outcome)}
+    found = jobs.plan([f"{tmp_path}/in{pattern}"], None, scale=4.0, suffix=None)
+    failed = {job.source.name: job.what for job in found if isinstance(job, jobs.Outcome)}
     assert {name: what.split()[0] for name, what in failed.items()} == {
         "d.jp2": "JPEG",
         "e.nef": "camera",
     }
     files = ["a.png", "b.avif", "c.heic"]
-    planned = [job.source.name for job in jobs if isinstance(job, batch.Job)]
+    planned = [job.source.name for job in found if isinstance(job, jobs.Job)]
     assert planned == (files if pattern else [*files, "f.gif"])
 
 
@@ -562,11 +562,11 @@ def test_a_link_to_the_output_folder_is_left_out(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
-    jobs = batch.plan([f"{tmp_path}/in"], f"{tmp_path}/out", scale=4.0, suffix=None)
-    assert [job.source for job in jobs] == [tmp_path / "in" / "a.png"]
+    found = jobs.plan([f"{tmp_path}/in"], f"{tmp_path}/out", scale=4.0, suffix=None)
+    assert [job.source for job in found] == [tmp_path / "in" / "a.png"]
 
 
-def test_frames_that_are_only_claimed():
+def test_claimed_frames_that_do_not_exist():
     """Counting claimed frames takes neither time nor memory."""
     still = png(1, 1, 8, 2, [[1, 2, 3]])
     claim = b"acTL" + struct.pack(">2I", 2**30, 0)

@@ -1,4 +1,4 @@
-"""Published weights run unchanged; our own files come back as they were."""
+"""Published weights run unchanged, and our own files are read as they were written."""
 
 import os
 import subprocess
@@ -113,7 +113,7 @@ def test_paths_that_hold_no_weights(tiny, tmp_path):
 def test_convert_overwrites_nothing(tiny, tmp_path):
     _, path = tiny
     before = path.read_bytes()
-    with pytest.raises(PretrainedError, match="exists already"):
+    with pytest.raises(PretrainedError, match="already exists"):
         convert(path, path)
     with pytest.raises(PretrainedError, match=r"must end in \.safetensors"):
         convert(path, tmp_path / "out.pth")

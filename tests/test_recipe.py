@@ -1,4 +1,4 @@
-"""The training recipe, piece by piece: each test computes one of its parts in another way."""
+"""The training recipe, part by part: each test computes one of them in another way."""
 
 import dataclasses
 import os
@@ -42,7 +42,7 @@ def config():
 
 @pytest.fixture
 def run_config(config, tmp_path):
-    """Of a run on three pictures, one of them kept apart."""
+    """The configuration of a run on three pictures, one of them held out."""
     rng = np.random.default_rng(0)
     for i in range(3):
         coarse = rng.integers(0, 256, (24, 24, 3), np.uint8)
@@ -104,7 +104,7 @@ def test_adam_on_clipped_gradients():
 
 
 def test_steps_clip_gradients(config, batch):
-    """Far below Adam's epsilon, a gradient moves next to nothing."""
+    """Gradients clipped far below Adam's epsilon change next to nothing."""
     clipped = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=1e-12))
     moved = []
     for each in (config, clipped):
@@ -116,7 +116,7 @@ def test_steps_clip_gradients(config, batch):
 
 
 def test_average_has_the_configured_decay(config, batch):
-    """Below the decays with which a run begins."""
+    """Tested with one below the decays at the start of a run."""
     optim = dataclasses.replace(config.optim, ema_decay=0.05)
     (before, after), _ = take_steps(dataclasses.replace(config, optim=optim), batch, 1)
     for name, ema in after.ema.items():
@@ -125,7 +125,7 @@ def test_average_has_the_configured_decay(config, batch):
 
 
 def test_white_is_one(config, batch):
-    """The step's loss is that of crops divided by 255."""
+    """The step's loss is computed on crops divided by 255."""
     config = dataclasses.replace(config, model=dataclasses.replace(SMALL, drop_path=0.0))
     (before, _), (parts,) = take_steps(config, batch, 1)
     upscale = Weights(config.model, before.params["model"]).model()
@@ -135,7 +135,7 @@ def test_white_is_one(config, batch):
 
 
 def test_drop_path_differs_from_step_to_step(config, batch):
-    """Of weights that stand still, on one batch."""
+    """With constant weights, on the same batch."""
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(SMALL, drop_path=0.5),
@@ -147,7 +147,7 @@ def test_drop_path_differs_from_step_to_step(config, batch):
 
 
 def test_online_self_ensemble(config, batch):
-    """The target is the mean of the teacher's answers to eight symmetries, turned back."""
+    """The target is the teacher's mean output over eight flips and rotations, undone."""
     config = dataclasses.replace(
         config,
         phase="student",
@@ -169,7 +169,7 @@ def test_online_self_ensemble(config, batch):
     expected = np.abs(output - total / 8).mean()
     np.testing.assert_allclose(parts["distill_loss"], expected, rtol=1e-4)
     plain = np.abs(output - teach(crops["lr"])).mean()
-    assert abs(plain / expected - 1) > 1e-3  # so that the two could be told apart
+    assert abs(plain / expected - 1) > 1e-3  # the test can distinguish the two
 
 
 def test_mid_level_projections_are_trained(config, batch):
@@ -182,12 +182,12 @@ def test_mid_level_projections_are_trained(config, batch):
     assert before.params["projections"].keys() == {"0", "1"}
 
 
-def test_validation_scores_the_pictures_kept_apart(config):
-    """With a border of `scale` pixels off each side, and in the mean."""
+def test_validation_scores_the_held_out_pictures(config):
+    """The mean score, without a border of `scale` pixels on each side."""
     rng = np.random.default_rng(0)
 
     def records(count):
-        # Smooth inside, and noise along the border, which a score without it does not notice.
+        # Smooth inside, with noise along the border, which must not affect the score.
         for _ in range(count):
             hr = np.full((32, 32, 3), 128, np.uint8) + rng.integers(0, 9, (32, 32, 3), np.uint8)
             hr[:4] = rng.integers(0, 256, (4, 32, 3), np.uint8)
@@ -205,12 +205,12 @@ def test_validation_scores_the_pictures_kept_apart(config):
         assert abs(wrong - expected) > 1e-2
 
 
-def test_validation_is_of_the_averaged_weights(run_config):
+def test_validation_uses_the_averaged_weights(run_config):
     directory = loop.train(run_config)
     lines = report.read_metrics(directory / "metrics.jsonl")
     (logged,) = [x["val_psnr_y"] for x in lines if x["step"] == 6 and "val_psnr_y" in x]
     validate = Validator(run_config, load_records(run_config.data, 4), None)
-    averaged = load_model(directory / "checkpoints" / "6")  # what evaluation reads
+    averaged = load_model(directory / "checkpoints" / "6")  # the weights for evaluation
     assert logged == pytest.approx(validate(Weights.of(averaged))[0], abs=1e-4)
 
 
@@ -233,7 +233,7 @@ def test_logged_values_are_means(run_config, tmp_path):
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_the_best_validation_is_kept(run_config, interrupted, monkeypatch, capsys):
-    """It is the first of two, and also known after an interruption between them."""
+    """Here, the first of two is the best, even after an interruption between them."""
     scores = {3: 30.0, 6: 20.0}
     monkeypatch.setattr(
         Validator,

@@ -31,7 +31,7 @@ ALL_OPTIONS = frozenset(OPTIONS)
 
 
 def make_inputs(l, *, b=2, d=20, n=16, options=ALL_OPTIONS, dtype=jnp.float32, seed=0):
-    """(array arguments, flags) of a call with these options on."""
+    """(array arguments, flags) of a call with these options."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
 
     def normal(*shape, dtype=dtype):
@@ -51,7 +51,7 @@ def make_inputs(l, *, b=2, d=20, n=16, options=ALL_OPTIONS, dtype=jnp.float32, s
     for name in {"z", "delta_bias", "initial_state"} - options:
         del arrays[name]
     if "delta_softplus" not in options:
-        # The contract asks for step sizes that are already positive.
+        # Without softplus, the contract requires step sizes that are not negative.
         arrays["delta"] = abs(arrays["delta"]) * 0.5
         if "delta_bias" in arrays:
             arrays["delta_bias"] = abs(arrays["delta_bias"]) * 0.1
@@ -80,7 +80,7 @@ def _outputs_and_gradients(arrays, delta_softplus, implementation):
 
 
 def outputs_and_gradients(arrays, flags, implementation):
-    """Outputs, and the gradients by every array of a loss that weighs each output differently."""
+    """Outputs, and the gradients by every array of a loss that weights each output differently."""
     return _outputs_and_gradients(arrays, flags["delta_softplus"], implementation)
 
 
@@ -218,7 +218,7 @@ def test_undifferentiated_equals_specification(implementation, l, options, dtype
 )
 @pytest.mark.parametrize("implementation", [NATIVE])
 def test_any_channels_and_states(implementation, l, d, n):
-    """Channels that fill no vector or no thread's share, tokens that fill no chunk."""
+    """Channels that do not fill a vector or a thread's group, tokens that do not fill a chunk."""
     arrays, flags = make_inputs(l, d=d, n=n)
     actual = outputs_and_gradients(arrays, flags, implementation)
     assert_close(actual, outputs_and_gradients(arrays, flags, "sequential"), 2e-5)
@@ -227,8 +227,11 @@ def test_any_channels_and_states(implementation, l, d, n):
 @pytest.mark.parametrize("options", every_subset(OPTIONS), ids=name_of)
 @pytest.mark.parametrize("implementation", FAST)
 def test_any_options_equal_specification(implementation, options):
-    """At a length that is no multiple of any implementation's chunks and lanes."""
-    arrays, flags, expected = case(130, options)
+    """At a length that is not a multiple of any implementation's chunks or lanes.
+
+    `associative` has neither, and longer sequences take XLA longer to compile.
+    """
+    arrays, flags, expected = case(9 if implementation == "associative" else 130, options)
     assert_close(outputs_and_gradients(arrays, flags, implementation), expected, 2e-5)
 
 
@@ -240,7 +243,7 @@ def test_automatic_choice_equals_specification(implementation):
 
 @pytest.mark.parametrize("implementation", ["sequential", *FAST])
 def test_state_carries_over_any_cut(implementation):
-    """Two calls that hand the state on equal one call, in outputs and gradients."""
+    """Two calls that pass the state on equal a single call, in outputs and gradients."""
     arrays, flags, _ = case(63, ALL_OPTIONS)
     tokens = ("u", "delta", "B", "C", "z")
 
@@ -328,7 +331,7 @@ def test_unknown_implementation_is_refused():
 
 
 @pytest.mark.parametrize("implementation", ["chunked-carried", NATIVE])
-def test_no_state_of_every_token_is_kept(implementation):
+def test_states_of_single_tokens_are_not_kept(implementation):
     """The point of the hand-written VJPs: temporary memory far below b l d n floats."""
     arrays, flags = make_inputs(4096, b=1, d=64, n=16)
     step = jax.jit(lambda arrays: outputs_and_gradients(arrays, flags, implementation))
@@ -344,7 +347,7 @@ def empty_cache(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("compiler", ["", "#!/bin/sh\necho broken >&2\nexit 1\n"])
 def test_native_is_never_required(compiler, empty_cache, monkeypatch, tmp_path):
-    """Without a compiler, or with one that fails, "auto" does without, and "native" says why."""
+    """Without a working compiler, "auto" uses another form, and "native" raises the reason."""
     monkeypatch.setenv("PATH", str(tmp_path))
     if compiler:
         (tmp_path / "c++").write_text(compiler)
@@ -384,7 +387,7 @@ exec {shutil.which("cp")} {library} "$output"
 
 @pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("damage", ["truncated", "not loadable", "no symbol", "of others", "newer"])
-def test_a_library_is_used_only_if_it_is_whole_and_ours(damage, compilations, tmp_path):
+def test_a_library_is_used_only_if_intact_and_private(damage, compilations, tmp_path):
     cache = user_cache.folder()
     name, _ = native.load_library()
     assert native.load_library()[0] == name
@@ -399,10 +402,10 @@ def test_a_library_is_used_only_if_it_is_whole_and_ours(damage, compilations, tm
             (tmp_path / "c++").read_text().replace("copier 1", "copier 2")
         )
     else:
-        library.unlink()  # and not changed, as it is loaded
+        library.unlink()  # not changed in place, because it is loaded
         if damage == "truncated":
             data = data[:5000]
-        else:  # whole, as far as one can see
+        else:  # intact, judging by its checksum
             stem = library.stem.rpartition("_")[0]
             unknown = data.replace(b"\0SelectiveScan\0", b"\0SelectiveNone\0")
             data = b"no library" if damage == "not loadable" else unknown
@@ -417,7 +420,7 @@ def test_a_library_is_used_only_if_it_is_whole_and_ours(damage, compilations, tm
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
-def test_a_compiler_may_give_nonsense(compilations, tmp_path):
+def test_a_compiler_may_write_nonsense(compilations, tmp_path):
     (tmp_path / "c++").write_text(f"#!{shutil.which('sh')}\nfor out; do :; done\necho > $out\n")
     with pytest.raises(native.NativeUnavailableError, match="cannot compile and load"):
         native.load_library()
@@ -439,7 +442,7 @@ def test_native_among_64_bit_types(implementation):
 
 @pytest.mark.parametrize("name", make_inputs(1)[0])
 @pytest.mark.parametrize("implementation", FAST)
-def test_what_is_not_a_number_is_not_hidden(implementation, name):
+def test_nan_is_not_hidden(implementation, name):
     arrays, flags, _ = case(20, ALL_OPTIONS)
     arrays = arrays | {name: arrays[name].at[(0,) * arrays[name].ndim].set(jnp.nan)}
     expected = outputs_and_gradients(arrays, flags, "sequential")

@@ -1,4 +1,4 @@
-"""No picture is listed twice, whichever way the folders overlap."""
+"""No picture is listed twice, however the folders overlap."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_overlapping_folders_list_a_picture_once(photos, tmp_path, capsys):
 
 
 def test_copies_are_listed_once(photos, tmp_path, capsys):
-    """Of one folder or of two, whatever their names."""
+    """In one folder or two, under any names."""
     expected = fingerprints(find(photos))
     for name in ("x/0.png", "x/renamed.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def test_copies_are_listed_once(photos, tmp_path, capsys):
 
 
 def test_a_difference_outside_of_the_sample_counts(photos, capsys):
-    """Equal in size and in the middle, which the fingerprint samples, but not at the end."""
+    """Files of equal size that agree in the middle, which is sampled, but not at the end."""
     picture = np.random.default_rng(1).integers(0, 256, (90, 90, 3), np.uint8)
     images.write_png(photos / "a.png", picture)
     content = bytearray((photos / "a.png").read_bytes())

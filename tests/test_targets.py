@@ -1,4 +1,4 @@
-"""Targets computed beforehand are the teacher's outputs, whatever interrupted their making."""
+"""Precomputed targets equal the teacher's outputs, even after interruptions."""
 
 import io
 import os
@@ -37,7 +37,7 @@ def records(tmp_path_factory):
 
 @pytest.fixture
 def teacher(tmp_path, request):
-    """Other weights in every test, whose targets then lie apart."""
+    """Different weights in every test, and thus a separate folder of targets."""
     path = tmp_path / "teacher.safetensors"
     seed = zlib.crc32(request.node.name.encode())
     save_safetensors(DVMSR(TEACHER, rngs=nnx.Rngs(seed)), path)
@@ -46,7 +46,7 @@ def teacher(tmp_path, request):
 
 def id_of(teacher):
     model = load_model(teacher)
-    return targets.teacher_id(Weights.of(model))
+    return Weights.of(model).identity()
 
 
 def load(records, teacher, self_ensemble=False):
@@ -56,8 +56,8 @@ def load(records, teacher, self_ensemble=False):
 
 
 def problems_of(path):
-    """What `check` says of this folder of targets; other tests' lie beside it."""
-    return [line for line in targets.check(path.parents[1]) if str(path) in line]
+    """The problems that `check` finds in this folder of targets, not in those of other tests."""
+    return [line for line in targets.find_problems(path.parents[1]) if str(path) in line]
 
 
 def unfinished_of(path):
@@ -146,7 +146,7 @@ def fewer_rows(content):
         (flip_a_bit, "its checksum differs", True),
     ],
 )
-def test_damaged_targets_are_named_and_made_again(records, teacher, damage, problem, loads):
+def test_damaged_targets_are_named_and_recomputed(records, teacher, damage, problem, loads):
     def distill():
         return targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
 
@@ -174,8 +174,35 @@ def test_targets_without_a_checksum_get_one(records, teacher):
     assert problems_of(path) == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "nothing",
+        '{"ckpt": 1, "sha256": {}}',
+        '{"ckpt": "a", "sha256": null}',
+        '{"ckpt": "a", "sha256": {"00000.npy": 1}}',
+        "[" * 100_000,
+    ],
+)
+def test_another_description_is_refused(records, teacher, text):
+    path = targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
+    description = (path / "targets.json").read_text()
+    (path / "targets.json").write_text(text)
+    message = re.escape(f"{path / 'targets.json'}: is damaged (")
+    try:
+        for use in (targets.find_problems, targets.find_unfinished):
+            with pytest.raises(UserError, match=message):
+                use(records.folder)
+        with pytest.raises(UserError, match=message):
+            targets.distill(teacher, records.folder, self_ensemble=False, batch_size=8)
+    finally:
+        (path / "targets.json").write_text(description)
+
+
 def test_devices_change_no_target(records, teacher):
-    """Two of them, in a process of its own, against one; a batch of three is one of four there."""
+    """Compares one device with two, in another process, where a batch of three becomes four."""
     path = targets.distill(teacher, records.folder, self_ensemble=False, batch_size=4)
     one = np.load(path / "00000.npy")
     (path / "00000.npy").unlink()
@@ -199,7 +226,7 @@ distill(Path({str(teacher)!r}), Path({str(records.folder)!r}), self_ensemble=Fal
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_holds_something(records, teacher, batch_size):
+def test_batches_are_not_empty(records, teacher, batch_size):
     with pytest.raises(UserError, match=f"batch_size is {batch_size}, expected at least 1"):
         targets.distill(teacher, records.folder, self_ensemble=False, batch_size=batch_size)
 
@@ -213,8 +240,7 @@ def test_another_scale_is_refused(records, tmp_path):
 
 def test_other_weights_are_another_teacher():
     parameters = named_parameters(DVMSR(TEACHER, rngs=nnx.Rngs(0)))
-    first = targets.teacher_id(Weights(TEACHER, parameters))
-    assert first == targets.teacher_id(Weights(TEACHER, dict(reversed(parameters.items()))))
-    assert first != targets.teacher_id(
-        Weights(TEACHER, parameters | {"conv_last.bias": jnp.ones(4)})
-    )
+    first = Weights(TEACHER, parameters).identity()
+    assert first == Weights(TEACHER, dict(reversed(parameters.items()))).identity()
+    other = parameters | {"conv_last.bias": jnp.ones(4)}
+    assert first != Weights(TEACHER, other).identity()

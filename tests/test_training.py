@@ -1,4 +1,4 @@
-"""Both phases learn, the teacher stays as it is, and an interrupted run ends like any other."""
+"""Both phases learn, the teacher does not change, and interrupted runs end like any other."""
 
 import dataclasses
 import fcntl
@@ -128,7 +128,7 @@ def test_student_step_lowers_the_loss_and_leaves_the_teacher(config, level):
 
 
 def test_output_distillation_is_the_distance_to_the_teacher(config):
-    """A student that is its own teacher has nothing to learn from it."""
+    """A student that is its own teacher has a distillation loss of 0."""
     config = dataclasses.replace(
         config, phase="student", model=dataclasses.replace(TEACHER, drop_path=0.0)
     )
@@ -150,7 +150,7 @@ def test_ema_follows_the_weights(config):
 
 
 def test_clip_0_does_not_clip(config):
-    """Rather than scale every gradient to nothing."""
+    """It must not scale gradients to zero."""
     runs = []
     for clip in (0.0, 1e9):
         optim = dataclasses.replace(config.optim, clip=clip)
@@ -194,8 +194,8 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkey
             loop.train(cut)
     directory = cut.workdir / "teacher"
     logged = [line["step"] for line in report.read_metrics(directory / "metrics.jsonl")]
-    assert max(logged) == 4  # the step under way when the signal came is finished
-    with pytest.raises(UserError, match=r"teacher in .* has 2 steps to go; .*--distill\.teacher"):
+    assert max(logged) == 4  # the step during which the signal came is finished
+    with pytest.raises(UserError, match=r"teacher in .* has 2 steps left; .*--distill\.teacher"):
         run.load_teacher(student_of(cut))
     assert run.load_teacher(student_of(cut, teacher=directory)) is not None
     loop.train(cut)
@@ -204,7 +204,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, monkey
     assert "steps 4 to 6" in capsys.readouterr().out
 
 
-def test_both_phases_leave_what_they_promise(config, monkeypatch, tmp_path):
+def test_both_phases_write_their_results(config, monkeypatch, tmp_path):
     teacher_directory = loop.train(config)
     before = parameters_of(teacher_directory)
     student = student_of(config)
@@ -235,7 +235,7 @@ def test_both_phases_leave_what_they_promise(config, monkeypatch, tmp_path):
         loop.train(dataclasses.replace(student, optim=OptimConfig(learning_rate=5e-3, b1=0.8)))
 
 
-def test_dry_run_tells_the_cost_and_leaves_nothing(config, capsys):
+def test_dry_run_prints_the_cost_and_writes_nothing(config, capsys):
     loop.dry_run(config)
     printed = capsys.readouterr().out
     for pattern in (
@@ -256,7 +256,7 @@ def test_profile_and_pictures(config):
 
 
 def test_precomputed_targets_distil_like_the_teacher_itself(config):
-    """The first step's losses differ by the rounding to 8 bits only."""
+    """The first step's losses differ only by rounding to 8 bits."""
     loop.train(config)
     online = dataclasses.replace(student_of(config), steps=1)
     precomputed = dataclasses.replace(
@@ -312,7 +312,7 @@ def test_student_without_teacher_says_what_to_do(config):
 def test_teacher_of_another_scale_is_refused(config):
     teacher = dataclasses.replace(config, model=dataclasses.replace(TEACHER, scale=2), steps=1)
     directory = loop.train(teacher)
-    with pytest.raises(UserError, match="teacher for x2, the student is to be x4"):
+    with pytest.raises(UserError, match="teacher for x2, but the student is for x4"):
         loop.train(student_of(config, teacher=directory))
 
 
@@ -359,7 +359,7 @@ def test_weights_that_are_not_finite_are_not_saved(config):
 
 
 def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
-    """Of data and options; a run that diverged can go on with a lower learning rate."""
+    """In data and options; a run that diverged can resume with a lower learning rate."""
     loop.train(dataclasses.replace(config, steps=2))
     fewer = tmp_path / "fewer"
     shutil.copytree(photos, fewer)
@@ -387,8 +387,8 @@ def test_changes_have_to_be_allowed(config, photos, tmp_path, capsys):
         loop.train(other, allow_changes=True)
 
 
-def test_the_best_validation_counts_on_its_own_pictures_only(config, photos, tmp_path, capsys):
-    """Flat pictures score far higher than any others do."""
+def test_the_best_validation_counts_only_for_its_pictures(config, photos, tmp_path, capsys):
+    """Flat pictures score far higher than any others."""
     flat = tmp_path / "flat"
     for i in range(3):
         images.write_png(flat / f"{i}.png", np.full((72, 80, 3), 90 + i, np.uint8))
@@ -405,8 +405,32 @@ def test_the_best_validation_counts_on_its_own_pictures_only(config, photos, tmp
     after = best_of(9)
     assert after["step"] > 3
     assert after["psnr_y"] < before["psnr_y"]
-    kept = best_of(after["step"])  # and its checkpoint is there
+    kept = best_of(after["step"])  # and its checkpoint exists
     assert kept == after
+
+
+def test_validation_is_degraded_as_training_is(config, capsys):
+    """Bicubic scores less, the same in every run, and another degradation is another score."""
+    degraded = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, degradation="real"), steps=3
+    )
+    directory = loop.train(config)
+    lines = report.read_metrics(directory / "metrics.jsonl")
+    (clean,) = {line["val_bicubic_psnr_y"] for line in lines if "val_psnr_y" in line}
+    scores = set()
+    for seed in (0, 1):
+        other = dataclasses.replace(degraded, seed=seed, workdir=config.workdir / f"{seed}")
+        lines = report.read_metrics(loop.train(other) / "metrics.jsonl")
+        scores |= {line["val_bicubic_psnr_y"] for line in lines if "val_psnr_y" in line}
+    (score,) = scores
+    assert score < clean - 1
+
+    longer = dataclasses.replace(degraded, steps=9)
+    with pytest.raises(UserError, match=r"data\.degradation: clean there, real now"):
+        loop.train(longer)
+    capsys.readouterr()
+    loop.train(longer, allow_changes=True)
+    assert re.search(r"dB at step \d, no longer counts", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("wrong", [{"more": 1}, {"psnr_y": None}, {"step": None}, {"step": "3"}])
@@ -433,17 +457,17 @@ def test_one_run_at_a_time(config):
     ["[1]\n", "{}\n", '{"step": null}\n', '{"step": 1, "loss": "x"}\n', "x\n{}\n", "\xff\n\n"],
 )
 def test_metrics_of_other_content_are_refused(config, content):
-    """And left as they are, because the log would be written anew without them."""
+    """They are left untouched; the log would be rewritten without them."""
     path = config.workdir / "teacher" / "metrics.jsonl"
     path.parent.mkdir(parents=True)
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match=rf"{path}: line 1 is not one of metrics"):
+    with pytest.raises(UserError, match=rf"{path}: line 1 is not a line of metrics"):
         loop.train(config)
     assert path.read_bytes() == content.encode("latin-1")
 
 
 def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
-    """As a run leaves it that is killed, or a machine that loses power."""
+    """A killed run or a power failure can leave one."""
     path = tmp_path / "metrics.jsonl"
     for tail in (b'{"step": 2, "lo', b"\0" * 99, b"\xff"):
         path.write_bytes(b'{"step": 1, "loss": NaN}\n' + tail)
@@ -479,8 +503,8 @@ def test_values_out_of_range(kind, options, message):
     assert str(caught.value) == message
 
 
-def test_bfloat16_learns_alike(config):
-    """The mean loss of ten steps, after it has fallen by a half."""
+def test_bfloat16_learns_as_well(config):
+    """Compares the mean loss of ten steps, after it has halved."""
     narrow = dataclasses.replace(config, compute=Compute(precision="bfloat16"))
     wide, narrow = (
         np.array([metrics["loss"] for metrics in step_repeatedly(c, None, 40)[0]])
@@ -491,7 +515,7 @@ def test_bfloat16_learns_alike(config):
 
 
 def test_remat_saves_memory(config):
-    """Of the activations within the RSSBs, those of one of them remain."""
+    """Only the activations of a single RSSB remain."""
     model = dataclasses.replace(TEACHER, rssbs=4)
     data = dataclasses.replace(config.data, lr_crop=24)
     lr = np.zeros((2, 24, 24, 3), np.uint8)

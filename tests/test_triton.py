@@ -135,7 +135,7 @@ def test_a_missing_gpu_is_named(monkeypatch, capability, message):
 
 
 def test_automatic_choice_on_gpus(monkeypatch, caplog):
-    """Triton where it can run; else `chunked`, and one line that says why."""
+    """Triton if it can run; otherwise `chunked`, with one line that says why."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(triton_scan, "missing", lambda: None)
     assert op._resolve("auto") == "triton"
@@ -152,7 +152,7 @@ def test_automatic_choice_on_gpus(monkeypatch, caplog):
 
 
 def test_automatic_choice_on_cpus(monkeypatch, caplog):
-    """C++ where it can run; else `chunked`, and one line that says why."""
+    """C++ if it can run; otherwise `chunked`, with one line that says why."""
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(native, "missing", lambda: None)
     assert op._resolve("auto") == "native"
@@ -171,7 +171,7 @@ def test_automatic_choice_on_cpus(monkeypatch, caplog):
     [(1, 1056), (4, 264), (384, 5), (600, 5), (790, 4), (792, 1), (1056, 1), (2000, 1)],
 )
 def test_chunks_fill_the_gpu_in_few_rounds(columns, chunks):
-    """And there are none where three quarters of it are full and splitting costs a fifth more."""
+    """There is no split if three quarters are full and splitting costs a fifth more."""
     assert triton_scan.chunk_count(columns, 1056, 1.2) == chunks
 
 
@@ -186,12 +186,12 @@ def test_full_gpus_are_not_split(b, d, forward, backward):
         assert triton_scan.chunk_count(columns, slots, kind.split_cost) == chunks
 
 
-# On a GPU, at real sizes. The reference there is `chunked-parallel`, which the suite holds to the
-# specification at small ones: a million steps of `sequential`, with gradients, take too long.
+# On a GPU, at real sizes. The reference there is `chunked-parallel`, which is tested against the
+# specification at small sizes: a million steps of `sequential`, with gradients, take too long.
 
 
 def real_inputs(b, l, d, dtype=jnp.float32):
-    """Mamba's own decay rates and step sizes, so that states remember thousands of tokens."""
+    """Mamba's decay rates and step sizes, with which states remember thousands of tokens."""
     arrays, flags = make_inputs(l, b=b, d=d, dtype=dtype)
     arrays["A"] = jnp.broadcast_to(-jnp.arange(1.0, 17), (d, 16))
     arrays["delta_bias"] -= 4
@@ -245,7 +245,7 @@ def test_the_same_bits_twice(b, l, dtype):
     [(20_000, "chunked-parallel"), pytest.param(2**24, "triton", marks=pytest.mark.gpu)],
 )
 def test_offsets_beyond_32_bits(l, implementation):
-    """The last of 16 million tokens are like those of a short sequence: states forget."""
+    """The last of 16 million tokens equal those of a short sequence, because states forget."""
     arrays, flags = make_inputs(l, b=1, d=136, dtype=jnp.bfloat16)  # 2.3e9 of each
     per_token = ("u", "delta", "B", "C", "z")
 

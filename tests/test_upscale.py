@@ -1,4 +1,4 @@
-"""The upscaling command: its inputs, the names of results, and the files that it leaves alone."""
+"""upscale.py: its inputs, the names of results, and the files that it must not touch."""
 
 import errno
 import io
@@ -22,8 +22,8 @@ import upscale
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR
-from dvmsr_jax.pictures import batch, formats, reading
-from dvmsr_jax.pictures.batch import STANDARD, Job, Outcome
+from dvmsr_jax.pictures import formats, jobs, reading
+from dvmsr_jax.pictures.jobs import STANDARD, Job, Outcome
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 from dvmsr_jax.pretrained import save_safetensors
 
@@ -46,18 +46,18 @@ def make(*names, size=(4, 3)):
         Image.new("RGB", size, "red").save(name)
 
 
-def targets(jobs):
-    """By source, as written on the command line."""
-    return {str(job.source): str(job.target) for job in jobs if isinstance(job, Job)}
+def targets(planned):
+    """The targets by source, as written on the command line."""
+    return {str(job.source): str(job.target) for job in planned if isinstance(job, Job)}
 
 
 def plan(*inputs, output=None, suffix=None):
-    return batch.plan(inputs, output, scale=4.0, suffix=suffix)
+    return jobs.plan(inputs, output, scale=4.0, suffix=suffix)
 
 
 def run(upscaler, *inputs, output=None, suffix=None, **options):
-    jobs = batch.plan(inputs, output, scale=2.0, suffix=suffix)
-    return {str(outcome.source): outcome for outcome in batch.run(jobs, upscaler, **options)}
+    planned = jobs.plan(inputs, output, scale=2.0, suffix=suffix)
+    return {str(outcome.source): outcome for outcome in jobs.run(planned, upscaler, **options)}
 
 
 def test_results_lie_beside_the_inputs():
@@ -70,7 +70,7 @@ def test_results_lie_beside_the_inputs():
     }
 
 
-def test_folders_are_repeated_in_the_output():
+def test_subfolders_are_recreated_in_the_output():
     make("in/a.jpg", "in/sub/b.png", "c.png")
     assert targets(plan("in/", "c.png", output="out/")) == {
         "in/a.jpg": "out/a_x4",
@@ -88,7 +88,7 @@ def test_patterns():
         "in/b[1].jpg": "out/b[1]_x4",
         "in/sub/b.jpg": "out/sub/b_x4",
     }
-    assert set(targets(plan("in/b[1].jpg"))) == {"in/b[1].jpg"}  # there is such a file
+    assert set(targets(plan("in/b[1].jpg"))) == {"in/b[1].jpg"}  # a file of this name exists
     (outcome,) = plan("in/*.gif")
     assert (outcome.status, outcome.what) == ("failed", "matches no picture")
 
@@ -106,8 +106,8 @@ def test_names_that_would_coincide():
     assert set(in_one_folder.values()) == {"out/a_jpg_x4", "out/A_webp_x4"}
 
 
-def test_a_name_does_not_depend_on_what_else_is_named(upscaler):
-    """Pictures of one stem, given one after the other or together, again and in any order."""
+def test_a_name_does_not_depend_on_other_inputs(upscaler):
+    """Pictures with the same stem, given separately or together, repeatedly and in any order."""
     make("a.jpg", "a.png", "b.jpg", "c/a.bmp")
     Path("b.png").symlink_to("b.jpg")
     alone = {"a.jpg": "a_jpg_x4", "a.png": "a_png_x4", "b.jpg": "b_jpg_x4", "b.png": "b_png_x4"}
@@ -125,7 +125,7 @@ def test_a_name_does_not_depend_on_what_else_is_named(upscaler):
 
 
 def test_a_name_does_not_change_with_the_results(upscaler):
-    """Neither results nor files of other kinds beside the inputs count as namesakes."""
+    """Neither results nor other kinds of files beside the inputs count as namesakes."""
     make("a.jpg", "a_x2.jpg", ".a.png")
     for name in ("a.txt", "a.nef"):
         Path(name).touch()
@@ -137,7 +137,7 @@ def test_a_name_does_not_change_with_the_results(upscaler):
 
 
 def test_results_in_the_inputs_own_formats(upscaler):
-    """As the contents tell, not the name."""
+    """Formats are recognised by the contents, not the name."""
     formats_of = {"a.jpeg": "JPEG", "b.png": "PNG", "c.tiff": "TIFF", "d.webp": "WEBP"}
     formats_of |= {"e.bmp": "BMP", "f.gif": "GIF", "g.avif": "AVIF"}
     make(*formats_of, size=(40, 30))
@@ -161,13 +161,13 @@ def test_results_in_the_inputs_own_formats(upscaler):
         plan("a.jpeg", output="x.jpg", suffix=formats.SAME)
 
 
-def test_results_of_earlier_runs_are_no_inputs():
+def test_results_of_earlier_runs_are_not_inputs():
     make("a.jpg", "b.jpg", "b.png", "a_x4.png", "a_x2.webp", "b_jpg_x1.5.png", "c_x4.png")
-    jobs = plan(".")
-    assert set(targets(jobs)) == {"a.jpg", "b.jpg", "b.png", "c_x4.png"}
-    skipped = {str(job.source) for job in jobs if isinstance(job, Outcome)}
+    planned = plan(".")
+    assert set(targets(planned)) == {"a.jpg", "b.jpg", "b.png", "c_x4.png"}
+    skipped = {str(job.source) for job in planned if isinstance(job, Outcome)}
     assert skipped == {"a_x4.png", "a_x2.webp", "b_jpg_x1.5.png"}
-    assert targets(plan("a_x4.png")) == {"a_x4.png": "a_x4_x4"}  # the wish is clear
+    assert targets(plan("a_x4.png")) == {"a_x4.png": "a_x4_x4"}  # named explicitly
     make("out/d.png")
     assert "out/d.png" not in targets(plan(".", output="out"))
     assert "out/d.png" in targets(plan("out", output="out"))
@@ -177,7 +177,7 @@ def test_results_of_earlier_runs_are_no_inputs():
     "output", ["ph/out/", "./ph/out", "{cwd}/ph/out/", "ph/../ph/out/", "link/"]
 )
 @pytest.mark.parametrize("name", ["ph", "{cwd}/ph", "ph/../ph/", "ph/**/*", "{cwd}/p*/**/*.*"])
-def test_the_output_folder_is_no_input(folder, name, output):
+def test_the_output_folder_is_not_an_input(folder, name, output):
     make("ph/a.jpg", "ph/out/a_x4.png", "ph/out/deep/b_x4.png")
     Path("link").symlink_to("ph/out")
     (job,) = plan(name.format(cwd=folder), output=output.format(cwd=folder))
@@ -192,12 +192,12 @@ def test_inputs_inside_the_output_folder():
     assert len(targets(plan("ph/sub", output="ph/sub"))) == 1
 
 
-def test_what_is_named_is_meant():
+def test_explicitly_named_pictures_are_upscaled():
     make("a.jpg", "a_x2.jpg", "a_x4.png")
     assert set(targets(plan("a.jpg", "a_x2.jpg"))) == {"a.jpg", "a_x2.jpg"}
     assert set(targets(plan("a.jpg", "a_x4.png", output="q/"))) == {"a.jpg", "a_x4.png"}
     assert set(targets(plan(".", "a_x2.jpg"))) == {"a.jpg", "a_x2.jpg"}
-    # Unless a shell has expanded *.* in a folder with results of an earlier command.
+    # Unless a shell may have expanded *.* in a folder with results of an earlier command.
     assert set(targets(plan("a.jpg", "a_x4.png"))) == {"a.jpg"}
 
 
@@ -246,7 +246,7 @@ def test_inputs_are_never_overwritten(upscaler):
         assert outcome.status == "failed"
         assert "an input" in outcome.what
     assert Path("a.png").read_bytes() == original
-    # One that is named, and is itself skipped because of its name.
+    # An input that is itself skipped because of its name.
     make("icon.png", "icon_x2.png")
     named = ["icon.png", "icon_x2.png"]
     for overwrite, status in ((False, "skipped"), (True, "failed")):
@@ -256,7 +256,7 @@ def test_inputs_are_never_overwritten(upscaler):
     assert "named as an input" in outcomes["icon.png"].what
     with Image.open("icon_x2.png") as image:
         assert image.size == (4, 3)
-    # One that has its turn later, and is named like a result.
+    # An input that comes later, and has the name of a result.
     make("c.png", "d/c_x2.png")
     outcomes = run(upscaler, "c.png", "d/c_x2.png", output="d/", overwrite=True)
     assert "an input" in outcomes["c.png"].what
@@ -273,7 +273,7 @@ def test_results_do_not_overwrite_each_other(upscaler):
     outcomes = run(upscaler, "x", "z", output="new/")
     assert outcomes["x/a_x2.png"].status == "skipped"
     assert outcomes["z/a_x2.png"].status == "done"
-    # Names that the file system, and nothing else, takes for the same.
+    # Names that are equal only to the file system.
     make("z/b.png")
     Path("z/c_x2.png").symlink_to(Path("b_x2.png"))
     make("z/c.png")
@@ -281,7 +281,7 @@ def test_results_do_not_overwrite_each_other(upscaler):
     assert "the result of z/b.png" in outcomes["z/c.png"].what
 
 
-def test_failures_are_told_and_the_rest_is_done(upscaler):
+def test_failures_are_reported_and_the_rest_is_done(upscaler):
     make("in/a.png", "in/z.png")
     Path("in/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
     Path("in/empty.png").touch()
@@ -294,14 +294,14 @@ def test_failures_are_told_and_the_rest_is_done(upscaler):
     assert reasons["missing.png"] == "no such file"
     assert "--max-megapixels" in reasons["in/large.png"]
     assert sorted(Path("in").glob("*_x2*")) == [Path("in/a_x2.png"), Path("in/z_x2.png")]
-    text = batch.summary(list(outcomes.values()))
+    text = jobs.summary(list(outcomes.values()))
     assert text.startswith("2 done, 0 skipped, 4 failed\n")
     assert "  failed: in/empty.png: is empty" in text.splitlines()
 
 
 def test_summary_is_short():
     outcomes = [Outcome(Path(f"{i}.png"), "skipped", "exists") for i in range(9)]
-    lines = batch.summary([*outcomes, Outcome(Path("a.png"), "done", "b.png")]).splitlines()
+    lines = jobs.summary([*outcomes, Outcome(Path("a.png"), "done", "b.png")]).splitlines()
     assert lines[0] == "1 done, 9 skipped, 0 failed"
     assert lines[-1] == "  skipped: 6 more"
     assert len(lines) == 5
@@ -334,8 +334,8 @@ def test_animations_stay_animations(upscaler):
     ],
 )
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
-def test_nothing_is_left_of_what_went_wrong(doubling, suffix, error, answer):
-    """In the middle of a picture."""
+def test_failed_results_leave_no_files(doubling, suffix, error, answer):
+    """After an error in the middle of a picture."""
 
     def failing(image):
         yield from list(doubling(image))[:1]
@@ -349,7 +349,7 @@ def test_nothing_is_left_of_what_went_wrong(doubling, suffix, error, answer):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EFBIG])
-def test_what_cannot_be_written_fails(upscaler, monkeypatch, number):
+def test_unwritable_results_fail(upscaler, monkeypatch, number):
     def write(path, *arguments, **options):
         Path(path).write_bytes(b"half")
         raise OSError(number, "for a reason")
@@ -362,7 +362,7 @@ def test_what_cannot_be_written_fails(upscaler, monkeypatch, number):
     assert sorted(map(str, Path().iterdir())) == ["a.png", "b.png"]
 
 
-def test_what_cannot_be_written_fails_before_the_work(monkeypatch):
+def test_unwritable_results_fail_before_the_work(monkeypatch):
     def idle(image):
         raise AssertionError("there was work")
 
@@ -382,7 +382,7 @@ def test_what_cannot_be_written_fails_before_the_work(monkeypatch):
     assert outcome.what == "a_x2.webp cannot be written (Permission denied)"
 
 
-def test_inputs_that_cannot_be_looked_for(upscaler):
+def test_impossible_file_names(upscaler):
     make("a.png")
     too_long = "b" * 300 + ".png"
     outcomes = run(upscaler, too_long, "", "a.png")
@@ -394,10 +394,11 @@ def test_inputs_that_cannot_be_looked_for(upscaler):
 def test_two_names_of_a_file():
     make("a.png", "folder.png/b.png", "line\nbreak.png", "line\nbreak_x4.png")
     Path("link.png").symlink_to("a.png")
-    assert plan("a.png", "link.png")[::-1] == [
-        Job(Path("a.png"), Path("a_x4"), None),
-        Outcome(Path("link.png"), "skipped", "is a.png"),
-    ]
+    for names in (("a.png", "link.png"), ("link.png", "a.png")):
+        assert plan(*names)[::-1] == [
+            Job(Path("a.png"), Path("a_x4"), None),
+            Outcome(Path("link.png"), "skipped", "is a.png"),
+        ]
     assert plan("a.png", "link.png", output="x.png")[-1] == Job(Path("a.png"), Path("x.png"), "")
     assert set(targets(plan("*.png"))) == {"a.png", "line\nbreak.png"}
 
@@ -423,9 +424,9 @@ def test_a_full_disk_stops_the_run(doubling, upscaler, monkeypatch):
         Path(path).touch()
 
     monkeypatch.setattr(formats, "write", write)
-    outcomes = batch.run(batch.plan(["."], None, scale=2.0, suffix=None), upscaler)
+    outcomes = jobs.run(jobs.plan(["."], None, scale=2.0, suffix=None), upscaler)
     assert next(outcomes).status == "done"
-    with pytest.raises(batch.DiskFullError, match=r"b_x2\.png: No space.*--output"):
+    with pytest.raises(jobs.DiskFullError, match=r"b_x2\.png: No space.*--output"):
         next(outcomes)
     assert sorted(map(str, Path().iterdir())) == ["a.png", "a_x2.png", "b.png", "c.png"]
 
@@ -501,8 +502,8 @@ def test_mistakes_are_one_line(weights, monkeypatch, tmp_path):
         assert "\n" not in message
 
 
-def test_file_names_are_printed_without_commands_to_the_terminal(weights, monkeypatch, capsys):
-    """Neither escape codes, nor line breaks that look like another message."""
+def test_file_names_are_safe_to_print(weights, monkeypatch, capsys):
+    """Without escape codes, or line breaks that look like another message."""
     good, bad = "\x1b[2Jgood\n0 failed.png", "\x1b[2Jbad\n0 failed.png"
     make(good)
     Path(bad).write_text("no picture")
@@ -523,7 +524,7 @@ def test_a_full_folder_for_temporary_files_is_named(upscaler, monkeypatch, tmp_p
     make("a.png")
     monkeypatch.setattr(formats, "write", write)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(batch.DiskFullError, match=rf"^{tmp_path}/.*: No space.*TMPDIR"):
+    with pytest.raises(jobs.DiskFullError, match=rf"^{tmp_path}/.*: No space.*TMPDIR"):
         run(upscaler, "a.png", output="-")
     assert os.listdir() == ["a.png"]
 
@@ -533,7 +534,7 @@ def test_a_full_disk_behind_standard_output(upscaler, monkeypatch):
     make("a.png")
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr("sys.stdout", types.SimpleNamespace(buffer=full))
-        with pytest.raises(batch.DiskFullError, match=r"^standard output: No space left"):
+        with pytest.raises(jobs.DiskFullError, match=r"^standard output: No space left"):
             run(upscaler, "a.png", output="-")
 
 
@@ -553,7 +554,7 @@ def test_device(weights, monkeypatch):
     Path("a_x4.png").unlink()
     for elsewhere in {"gpu", "tpu"} - {here}:
         message = run_main(monkeypatch, "a.png", "--ckpt", weights, "--device", elsewhere)
-        assert message.startswith(f"error: --device {elsewhere}: JAX finds none here, only {here}")
+        assert message.startswith(f"error: --device {elsewhere}: JAX finds none, only {here}")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # as with JAX's CUDA plugin
     jax.config.update("jax_platforms", "cpu")  # as JAX_PLATFORMS does
     upscale.use_device("gpu")
@@ -577,10 +578,14 @@ def test_signals(upscaler, monkeypatch, capsys, number):
 
     stop = PictureUpscaler(stopping, 2)
     monkeypatch.setattr(upscale, "Upscaler", lambda *_, **__: stop)
+    # Even if nohup, or a shell in the background, has started the tests.
     before = {
-        # Not as nohup has it, if that has started the tests.
-        number: signal.signal(number, signal.SIG_DFL)
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        each: signal.signal(each, handler)
+        for each, handler in (
+            (signal.SIGTERM, signal.SIG_DFL),
+            (signal.SIGHUP, signal.SIG_DFL),
+            (signal.SIGINT, signal.default_int_handler),
+        )
     }
     try:
         assert run_main(monkeypatch, ".", "--format", "tif") == 128 + number
@@ -614,9 +619,9 @@ def test_closed_streams(weights, monkeypatch):
 
 
 def test_pipes(weights, monkeypatch):
-    """In a process of its own, as nothing but the picture may come out, whoever writes it."""
+    """In a process of its own, because no library may write anything besides the picture."""
     make("a.png")
-    # Its programs belong into the tests' cache, not into the user's.
+    # Its programs belong in the tests' cache, not in the user's.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
     command = [sys.executable, upscale.__file__, "-", "--ckpt", weights]
     data = Path("a.png").read_bytes()
@@ -634,7 +639,7 @@ def test_pipes(weights, monkeypatch):
 
 
 def exif_with(*entries):
-    """EXIF whose main directory has these (tag, type, count, value or its bytes)."""
+    """EXIF whose main directory has these entries: (tag, type, count, value or its bytes)."""
     data, rest = struct.pack("<H", len(entries)), b""
     behind = 8 + 2 + 12 * len(entries) + 4
     for tag, kind, count, value in entries:
@@ -645,8 +650,8 @@ def exif_with(*entries):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
-def test_text_of_exif_stays_as_it_is(upscaler, suffix):
-    """In UTF-8, though the standard wants ASCII; in the main directory and in another."""
+def test_text_in_exif_is_unchanged(upscaler, suffix):
+    """In UTF-8, although the standard requires ASCII; in the main directory and in another."""
     text = "© 2023 Jürgen".encode()
     exif = Image.Exif()
     exif[ExifTags.Base.Copyright] = text
@@ -666,7 +671,7 @@ def test_text_of_exif_stays_as_it_is(upscaler, suffix):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
 def test_numbers_of_every_kind_in_exif(upscaler, suffix):
-    """Even where others belong: type, count and value of what should be text, or a small number."""
+    """Even in place of other types: type, count and value of a text or small-number field."""
     numbers = [
         *((1, 1, b"\xff"), (3, 1, b"\xff\xff"), (3, 3, bytes(range(6))), (4, 1, b"\xff" * 4)),
         *((6, 1, b"\x80"), (8, 1, b"\xff\xff"), (9, 1, b"\xff" * 4), (9, 2, b"\xff" * 8)),

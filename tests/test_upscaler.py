@@ -1,4 +1,4 @@
-"""From Python: every kind of picture in and out, transparency without fringes, any scale."""
+"""The Python interface: every kind of picture, transparency without fringes, any scale."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import ExifTags, Image
 
 from configs import PRESETS
-from dvmsr_jax import Upscaler, bicubic, pretrained
+from dvmsr_jax import Upscaler, bicubic, registry
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import average_over_symmetries
@@ -29,14 +29,14 @@ DEEP = RNG.integers(0, 2**16, (9, 6, 4), np.uint16)
 
 
 def bicubic_upscale(image):
-    """Stands for a model that, as real ones do, sharpens, overshoots, and gives bands."""
+    """A stand-in for a model: like real ones, it sharpens, overshoots, and returns bands."""
     h, w, _ = image.shape
     yield from np.array_split(bicubic.resize(np.asarray(image), 4 * h, 4 * w), 3)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Files of tiny random weights, by whether the model is bidirectional."""
+    """A folder of tiny random weights, named by whether the model is bidirectional."""
     folder = tmp_path_factory.mktemp("weights")
     for bidirectional in (False, True):
         config = ModelConfig(
@@ -72,7 +72,7 @@ def test_arrays_of_either_byte_order(doubling, dtype):
 
 
 def peak_memory(function):
-    """Bytes that NumPy and Python hold while the function runs, but did not before."""
+    """Peak bytes that NumPy and Python allocate while the function runs."""
     tracemalloc.start()
     try:
         function()
@@ -97,7 +97,7 @@ def test_the_result_is_held_once(doubling):
     assert enlarged < peak_memory(lambda: PictureUpscaler(doubling, 2)(pixels)) < 1.2 * enlarged
 
 
-def test_what_is_no_picture_is_refused(doubling):
+def test_other_objects_are_refused(doubling):
     upscale = PictureUpscaler(doubling, 2)
     with pytest.raises(UserError, match="a list is not a picture"):
         upscale([[1, 2], [3, 4]])
@@ -183,7 +183,7 @@ def disc(colour, background, size=24):
 
 @pytest.mark.parametrize("colour", [(1.0, 0.2, 0.1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)])
 def test_transparency_has_no_fringe(colour):
-    """Whatever colour hidden pixels have, on any background it is as if put there before."""
+    """On any background, the result looks as if blended before, for any colour of hidden pixels."""
     upscale = PictureUpscaler(bicubic_upscale, 4)
     colours, alpha = disc(np.array(colour), np.array([0.0, 1.0, 0.0]))
     enlarged = upscale(np.concatenate([colours, alpha], axis=2))
@@ -224,7 +224,7 @@ def test_opaque_pictures_are_upscaled_once():
 
 
 @pytest.mark.parametrize("scale", [0.5, 1, 2, 2.7, 3, 8])
-def test_other_scales_resize_what_the_model_gives(scale):
+def test_other_scales_resize_the_models_output(scale):
     picture = RNG.random((37, 23, 3), np.float32)
     (large,) = np.concatenate([*bicubic_upscale(picture)])[None]
     enlarged = PictureUpscaler(bicubic_upscale, 4, scale=scale)(picture)
@@ -270,16 +270,16 @@ def test_self_ensemble(weights):
     assert np.abs(ensemble - plain(picture)).max() > 1e-4
 
 
-def test_weights_that_are_not_there(tmp_path, monkeypatch):
-    with pytest.raises(PretrainedError, match="no such file"):
+def test_missing_weights(tmp_path, monkeypatch):
+    with pytest.raises(PretrainedError, match=r"no such file .*nor a name of weights \(x4, "):
         Upscaler(tmp_path / "none.safetensors")
-    monkeypatch.setattr(pretrained, "DEFAULT_WEIGHTS", tmp_path / "own.safetensors")
-    with pytest.raises(UserError, match="--ckpt"):
-        Upscaler(tmp_path / "own.safetensors")
+    monkeypatch.setattr(registry, "_FOLDER", tmp_path)
+    with pytest.raises(UserError, match=rf"{tmp_path}/x4.safetensors: .*named x4 are missing"):
+        Upscaler()
 
 
 def test_several_threads(weights):
-    upscale = Upscaler.from_checkpoint(weights / "False.safetensors")
+    upscale = Upscaler.from_pretrained(weights / "False.safetensors")
     pictures = [RNG.integers(0, 256, (h, w, 3), np.uint8) for h in (5, 40) for w in (7, 16)] * 3
     expected = [upscale(picture) for picture in pictures]
     with ThreadPoolExecutor(4) as threads:
@@ -293,11 +293,10 @@ def test_importing_the_package_is_light():
 
 
 def test_the_projects_own_weights():
-    model = load_model(pretrained.DEFAULT_WEIGHTS)
+    model = load_model("x4")
     student = PRESETS["paper"]["student"].model
     assert dataclasses.replace(model.config, drop_path=student.drop_path) == student
     assert parameter_count(model) == 424_428
-    assert pretrained.DEFAULT_WEIGHTS.stat().st_size < 2e6
     picture = RNG.integers(0, 256, (6, 5, 3), np.uint8)
     ours = Upscaler()(picture)
-    np.testing.assert_array_equal(ours, Upscaler(pretrained.DEFAULT_WEIGHTS)(picture))
+    np.testing.assert_array_equal(ours, Upscaler("x4")(picture))

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept: nobody else may write there, and libraries can be loaded."""
+"""Folders for compiled programs: other users cannot write there, and libraries can be loaded."""
 
 import ctypes
 import shutil
@@ -34,7 +34,7 @@ def noexec_cache(monkeypatch, tmp_path):
     subprocess.run(["umount", "--lazy", home], check=True)
 
 
-def test_the_folder_is_made_for_its_user_only(cache):
+def test_the_folder_is_private(cache):
     assert user_cache.folder() == user_cache.library_folder() == cache
     assert cache.stat().st_mode & 0o777 == 0o700
 
@@ -79,7 +79,7 @@ def test_on_a_noexec_home_the_scan_is_compiled_once(noexec_cache, monkeypatch):
     (library,) = compiled
     assert names == {library.stem}
     assert noexec_cache not in library.parents
-    with pytest.raises(OSError, match="failed to map"):  # what the home would have led to
+    with pytest.raises(OSError, match="failed to map"):  # as in the home directory
         ctypes.CDLL(shutil.copy(library, noexec_cache))
 
 

@@ -1,4 +1,4 @@
-"""Sums on CPUs are right, which they are not in jaxlib 0.10.2 with its default flags."""
+"""Sums on CPUs are right, unlike in jaxlib 0.10.2 with its default flags."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 from kernels.xla_flags import FLAG
 
 ROOT = Path(__file__).resolve().parents[1]
-# https://github.com/jax-ml/jax/issues/39103; prints 1073741824 where sums are right.
+# https://github.com/jax-ml/jax/issues/39103; prints 1073741824 if sums are right.
 REPRODUCER = """
 import jax, jax.numpy as jnp
 i = jnp.arange(32_769, dtype=jnp.float32)
@@ -26,7 +26,7 @@ compiled = pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["ji
 
 
 def run(program: str, flags: str = "") -> tuple[str, str]:
-    """What a Python program prints, and its warnings, under these XLA_FLAGS, on the CPU."""
+    """The output of a Python program with these XLA_FLAGS on the CPU, and its warnings."""
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

@@ -2,13 +2,13 @@
 
 Pictures are decoded once, cut into sub-images of equal size, downscaled by bicubic interpolation,
 and written as a TFDS dataset of raw pixels in ArrayRecord files. Batch i depends only on the seed
-and i: a plan lists its crops, which the host cuts from the records, or each device from its copy of
-all of them.
+and i. A plan lists its crops, which are cut from the records by the host, or by each device from a
+copy of all records.
 
-`python -m dvmsr_jax.data --help` lists the commands that prepare and check.
+`python -m dvmsr_jax.data --help` lists the commands that prepare and check data.
 """
 
-from dvmsr_jax.data.batches import batches, plans
+from dvmsr_jax.data.batches import batches, plans, validation_pictures
 from dvmsr_jax.data.feed import Feed, make_feed
 from dvmsr_jax.data.prepare import load_records
 from dvmsr_jax.data.records import Records, describe_change, identity
@@ -22,4 +22,5 @@ __all__ = [
     "load_records",
     "make_feed",
     "plans",
+    "validation_pictures",
 ]

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import tyro
 
 from dvmsr_jax.config import DataConfig
-from dvmsr_jax.data.check import check as find_problems
+from dvmsr_jax.data.check import find_problems
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
 from dvmsr_jax.data.records import Preparation, read_counts
 from dvmsr_jax.data.sources import find_sources
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.program import one_line_errors
 
-# Most problems that `check` prints; each record can have one.
+# Largest number of problems that `check` prints; each record can have one.
 _SHOWN = 20
 
 
@@ -37,14 +37,14 @@ def prepare(
     """Cuts pictures into aligned LR and HR sub-images, for train.py --data.prepared OUT.
 
     Args:
-        out: the folder to make.
+        out: the folder to create.
         hr_dirs: folders of high-resolution pictures, searched recursively. None: `dataset`.
         dataset: pictures to download, without hr_dirs. div2k: DIV2K. df2k: DIV2K and Flickr2K.
         scale: upscaling factor.
-        val_images: pictures kept apart from training for validation.
-        max_unreadable: largest share of the pictures that may be left out because they cannot be
+        val_images: number of pictures held out for validation.
+        max_unreadable: largest fraction of the pictures that may be left out because they cannot be
             read.
-        data_dir: where pictures are downloaded to.
+        data_dir: folder that pictures are downloaded to.
     """
     config = DataConfig(
         hr_dirs=hr_dirs,
@@ -59,9 +59,9 @@ def prepare(
 
 
 def check(folder: tyro.conf.Positional[Path]) -> None:
-    """Checks a prepared folder: counts, sizes, checksums, and that each LR belongs to its HR.
+    """Checks a prepared folder: counts, sizes, checksums, and that each LR matches its HR.
 
-    `python -m dvmsr_jax.training check` checks the teachers' outputs that may lie in it.
+    `python -m dvmsr_jax.training check` checks teachers' outputs, which may be in the same folder.
 
     Args:
         folder: a folder made by `prepare`.
@@ -92,7 +92,7 @@ def _summary(folder: Path) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    with told_in_a_line(interrupted="stopped; the same command resumes"):
+    with one_line_errors(interrupted="stopped; the same command resumes"):
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="python -m dvmsr_jax.data", description=__doc__
         )

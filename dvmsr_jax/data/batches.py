@@ -1,26 +1,29 @@
 """Batches of aligned crops, cut by the host, or by the device from its copy of all records.
 
-Either way a batch follows a plan, which gives the record, the position and one of the eight flips
-and turns for each crop.
+Either way, a batch follows a plan: for each crop, the record, the position, and one of the eight
+combinations of flips and rotations. Degraded LR crops are always made by the host, from the HR
+around the crop, before flips and rotations.
 """
 
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, UInt8
+from jaxtyping import Array, Int32, Int64, UInt8
 from tqdm import tqdm
 
 from dvmsr_jax.config import DataConfig
+from dvmsr_jax.data.degradations import degrade, degrade_crop
 
-Plan = dict[str, Int32[np.ndarray, " b"]]
+Plan = dict[str, Int32[np.ndarray, " b"] | Int64[np.ndarray, " b"]]
 """The crops of a batch: "index" of the record, "top" and "left" in LR pixels, and "symmetry" from 0
-to 7: symmetry % 4 quarter turns, followed by a left-right flip if it is at least 4."""
+to 7: symmetry % 4 quarter turns, followed by a left-right flip if it is at least 4. With
+degradation, also "key", the seed of each crop's."""
 
 
 def batches(
@@ -37,36 +40,34 @@ def batches(
     """Batches `start` to `stop - 1` of the endless shuffled sequence: {"lr", "hr"} crops.
 
     Every epoch visits each sub-image once, in a new order, and takes one random crop of it, flipped
-    and turned at random. `targets`, pictures of HR's size, add their crops as "target".
-    `config.workers` threads read ahead.
+    and rotated at random. With `targets`, pictures of HR's size, batches also contain their crops,
+    as "target". `config.workers` threads read and degrade ahead.
 
     Process i of n passes `shard` = (i, n) and gets the i-th block of each batch's rows.
     """
 
-    def load(plan: Plan) -> dict[str, np.ndarray]:
-        names = ("lr", "hr") if targets is None else ("lr", "hr", "target")
-        sides = {name: config.lr_crop * _factor(name, scale) for name in names}
-        batch = {
-            name: np.empty((len(plan["index"]), side, side, 3), np.uint8)
-            for name, side in sides.items()
-        }
-        for row, (index, top, left, symmetry) in enumerate(
-            zip(*(plan[name].tolist() for name in _FIELDS), strict=True)
-        ):
-            record = records[index]
-            if targets is not None:
-                record = record | {"target": targets[index]}
-            for name, side in sides.items():
-                y, x = (offset * _factor(name, scale) for offset in (top, left))
-                square = np.rot90(record[name][y : y + side, x : x + side], symmetry % 4)
-                square = square[:, ::-1] if symmetry >= 4 else square
-                for colour in range(3):  # several times faster than all at once, if turned
-                    batch[name][row, ..., colour] = square[..., colour]
-        return batch
+    names = ("lr", "hr") if targets is None else ("lr", "hr", "target")
+    load = _loader(records, config, scale, names, targets)
+    return _ahead(_plans(records, config, seed, shard)[start:stop].map(load), config)
 
-    dataset = _plans(records, config, seed, shard)[start:stop].map(load)
-    options = grain.ReadOptions(num_threads=config.workers, prefetch_buffer_size=2 * config.workers)
-    return iter(dataset.to_iter_dataset(options))
+
+def degraded_plans(
+    records: Sequence[dict[str, Any]],
+    config: DataConfig,
+    *,
+    scale: int,
+    seed: int,
+    start: int,
+    stop: int,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[dict[str, np.ndarray]]:
+    """The plans of the batches that `batches` yields, with their degraded crops, "lr"."""
+    load = _loader(records, config, scale, ("lr",), None)
+
+    def add_crops(plan: Plan) -> dict[str, np.ndarray]:
+        return {name: plan[name] for name in _FIELDS} | load(plan)
+
+    return _ahead(_plans(records, config, seed, shard)[start:stop].map(add_crops), config)
 
 
 def plans(
@@ -83,14 +84,30 @@ def plans(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
+def validation_pictures(
+    records: Sequence[dict[str, Any]], config: DataConfig, scale: int
+) -> list[dict[str, Any]]:
+    """The records, with LR degraded according to `config`, in the same way in every run."""
+    found = [records[i] for i in range(len(records))]
+    if config.degradation == "clean":
+        return found
+    return [
+        record | {"lr": degrade(record["hr"], key, config.degradation, scale)}
+        for key, record in enumerate(found)
+    ]
+
+
 def load_cache(
     records: Sequence[dict[str, Any]],
+    config: DataConfig,
     targets: Sequence[UInt8[np.ndarray, "H W 3"]] | None = None,
 ) -> dict[str, UInt8[np.ndarray, "n _ _ 3"]]:
-    """All records as arrays: "lr", "hr" and, if there are targets, "target"."""
+    """All records as arrays: "hr", "lr" if it is clean, and "target" if there are targets."""
+    names = ("lr", "hr") if config.degradation == "clean" else ("hr",)
 
     def load(i: int) -> dict[str, np.ndarray]:
-        record = {name: records[i][name] for name in ("lr", "hr")}
+        stored = records[i]
+        record = {name: stored[name] for name in names}
         return record if targets is None else record | {"target": targets[i]}
 
     n = len(records)
@@ -108,7 +125,10 @@ def cut(
     lr_crop: int,
     scale: int,
 ) -> dict[str, UInt8[Array, "b _ _ 3"]]:
-    """The batch of a plan, cut from the arrays of `load_cache`; traced as part of the step."""
+    """Cuts a plan's batch from the arrays of `load_cache`; traced as part of the step.
+
+    Crops that the plan already contains are kept.
+    """
 
     def crops(name: str, pictures: Array) -> Array:
         factor = _factor(name, scale)
@@ -128,7 +148,52 @@ def cut(
         squares = where(turns >= 2, squares[:, ::-1, ::-1], squares)
         return where(flip == 1, squares[:, :, ::-1], squares)
 
-    return {name: crops(name, pictures) for name, pictures in cache.items()}
+    made = {"lr": plan["lr"]} if "lr" in plan else {}
+    return made | {name: crops(name, pictures) for name, pictures in cache.items()}
+
+
+def _loader(
+    records: Sequence[dict[str, Any]],
+    config: DataConfig,
+    scale: int,
+    names: tuple[str, ...],
+    targets: Sequence[UInt8[np.ndarray, "H W 3"]] | None,
+) -> Callable[[Plan], dict[str, np.ndarray]]:
+    """Returns a function that cuts the crops `names` of a plan."""
+    sides = {name: config.lr_crop * _factor(name, scale) for name in names}
+
+    def load(plan: Plan) -> dict[str, np.ndarray]:
+        batch = {
+            name: np.empty((len(plan["index"]), side, side, 3), np.uint8)
+            for name, side in sides.items()
+        }
+        for row, (index, top, left, symmetry) in enumerate(
+            zip(*(plan[name].tolist() for name in _FIELDS), strict=True)
+        ):
+            record = records[index]
+            if targets is not None:
+                record = record | {"target": targets[index]}
+            for name, side in sides.items():
+                if name == "lr" and config.degradation != "clean":
+                    key = int(plan["key"][row])
+                    hr, preset = record["hr"], config.degradation
+                    square = degrade_crop(hr, top, left, side, key, preset, scale)
+                else:
+                    y, x = (offset * _factor(name, scale) for offset in (top, left))
+                    square = record[name][y : y + side, x : x + side]
+                square = np.rot90(square, symmetry % 4)
+                square = square[:, ::-1] if symmetry >= 4 else square
+                for colour in range(3):  # several times faster for rotated crops
+                    batch[name][row, ..., colour] = square[..., colour]
+        return batch
+
+    return load
+
+
+def _ahead(dataset: grain.MapDataset, config: DataConfig) -> Iterator[dict[str, np.ndarray]]:
+    """The dataset's elements, loaded ahead by `config.workers` threads."""
+    options = grain.ReadOptions(num_threads=config.workers, prefetch_buffer_size=2 * config.workers)
+    return iter(dataset.to_iter_dataset(options))
 
 
 _FIELDS = ("index", "top", "left", "symmetry")
@@ -155,14 +220,20 @@ def _plans(
             rng.integers(width - config.lr_crop + 1, size=b),
             rng.integers(8, size=b),
         )
-        # Each process draws the numbers of all rows, so that they do not depend on its share.
-        return {name: x[rows].astype(np.int32) for name, x in zip(_FIELDS, values, strict=True)}
+        # Each process draws the numbers of all rows, so that they do not depend on its shard.
+        found: Plan = {
+            name: x[rows].astype(np.int32) for name, x in zip(_FIELDS, values, strict=True)
+        }
+        if config.degradation != "clean":
+            keys = np.random.default_rng((seed, _DEGRADATIONS, i)).integers(2**63, size=b)
+            found["key"] = keys[rows]
+        return found
 
     return grain.MapDataset.range(sys.maxsize).map(plan)
 
 
-# Purposes of the streams of random numbers.
-_ORDER, _CROPS = 0, 1
+# Seeds of separate streams of random numbers, by purpose.
+_ORDER, _CROPS, _DEGRADATIONS = 0, 1, 2
 
 
 def _factor(name: str, scale: int) -> int:

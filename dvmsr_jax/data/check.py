@@ -1,4 +1,4 @@
-"""Checks of prepared records: whole files, and LR that belongs to its HR."""
+"""Checks of prepared records: intact files, and LR that matches its HR."""
 
 import os
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from dvmsr_jax.files import checksum
 
 # LR pixels at the border of a sub-image that depend on HR pixels outside of it.
 _BORDER = 2
-# Largest mean difference, in grey levels, between LR and downscaled HR. It is 0 for pictures that
-# were downscaled here; shifting a photograph by one LR pixel makes several.
+# Largest mean difference, in grey levels, between LR and downscaled HR. It is 0 for records as they
+# were prepared; shifting a photograph by one LR pixel makes it several grey levels.
 _MAX_DIFFERENCE = 0.25
 
 
-def check(folder: Path) -> list[str]:
+def find_problems(folder: Path) -> list[str]:
     """Finds the problems of a folder of records, one line each.
 
     Compares files with their checksums, and records with the list of pictures: their number and

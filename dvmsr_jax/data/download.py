@@ -5,10 +5,8 @@ The low-resolution archives are not needed: `bicubic` computes the same pictures
 
 import contextlib
 import os
-import re
 import shutil
 import tarfile
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,62 +14,46 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import requests
 from tqdm import tqdm
 
 from dvmsr_jax.data.records import DataError
-from dvmsr_jax.errors import StoppedError
-from dvmsr_jax.files import checksum, lock, replacing
-
-MIRROR = "DVMSR_MIRROR"
-"""Environment variable: the URL of a folder with copies of the archives, used instead of theirs."""
-CHECKSUMS = "SHA256SUMS"
-"""File with the checksums of downloads that have no published one, as `sha256sum` writes it."""
-
-# Seconds before each new attempt; the count starts again whenever something was received.
-_WAITS: tuple[float, ...] = (1, 3, 10)
-# Seconds to wait for a connection, and for the next bytes.
-_TIMEOUT = (10, 60)
-# Bytes at a time. If a connection breaks, less than this is lost.
-_BLOCK = 2**16
+from dvmsr_jax.downloads import DamagedError, Remote, check_space, obtaining
+from dvmsr_jax.files import replacing, turn
 
 
 class Archive(NamedTuple):
-    """An archive on a server."""
+    """An archive of pictures."""
 
-    url: str
+    remote: Remote
     folder: str
     """Folder inside the archive that holds the pictures; nothing else is unpacked."""
     pictures: int
     """Number of PNG files in it."""
-    size: int | None = None
-    """Bytes of the archive. None: not published."""
-    sha256: str | None = None
-    """In hex digits. None: not published."""
-
-    @property
-    def name(self) -> str:
-        """File name of the archive."""
-        return PurePosixPath(self.url).name
 
 
 # Sizes and checksums are those that TFDS publishes for its `div2k`.
 _DIV2K_TRAIN = Archive(
-    "https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_train_HR.zip",
+    Remote(
+        "https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_train_HR.zip",
+        3530603713,
+        "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335",
+    ),
     "DIV2K_train_HR",
     800,
-    3530603713,
-    "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335",
 )
 _DIV2K_VALID = Archive(
-    "https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip",
+    Remote(
+        "https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip",
+        448993893,
+        "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc",
+    ),
     "DIV2K_valid_HR",
     100,
-    448993893,
-    "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc",
 )
 # Neither a size nor a checksum is published.
-_FLICKR2K = Archive("https://cv.snu.ac.kr/research/EDSR/Flickr2K.tar", "Flickr2K/Flickr2K_HR", 2650)
+_FLICKR2K = Archive(
+    Remote("https://cv.snu.ac.kr/research/EDSR/Flickr2K.tar"), "Flickr2K/Flickr2K_HR", 2650
+)
 
 DATASETS: dict[str, dict[str, tuple[Archive, ...]]] = {
     "div2k": {"train": (_DIV2K_TRAIN,), "val": (_DIV2K_VALID,)},
@@ -80,223 +62,51 @@ DATASETS: dict[str, dict[str, tuple[Archive, ...]]] = {
 """The archives of each split, by the names that `DataConfig.dataset` takes."""
 
 
-class _DamagedError(Exception):
-    """An archive is not the expected one. The message says why."""
-
-
 def fetch(archive: Archive, folder: Path) -> Path:
-    """The folder of an archive's pictures, which is made under `folder` unless it exists.
+    """Returns the folder of an archive's pictures; downloads and unpacks it unless it exists.
 
-    The archive is downloaded to NAME.partial and removed when it is unpacked. If a file of its own
-    name is in `folder`, that is unpacked instead and kept. An interruption loses neither what was
-    downloaded nor what was unpacked. While one process works in `folder`, the others wait.
+    The archive is downloaded to NAME.partial, and removed once it is unpacked. If `folder` contains
+    NAME itself, that file is unpacked instead and kept. Interruptions lose neither downloaded nor
+    unpacked data. While one process works in `folder`, the others wait.
 
     Raises:
-        DataError: the archive cannot be downloaded, is damaged or too large for the disk, or the
-            folder of its pictures is incomplete.
+        DataError: the folder of the pictures is incomplete, or cannot be written.
+        DownloadError: the archive cannot be downloaded, is damaged or too large for the disk.
         StoppedError: Ctrl-C interrupted it.
     """
+    name = archive.remote.name
     pictures = folder / PurePosixPath(archive.folder).name
     try:
         if not pictures.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with _turn(folder):
+            with turn(folder / ".lock"):
                 if not pictures.exists():  # it may have appeared during the wait
-                    _make(archive, folder, pictures)
+                    # PNG files are compressed, so unpacking takes as much space again.
+                    with obtaining(archive.remote, folder, unpacked=1) as path:
+                        _unpack(archive, path, pictures)
         found = sum(path.suffix.lower() == ".png" for path in pictures.iterdir())
     except OSError as error:
         raise DataError(
-            f"{error.filename or folder}: {error.strerror or error}; once this is solved, the same "
-            f"command resumes the download of {archive.name}"
+            f"{error.filename or folder}: {error.strerror or error}; once this is fixed, the same "
+            f"command resumes the download of {name}"
         ) from error
     if found != archive.pictures:
         raise DataError(
             f"{pictures}: holds {found} pictures, expected {archive.pictures}; remove the folder "
-            f"to have {archive.name} downloaded and unpacked again"
+            f"to have {name} downloaded and unpacked again"
         )
     return pictures
 
 
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        if not lock(file, wait=False):
-            print(f"waiting for the process that downloads to {folder}", flush=True)
-            lock(file, wait=True)
-        yield
-
-
-def _make(archive: Archive, folder: Path, pictures: Path) -> None:
-    own, download = folder / archive.name, folder / f"{archive.name}.partial"
-    path = own if own.exists() else download
-    try:
-        if path == download:
-            _download(archive, download)
-        _verify(archive, path)
-        _unpack(archive, path, pictures)
-    except _DamagedError as error:
-        remedy = "replace or remove the file"
-        if path == download:
-            download.unlink()
-            remedy = f"the download was removed; {_by_hand(archive, folder)}"
-        raise DataError(f"{path}: {error}; {remedy}") from error
-    except KeyboardInterrupt:
-        raise StoppedError(
-            f"stopped; what was downloaded and unpacked so far is kept; {_by_hand(archive, folder)}"
-        ) from None
-    if path == download:
-        download.unlink()
-
-
-def _by_hand(archive: Archive, folder: Path) -> str:
-    return (
-        f"run the same command again, download {_address(archive)} by hand to "
-        f"{folder / archive.name}, or set {MIRROR} to the URL of a folder that has it"
-    )
-
-
-def _address(archive: Archive) -> str:
-    mirror = os.environ.get(MIRROR)
-    return f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.url
-
-
-def _download(archive: Archive, path: Path) -> None:
-    """Completes the file. Raises DataError if the server or the connection fails for good."""
-    failures = 0
-    with tqdm(desc=archive.name, unit="B", unit_scale=True) as bar:
-        while True:
-            before = _size(path)
-            try:
-                return _receive(archive, path, bar)
-            except requests.RequestException as error:
-                if _size(path) > before:
-                    failures = 0
-                if not _is_temporary(error) or failures == len(_WAITS):
-                    kept = f"; {_size(path):,} bytes are kept in {path}" if _size(path) else ""
-                    raise DataError(
-                        f"{_address(archive)}: {_reason(error)}{kept}; "
-                        f"{_by_hand(archive, path.parent)}"
-                    ) from error
-                bar.write(f"{archive.name}: {_reason(error)}; next attempt in {_WAITS[failures]} s")
-            time.sleep(_WAITS[failures])
-            failures += 1
-
-
-def _receive(archive: Archive, path: Path, bar: tqdm) -> None:
-    """Appends what is missing, in one request.
-
-    A server that ignores the range sends everything; then what is there is skipped.
-
-    Raises:
-        requests.RequestException: it failed, or the connection broke.
-        _DamagedError: the server has something else.
-        DataError: the disk is too small.
-    """
-    have = _size(path)
-    if archive.size is not None and have >= archive.size:
-        return  # a size or content that is wrong is found later
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(
-        _address(archive), headers=headers, stream=True, timeout=_TIMEOUT
-    ) as response:
-        ranges = re.match(
-            r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)$", response.headers.get("Content-Range", "")
-        )
-        end = 0 if ranges is None or ranges[2] == "*" else int(ranges[2])
-        if response.status_code == requests.codes.requested_range_not_satisfiable and end:
-            if have > end:
-                raise _DamagedError(f"has {have:,} bytes, the server's file only {end:,}")
-            return  # it was complete
-        response.raise_for_status()
-        if response.status_code == requests.codes.partial_content:
-            if ranges is None or ranges[1] != str(have):
-                raise requests.RequestException("sent other bytes than those asked for")
-            start, total = have, end
-        else:
-            start, total = 0, int(response.headers.get("Content-Length", 0))
-        if archive.size is not None and total not in (0, archive.size):
-            raise requests.RequestException(f"has {total:,} bytes, expected {archive.size:,}")
-        # PNG files are compressed already: unpacked they take about as much as the archive.
-        _check_space(archive, path.parent, max(total - have, 0) + total)
-        bar.total, bar.n = total or None, have
-        bar.refresh()
-        skip = have - start
-        with path.open("ab") as file:
-            for block in response.iter_content(_BLOCK):
-                kept = block[skip:]
-                skip -= len(block) - len(kept)
-                file.write(kept)
-                bar.update(len(kept))
-    if archive.size is not None and _size(path) < archive.size:
-        # Without Content-Length, an answer that ends early looks like a complete one.
-        raise requests.exceptions.ChunkedEncodingError
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _is_temporary(error: requests.RequestException) -> bool:
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        status = error.response.status_code
-        return status >= 500 or status == requests.codes.too_many_requests
-    return isinstance(
-        error,
-        requests.ConnectionError | requests.Timeout | requests.exceptions.ChunkedEncodingError,
-    )
-
-
-def _reason(error: requests.RequestException) -> str:
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f"HTTP {error.response.status_code} ({error.response.reason})"
-    if isinstance(error, requests.Timeout):
-        return "no answer in time"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection was lost"
-    if type(error) is requests.ConnectionError:
-        return "no connection"
-    return str(error).partition("\n")[0]
-
-
-def _check_space(archive: Archive, folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DataError(
-            f"{folder}: {archive.name} needs {needed / 1e9:.1f} GB here, {free / 1e9:.1f} GB are "
-            "free; make room, or choose a folder on another disk as data.data_dir"
-        )
-
-
-def _verify(archive: Archive, path: Path) -> None:
-    """Raises _DamagedError if the size or the checksum differs from the published one."""
-    size = _size(path)
-    if archive.size is not None and size != archive.size:
-        raise _DamagedError(f"has {size:,} bytes, expected {archive.size:,}")
-    print(f"computing the checksum of {path}", flush=True)
-    found = checksum(path)
-    if archive.sha256 is None:
-        line = f"{found}  {archive.name}\n"
-        print(
-            f"{archive.name}: no checksum is published; its SHA-256 is {found}, "
-            f"noted in {path.parent / CHECKSUMS}"
-        )
-        with (path.parent / CHECKSUMS).open("a+") as file:
-            file.seek(0)
-            if line not in file.readlines():
-                file.write(line)
-    elif found != archive.sha256:
-        raise _DamagedError(f"its SHA-256 is {found}, expected {archive.sha256}")
-
-
 def _unpack(archive: Archive, path: Path, pictures: Path) -> None:
-    """Makes the folder of pictures, which appears when it is complete.
+    """Creates the folder of pictures, which appears only when it is complete.
 
-    Of a member of the archive only its content and the last part of its name are used, and of links
-    nothing, so that nothing is written elsewhere. Raises _DamagedError.
+    Only the content and the last part of the name of an archive's members are used, and links are
+    ignored, so that nothing can be written elsewhere. Raises DamagedError.
     """
     incomplete = pictures.with_name(f".incomplete-{pictures.name}")
     try:
-        with _open(path, archive.name) as members:
+        with _open(path, archive.remote.name) as members:
             found = {
                 name.name: (size, read)
                 for name, size, read in members
@@ -305,15 +115,17 @@ def _unpack(archive: Archive, path: Path, pictures: Path) -> None:
                 and not name.name.startswith(".")
             }
             if len(found) != archive.pictures:
-                raise _DamagedError(
+                raise DamagedError(
                     f"holds {len(found)} pictures in {archive.folder}, expected {archive.pictures}"
                 )
             missing = {
                 name: content
                 for name, content in found.items()
-                if _size(incomplete / name) != content[0]
+                if not (incomplete / name).exists()
+                or (incomplete / name).stat().st_size != content[0]
             }
-            _check_space(archive, pictures.parent, sum(size for size, _ in missing.values()))
+            needed = sum(size for size, _ in missing.values())
+            check_space(archive.remote.name, pictures.parent, needed)
             done = len(found) - len(missing)
             with tqdm(total=len(found), initial=done, desc=pictures.name, unit="picture") as bar:
                 for name, (_, read) in missing.items():
@@ -325,7 +137,7 @@ def _unpack(archive: Archive, path: Path, pictures: Path) -> None:
                         shutil.copyfileobj(content, file)
                     bar.update()
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise _DamagedError(f"cannot be unpacked ({error})") from error
+        raise DamagedError(f"cannot be unpacked ({error})") from error
     os.rename(incomplete, pictures)
 
 

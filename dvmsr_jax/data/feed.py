@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from dvmsr_jax.config import DataConfig
-from dvmsr_jax.data.batches import batches, cut, load_cache, plans
+from dvmsr_jax.data.batches import batches, cut, degraded_plans, load_cache, plans
 
 
 @dataclass(frozen=True)
 class Feed(abc.ABC):
-    """Inputs for the training steps, and the function with which a step makes crops of its input.
+    """Inputs for the training steps, and the function that turns a step's input into crops.
 
-    `targets`, if given, are pictures of HR's size, cropped along as "target".
+    `targets`, if given, are pictures of HR's size, which are cropped too, as "target".
     """
 
     records: Sequence[dict[str, Any]]
@@ -64,13 +64,19 @@ class _HostFeed(Feed):
 
 
 class _DeviceFeed(Feed):
-    """Each device cuts from its copy of all sub-images: an input is a plan."""
+    """Each device cuts from its copy of all sub-images: an input is a plan.
+
+    Degraded LR crops come from the host, with the plan.
+    """
 
     def inputs(self, *, seed, start, stop, shard=(0, 1)):
-        return plans(self.records, self.config, seed=seed, start=start, stop=stop, shard=shard)
+        span = {"seed": seed, "start": start, "stop": stop, "shard": shard}
+        if self.config.degradation == "clean":
+            return plans(self.records, self.config, **span)
+        return degraded_plans(self.records, self.config, scale=self.scale, **span)
 
     def load_cache(self):
-        return load_cache(self.records, self.targets)
+        return load_cache(self.records, self.config, self.targets)
 
     def crops(self, cache, step_input):
         return cut(cache, step_input, self.config.lr_crop, self.scale)
@@ -83,6 +89,6 @@ def make_feed(
     scale: int,
     targets: Sequence[UInt8[np.ndarray, "H W 3"]] | None = None,
 ) -> Feed:
-    """The feed of the kind that `config.cache` names."""
+    """Creates the kind of feed that `config.cache` names."""
     kind = _DeviceFeed if config.cache == "device" else _HostFeed
     return kind(records, config, scale, targets)

@@ -5,12 +5,10 @@ import hashlib
 import json
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -20,28 +18,22 @@ from dvmsr_jax.data import records
 from dvmsr_jax.data.records import DataError, PictureInfo, Preparation, Records, ShardInfo
 from dvmsr_jax.data.sources import Source, find_sources
 from dvmsr_jax.errors import printable
-from dvmsr_jax.files import checksum, has_locks, lock, replacing, write_json
+from dvmsr_jax.files import checksum, replacing, turn, write_json
 
 PICTURES_PER_SHARD = 16
-# File in a folder made by `load_records`: a hash of the source folders or the data set's name.
+# File in a folder made by `load_records`: a hash of the source folders, or of the dataset's name.
 _SOURCES = "sources"
-# Files in the folder of an unfinished preparation. Its owner holds the lock or, on file systems
-# without locks, has created the claim, and removes it at the end.
-_LOCK, _CLAIM = "lock", "claim"
-# Seconds between looks at another process's claim, and without progress until giving up. NFS may
-# show other machines' changes a minute late.
-_POLL, _PATIENCE = 1.0, 600.0
 
 
 def load_records(config: DataConfig, scale: int) -> Records:
     """Opens the prepared sub-images, and prepares them first if necessary.
 
-    They are in `config.prepared`, or else in a folder under `config.data_dir` whose name is a hash
-    of the pictures' fingerprints.
+    They are in `config.prepared` or, if that is None, in a folder under `config.data_dir` named by
+    a hash of the pictures' fingerprints.
 
     Raises:
-        DataError: there are no pictures, or too few, or too many of them cannot be read, or they
-            were prepared for other settings.
+        DataError: there are no or too few pictures, too many of them cannot be read, or they were
+            prepared with other settings.
         images.ImageError: a folder is missing or holds no pictures.
     """
     side = records.hr_side(scale)
@@ -54,7 +46,8 @@ def load_records(config: DataConfig, scale: int) -> Records:
         parent = config.data_dir.expanduser() / records.NAME
         apart = f"{config.val_images} apart"
         folder = parent / _key(splits["train"] + splits["val"], scale, apart)
-        # By the folders: finished shards are still of use after pictures were fixed or removed.
+        # Named by the folders, so that finished shards are reused once pictures are fixed or
+        # removed.
         folders = [str(path.expanduser().resolve()) for path in config.hr_dirs]
         sources = _hash(f"x{scale}", apart, *(folders or [config.dataset]))
         unfinished = parent / f".incomplete-{sources}"
@@ -68,7 +61,7 @@ def load_records(config: DataConfig, scale: int) -> Records:
             raise DataError("data.prepared and data.dataset exclude each other; pass one of them")
         there = Preparation.read(folder).scale
         if there != scale:
-            raise DataError(f"{folder}: was prepared for x{there}, the model is to be x{scale}")
+            raise DataError(f"{folder}: was prepared for x{there}, but the model is for x{scale}")
     return records.open_records(folder)
 
 
@@ -86,8 +79,8 @@ def _name_superseded(folder: Path, sources: str) -> None:
         if older:
             size = sum(path.stat().st_size for parent in older for path in parent.rglob("*"))
             parallel.say(
-                f"from before the pictures changed, {size / 1e9:.1f} GB that you may delete unless "
-                f"you use them with --data.prepared: {', '.join(map(str, older))}"
+                f"prepared before the pictures changed, {size / 1e9:.1f} GB, which you may delete "
+                f"unless you use it with --data.prepared: {', '.join(map(str, older))}"
             )
 
 
@@ -99,47 +92,58 @@ def prepare(
     *,
     max_unreadable: float = DataConfig.max_unreadable,
 ) -> None:
-    """Writes the pictures' sub-images as records; for "val" pictures, only the middle one.
+    """Writes the pictures' sub-images as records; of "val" pictures, only the middle sub-image.
 
-    The folder appears when it is complete. Until then, finished shards are kept in `unfinished`, by
-    default .incomplete-NAME beside it, so that a later call can resume. The records do not depend
-    on the number of cores. If the folder already holds them, nothing happens.
+    The folder appears only when it is complete. Until then, finished shards are kept in
+    `unfinished`, by default .incomplete-NAME beside it, so that a later call can resume. The
+    records do not depend on the number of cores. If the folder already contains them, nothing
+    happens.
 
-    TFDS's `GeneratorBasedBuilder` would shuffle the records, for which it needs TensorFlow as soon
-    as they exceed a gigabyte; Grain shuffles at reading, so they are written as they come.
+    TFDS's `GeneratorBasedBuilder` would shuffle the records, and needs TensorFlow to do so beyond a
+    gigabyte. Grain shuffles when reading, so the records are written in order.
 
     Raises:
-        DataError: a larger share of the pictures than `max_unreadable` cannot be read (up to that
-            they are left out), or the folder holds something else.
+        DataError: a larger fraction of the pictures than `max_unreadable` cannot be read (a smaller
+            one is left out), or the folder contains something else.
         OSError: for example, the disk is full.
     """
     if unfinished is None:
         unfinished = folder.absolute().with_name(f".incomplete-{folder.absolute().name}")
     shards = [shard for split in splits for shard in _shards(split, splits[split], scale)]
-    with _claim(unfinished, folder) as needed:
-        if not needed:
-            there = Preparation.read(folder).shards
-            if {name: info.key for name, info in there.items()} != {s.name: s.key for s in shards}:
-                raise DataError(
-                    f"{folder}: holds records of other pictures, or made with other settings; "
-                    "remove it or choose another folder"
-                )
-            return
-        preparation = Preparation(scale, _write_shards(shards, scale, unfinished, max_unreadable))
-        sizes = {
-            split: [(info.records, info.bytes) for info in preparation.of_split(split).values()]
-            for split in splits
-        }
-        for split in splits:
-            if not sum(count for count, _ in sizes[split]):
-                raise DataError(f"none of the pictures for {split!r} can be read")
-        records.write_metadata(unfinished, scale, sizes)
-        preparation.write(unfinished)
-        os.rename(unfinished, folder)
-        for path in (shard.info_path(folder) for shard in shards):
-            path.unlink()
-        for name in (_LOCK, _CLAIM):
-            (folder / name).unlink(missing_ok=True)
+    if not is_prepared(folder):
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise DataError(
+                f"{folder}: is a file, or contains something else; choose another folder"
+            )
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        with turn(unfinished.with_name(f"{unfinished.name}.lock")):
+            if not is_prepared(folder):  # it may have appeared during the wait
+                _make(shards, scale, folder, unfinished, max_unreadable)
+    there = Preparation.read(folder).shards
+    if {name: info.key for name, info in there.items()} != {s.name: s.key for s in shards}:
+        raise DataError(
+            f"{folder}: holds records of other pictures, or made with other settings; remove it or "
+            "choose another folder"
+        )
+
+
+def _make(
+    shards: "list[_Shard]", scale: int, folder: Path, unfinished: Path, max_unreadable: float
+) -> None:
+    unfinished.mkdir(exist_ok=True)
+    preparation = Preparation(scale, _write_shards(shards, scale, unfinished, max_unreadable))
+    sizes = {
+        split: [(info.records, info.bytes) for info in preparation.of_split(split).values()]
+        for split in ("train", "val")
+    }
+    for split in sizes:
+        if not sum(count for count, _ in sizes[split]):
+            raise DataError(f"none of the pictures for {split!r} can be read")
+    records.write_metadata(unfinished, scale, sizes)
+    preparation.write(unfinished)
+    os.rename(unfinished, folder)
+    for path in (shard.info_path(folder) for shard in shards):
+        path.unlink()
 
 
 def is_prepared(folder: Path) -> bool:
@@ -163,8 +167,8 @@ class _Shard:
     def read_info(self, folder: Path) -> ShardInfo | None:
         """The finished shard's description; None if the shard must be written.
 
-        That includes shards of other pictures, and those that lack unreadable ones, which may have
-        been repaired since.
+        A shard of other pictures must be written, and so must one with unreadable pictures, which
+        may have been repaired in the meantime.
         """
         try:
             info = ShardInfo.from_json(json.loads(self.info_path(folder).read_text()))
@@ -195,11 +199,11 @@ def _hash(*parts: str) -> str:
 def _write_shards(
     shards: list[_Shard], scale: int, folder: Path, max_unreadable: float
 ) -> dict[str, ShardInfo]:
-    """Writes the missing shards; returns the descriptions of all, by file name."""
+    """Writes the missing shards; returns the descriptions of all shards, by file name."""
     found = {shard.name: shard.read_info(folder) for shard in shards}
     kept = {name: info for name, info in found.items() if info is not None}
-    known = {_LOCK, _CLAIM, *kept, *(f"{name}.json" for name in kept)}
-    for path in folder.iterdir():  # half-written, or of pictures that have changed since
+    known = {*kept, *(f"{name}.json" for name in kept)}
+    for path in folder.iterdir():  # half-written, or of pictures that have changed
         if path.name not in known:
             path.unlink()
 
@@ -214,8 +218,6 @@ def _write_shards(
 
         def advance() -> bool:
             bar.update()
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(folder / _CLAIM)
             return not stop.is_set()
 
         futures = {
@@ -284,92 +286,3 @@ def _write_shard(shard: _Shard, scale: int, folder: Path, advance: Callable[[], 
     )
     write_json(shard.info_path(folder), asdict(info))
     return info
-
-
-@contextlib.contextmanager
-def _claim(unfinished: Path, finished: Path) -> Iterator[bool]:
-    """Makes UNFINISHED the working folder of this process alone, waiting for its turn.
-
-    Yields False if FINISHED exists, from the start or after the wait.
-    """
-    while not is_prepared(finished):
-        if finished.is_file() or (finished.is_dir() and any(finished.iterdir())):
-            raise DataError(
-                f"{finished}: is a file, or holds something else; choose another folder"
-            )
-        unfinished.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                file = stack.enter_context((unfinished / _LOCK).open("w"))
-                if has_locks(file):
-                    held = _take_lock(file, unfinished / _LOCK)
-                else:
-                    held = stack.enter_context(_create_claim(unfinished / _CLAIM))
-            except FileNotFoundError:
-                held = False
-            # If not held, the other process has renamed the folder: look again.
-            if held and not is_prepared(finished):
-                yield True
-                return
-            if held:  # recreated just after the other process was done
-                (unfinished / _LOCK).unlink()
-    yield False
-
-
-def _take_lock(file: IO[Any], path: Path) -> bool:
-    """Waits for the lock; returns False if the file is no longer at PATH by then."""
-    if not lock(file, wait=False):
-        _say_waiting(path.parent)
-        lock(file, wait=True)
-    return _is_at(file, path)
-
-
-@contextlib.contextmanager
-def _create_claim(path: Path) -> Iterator[bool]:
-    """Creates PATH, which only one process can, and removes it at the end.
-
-    If the file exists, waits until it is removed, and yields False.
-
-    Raises:
-        DataError: the process that created it makes no progress.
-    """
-    try:
-        file = path.open("x")
-    except FileExistsError:
-        _say_waiting(path.parent)
-        _wait_for_removal(path)
-        yield False
-        return
-    with file:
-        try:
-            yield True
-        finally:
-            with contextlib.suppress(FileNotFoundError):  # it is renamed with a finished folder
-                if _is_at(file, path):
-                    path.unlink()
-
-
-def _wait_for_removal(path: Path) -> None:
-    touched, since = -1, 0.0
-    while True:
-        try:
-            now = path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return
-        if now != touched:
-            touched, since = now, time.monotonic()
-        elif time.monotonic() - since > _PATIENCE:
-            raise DataError(
-                f"{path}: the process that created this file has prepared no picture for "
-                f"{_PATIENCE:.0f} s. If it has ended, remove the file, and the same command "
-                "continues its work"
-            )
-        time.sleep(_POLL)
-
-
-def _is_at(file: IO[Any], path: Path) -> bool:
-    return os.path.samestat(os.fstat(file.fileno()), path.stat())
-
-
-def _say_waiting(folder: Path) -> None:
-    print(f"waiting for the process that prepares pictures in {folder}", flush=True)

@@ -1,6 +1,6 @@
 """Prepared records: aligned sub-images, as a TFDS dataset in ArrayRecord files.
 
-Their folder also holds PREPARATION, which lists the pictures in each shard.
+Their folder also contains PREPARATION, which lists the pictures in each shard (file of records).
 """
 
 import bisect
@@ -26,20 +26,21 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.files import write_json
 
-# Side of a stored HR sub-image, rounded down to a multiple of the scale. Large enough for the
-# paper's 256x256 crops to move in, small enough to be read quickly for one crop.
+# Side of a stored HR sub-image, before rounding down to a multiple of the scale. Larger than the
+# paper's 256x256 crops, so that their position varies, but small enough to be read for a single
+# crop.
 SUB_IMAGE = 320
 NAME = "sr_sub_images"
 PREPARATION = "preparation.json"
 
 
 class DataError(UserError):
-    """Training data that are missing or unusable; the message names them and the remedy."""
+    """Training data are missing or unusable; the message names them and says what to do."""
 
 
 @dataclass(frozen=True)
 class PictureInfo:
-    """A picture that records were cut from: its path, LR size, and number of records."""
+    """A picture that records were cut from: its path, LR size and number of records."""
 
     name: str
     lr_height: int
@@ -57,12 +58,12 @@ class PictureInfo:
                 "records": int(records),
             }:
                 return cls(name, height, width, records)
-        raise ValueError("it describes a picture in an unknown way")
+        raise ValueError("its description of a picture is invalid")
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A file of records: how many, how large, and the pictures they were cut from, in order."""
+    """A file of records: their number, its size, and the pictures they were cut from, in order."""
 
     key: str
     """A hash of the pictures' fingerprints and of the sizes of the sub-images."""
@@ -89,19 +90,19 @@ class ShardInfo:
             } if all(isinstance(line, str) for line in left_out):
                 infos = tuple(map(PictureInfo.from_json, pictures))
                 return cls(key, split, records, size, sha256, infos, tuple(left_out))
-        raise ValueError("it describes a file of records in an unknown way")
+        raise ValueError("its description of a file of records is invalid")
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """The content of PREPARATION: how a folder of records was made. Shards go by file name."""
+    """The content of PREPARATION: how a folder of records was made; shards by file name."""
 
     scale: int
     shards: dict[str, ShardInfo]
 
     @classmethod
     def read(cls, folder: Path) -> "Preparation":
-        """Raises DataError if the folder holds no prepared records, or a damaged description."""
+        """Raises DataError if there are no prepared records, or PREPARATION is damaged."""
         try:
             match json.loads((folder / PREPARATION).read_text()):
                 case {"scale": int(scale), "shards": dict(shards)}:
@@ -124,7 +125,7 @@ class Preparation:
 
 
 class Records(NamedTuple):
-    """Random-access sequences of sub-images, and the folder that they lie in.
+    """Random-access sequences of sub-images, and their folder.
 
     Each is {"hr": (S, S, 3) uint8, "lr": (S / scale, S / scale, 3) uint8, "name": bytes}, where S
     is hr_side(scale), and the name is the picture's path.
@@ -136,12 +137,12 @@ class Records(NamedTuple):
 
 
 class SubImages(Sequence[dict[str, Any]]):
-    """Records, read from disk as they are used.
+    """Records, read from disk on use.
 
-    `source` holds the serialized records, `shards` the files it reads and their record counts.
+    `source` contains the serialized records; `shards` are its files and their numbers of records.
     """
 
-    # Not Sequence[bytes]: checking that in tests reads from files.
+    # Not Sequence[bytes]: the tests' type checks would read from the files.
     def __init__(self, source: Sequence[Any] | ArrayRecordDataSource, shards: Mapping[Path, int]):
         self._source = source
         self._paths = list(shards)
@@ -195,7 +196,7 @@ def sub_images(
 
 def _features(scale: int) -> tfds.features.FeaturesDict:
     def square(side):
-        # Raw bytes: decoding a PNG would take several times longer than all the rest.
+        # Raw bytes: decoding PNG would take several times longer than everything else.
         return tfds.features.Tensor(
             shape=(side, side, 3), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
         )
@@ -210,7 +211,7 @@ class ShardWriter:
     """Writes records to one file of a split. Raises OSError if the disk is full."""
 
     def __init__(self, path: Path):
-        # Photographs' raw pixels are compressed to half, but take three times as long to read then.
+        # Compression would halve the size of photographs, but triple the time to read them.
         self._writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
 
     def write(
@@ -221,7 +222,7 @@ class ShardWriter:
         example = tf_example_pb2.Example()
         for key, value in values.items():
             example.features.feature[key].bytes_list.value.append(value)
-        # TFDS's own `serialize_example` writes the fields in another order in every process.
+        # TFDS's own `serialize_example` writes the fields in a different order in every process.
         record = example.SerializeToString(deterministic=True)
         with _as_os_error():
             self._writer.write(record)
@@ -247,9 +248,9 @@ def open_shard(path: Path) -> SubImages:
 
 
 def _decode(record: bytes) -> dict[str, Any]:
-    """{"hr", "lr", "name"} of a serialized tf.train.Example, without a copy of the pixels.
+    """{"hr", "lr", "name"} of a serialized tf.train.Example, without copying the pixels.
 
-    protobuf's own parser makes two, which takes longer than reading the record.
+    protobuf's own parser copies them twice, which takes longer than reading the record.
     """
     (features,) = _messages(memoryview(record))
     values: dict[str, Any] = {}
@@ -265,7 +266,7 @@ def _decode(record: bytes) -> dict[str, Any]:
 
 
 def _messages(message: memoryview) -> Iterator[memoryview]:
-    """The fields of a protobuf message that holds nothing but strings and messages."""
+    """The fields of a protobuf message that consists of strings and messages only."""
     position = 0
     while position < len(message):
         position += 1  # the field's number and kind
@@ -309,15 +310,15 @@ def write_metadata(folder: Path, scale: int, shards: dict[str, list[tuple[int, i
 def identity(folder: Path) -> str:
     """12 hex digits that identify the content of a folder of records.
 
-    They depend on the pictures, their order, which of them were read and which were kept apart for
-    validation, and on the scale, but not on where the folder and the pictures are.
+    They depend on the pictures, their order, which of them were read and which were held out for
+    validation, and on the scale, but not on the location of the folder and the pictures.
 
     Raises:
         DataError: it is not a folder of prepared records.
     """
     preparation = Preparation.read(folder)
-    # A shard's key depends on all its pictures, including those left out; and of their paths, only
-    # the names are the same everywhere.
+    # A shard's key covers all its pictures, including those left out. Only the names in their paths
+    # are the same everywhere.
     contents = [
         (
             shard.split,
@@ -331,9 +332,9 @@ def identity(folder: Path) -> str:
 
 
 def describe_change(folder: Path, before: str) -> str:
-    """Describes how the pictures in a folder of records differ from those of another one.
+    """Describes how the pictures in a folder of records differ from those of an earlier one.
 
-    The other one has the identity `before`, and is searched for beside the folder. Pictures are
+    The earlier folder, whose identity is `before`, is searched for beside the folder. Pictures are
     compared by name and size.
     """
     now = Preparation.read(folder)
@@ -345,9 +346,7 @@ def describe_change(folder: Path, before: str) -> str:
                 break
     if earlier is None:
         count = sum(len(shard.pictures) for shard in now.shards.values())
-        return (
-            f"{count:,} pictures now; the folder of the earlier ones is no longer beside {folder}"
-        )
+        return f"{count:,} pictures now; the earlier folder is no longer beside {folder}"
     if earlier.scale != now.scale:
         return f"prepared for x{earlier.scale} there, for x{now.scale} now"
 

@@ -1,4 +1,4 @@
-"""Where training pictures come from: folders, or data sets that are downloaded."""
+"""The sources of training pictures: folders, or datasets to download."""
 
 import hashlib
 import os
@@ -17,9 +17,9 @@ from dvmsr_jax.data.records import DataError
 from dvmsr_jax.files import checksum
 
 PICTURES = "pictures"
-"""Folder under `DataConfig.data_dir` that data sets are downloaded to."""
+"""Folder under `DataConfig.data_dir` that datasets are downloaded to."""
 
-# Bytes in the middle of a file that distinguish it from others of the same name and size.
+# Number of bytes in the middle of a file that tell it from others of the same name and size.
 _SAMPLE = 4096
 
 
@@ -28,21 +28,20 @@ class Source(NamedTuple):
 
     name: str
     fingerprint: str
-    """Differs between pictures, but not between copies of a file under the same relative path."""
+    """Differs between pictures, but not between copies of a file with the same relative path."""
     load: Callable[[], UInt8[np.ndarray, "H W 3"]]
     """Reads it. Raises images.ImageError."""
 
 
 def find_sources(config: DataConfig) -> dict[str, list[Source]]:
-    """The pictures to train on ("train") and those kept apart ("val").
+    """The pictures to train on ("train") and those held out ("val").
 
-    Without `config.hr_dirs`, `config.dataset` is downloaded unless it was before; the first
-    `config.val_images` pictures of DIV2K's validation set are kept apart. Of the pictures in
-    `config.hr_dirs`, that many are kept apart, spread evenly over the sorted names; repetitions
-    and copies are dropped first.
+    In `config.hr_dirs`, duplicates are dropped, and `config.val_images` pictures are held out,
+    spread evenly over the sorted names. Without `config.hr_dirs`, `config.dataset` is downloaded if
+    necessary, and the first `config.val_images` pictures of DIV2K's validation set are held out.
 
     Raises:
-        DataError: there are too few pictures, or the data set cannot be downloaded.
+        DataError: there are too few pictures, or the dataset cannot be downloaded.
         images.ImageError: a folder is missing or holds no pictures.
     """
     if config.hr_dirs and config.dataset != DataConfig.dataset:
@@ -54,8 +53,8 @@ def _in_folders(config: DataConfig) -> dict[str, list[Source]]:
     pictures = [file.source() for file in _distinct(_list_files(config.hr_dirs))]
     if len(pictures) <= config.val_images:
         raise DataError(
-            f"data.hr_dirs hold {len(pictures)} pictures, of which data.val_images = "
-            f"{config.val_images} are kept apart; add pictures or lower data.val_images"
+            f"data.hr_dirs contain {len(pictures)} pictures, of which data.val_images = "
+            f"{config.val_images} are held out; add pictures or lower data.val_images"
         )
     held_out = set(np.linspace(0, len(pictures) - 1, config.val_images).astype(int))
     return {
@@ -73,7 +72,7 @@ class _File(NamedTuple):
     sample: str
 
     def source(self) -> Source:
-        """Its fingerprint does not depend on where the folder is."""
+        """The source; its fingerprint does not depend on the location of the folder."""
         fingerprint = f"{self.path.relative_to(self.folder)} {self.size} {self.sample}"
         return Source(str(self.path), fingerprint, lambda: images.read_rgb(self.path))
 
@@ -92,7 +91,7 @@ def _list_files(folders: Iterable[Path]) -> list[_File]:
 
 
 def _distinct(files: list[_File]) -> list[_File]:
-    """The files without repetitions and copies, of which the first stays."""
+    """Drops duplicates, by path and by content, except for the first of each."""
     by_path: dict[str, _File] = {}
     for file in files:
         by_path.setdefault(os.path.realpath(file.path), file)
@@ -100,11 +99,11 @@ def _distinct(files: list[_File]) -> list[_File]:
     by_content: dict[object, _File] = {}
     for file in by_path.values():
         key = (file.size, file.sample)
-        # Whole files are read only where size and sample agree, which is rare but for copies.
+        # Whole files are read only if size and sample agree, which is rare except for copies.
         by_content.setdefault(key if alike[key] == 1 else checksum(file.path), file)
     if len(by_content) < len(files):
         dropped = len(files) - len(by_content)
-        print(f"dropped {dropped} of {len(files)} pictures, which were listed twice or are copies")
+        print(f"dropped {dropped} of {len(files)} pictures: listed twice, or copies of others")
     return list(by_content.values())
 
 

@@ -1,1 +1,1 @@
-"""People's pictures, of every kind and many at once: read, upscaled, written."""
+"""Reads, upscales and writes users' pictures, of many kinds and many at once."""

@@ -1,4 +1,4 @@
-"""Writes pictures, and adapts them to the limits of each format.
+"""Writes pictures, adapted to the limits of each format.
 
 PNG and TIFF are written row by row. The other formats are written by Pillow, with the whole picture
 in memory, in 8 bits.
@@ -42,7 +42,7 @@ class Format:
     max_seconds: float = math.inf
     """Longest time that a frame of an animation can be shown."""
     max_plays: int = 0
-    """Largest number of times that an animation can be played, besides forever."""
+    """Largest number of times that an animation can be played, apart from endlessly."""
     pages: bool = False
     alpha: bool = True
     grey: bool = True
@@ -85,7 +85,7 @@ BMP = Format(
     max_side=2**31 - 1,
     alpha=False,
     profiles=False,
-    max_bytes=2**32 - 2**11,  # with a header
+    max_bytes=2**32 - 2**11,  # leaves room for a header
 )
 
 CLASSIC_TIFF = int(0.98 * 2**32)
@@ -106,10 +106,10 @@ Quality = int | Literal["lossless"] | None
 
 
 def choose_suffix(picture: Picture, asked: str | None) -> str:
-    """The suffix to write a picture with: the one asked for, or by default PNG's.
+    """The suffix for a result: the one asked for or, by default, PNG's.
 
-    With SAME, or by default if there are several frames or pages, it is that of the picture's own
-    format. Formats that can only be read become PNG.
+    With SAME, or by default for several frames or pages, it is that of the picture's own format.
+    Formats that can only be read become PNG.
     """
     if asked not in (None, SAME):
         return asked
@@ -120,8 +120,8 @@ def choose_suffix(picture: Picture, asked: str | None) -> str:
 
 
 def check_holds(form: Format, picture: Picture, quality: Quality = None) -> None:
-    """Raises FormatError if the format cannot hold the picture's frames or pages, or the quality
-    is "lossless" for JPEG."""
+    """Raises FormatError if the format cannot hold the picture's frames or pages, or if the quality
+    of a JPEG is to be "lossless"."""
     if form is JPEG and quality == "lossless":
         raise FormatError("JPEG cannot be lossless: choose --format webp or png")
     able = form.animations if picture.is_animation else form.pages
@@ -145,9 +145,9 @@ def write(
 ) -> None:
     """Writes the frames of `picture`, which have been enlarged by `scale`.
 
-    They are adapted to the format where necessary: 16 bits are rounded to 8, alpha is blended with
+    They are adapted to the format if necessary: 16 bits are rounded to 8, alpha is blended with
     white, grey becomes RGB, and colours are converted to sRGB if their profile cannot be kept.
-    Durations are rounded such that their sum stays the same. The number of plays is limited to the
+    Durations are rounded so that their sum stays the same. The number of plays is limited to the
     largest that the format can express.
 
     Args:
@@ -182,12 +182,12 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
     if max(height, width) > form.max_side:
         raise FormatError(
             f"{width}x{height} pixels are too many for {form.name}, which holds at most"
-            f" {form.max_side:,} a side: choose --format png or tiff"
+            f" {form.max_side:,} per side: choose --format png or tiff"
         )
     seconds = frame.metadata.duration / 1000
     if seconds > form.max_seconds:
         raise FormatError(
-            f"shows a frame for {seconds:g} seconds, and {form.name} ends at {form.max_seconds:g}:"
+            f"shows a frame for {seconds:g} seconds; {form.name} allows {form.max_seconds:g}:"
             f" choose --format {'webp or ' * (form is GIF)}png"
         )
     flatten = channels in (2, 4) and not form.alpha
@@ -197,7 +197,7 @@ def _fit(form: Format, frame: BandedFrame) -> BandedFrame:
     lost = None if form.profiles and not colour else frame.metadata.icc
     if height * (width * channels + 3) > form.max_bytes:  # lines are padded
         raise FormatError(
-            f"is too large for {form.name}, which ends at 4 GB: choose --format png or tiff"
+            f"is too large for {form.name}, which is limited to 4 GB: choose --format png or tiff"
         )
 
     def fit(band: Pixels) -> Pixels:
@@ -268,7 +268,7 @@ _STRIP = 2**18  # bytes, before compression
 
 
 def _strips(frame: BandedFrame, rows: int) -> Iterator[bytes]:
-    """Yields compressed strips; tifffile compresses only pictures that it gets whole."""
+    """Yields compressed strips, because tifffile compresses only whole pictures."""
     for band in frame.regrouped(rows):
         differences = band.astype(frame.dtype.newbyteorder("<"))
         differences[:, 1:] -= band[:, :-1]
@@ -290,7 +290,7 @@ def _exif_tags(metadata: Metadata, big: bool) -> list[tuple[int | str, int, int,
             tags.append((tag, number, 1, value, True))
     for name, directory in (("ExifTag", ExifTags.IFD.Exif), ("GPSTag", ExifTags.IFD.GPSInfo)):
         if directory in metadata.exif:
-            # Until they are known, the page's own directory: tifffile reads what it points to.
+            # A placeholder: the page's own directory, because tifffile reads from the offset.
             kind, first = (TiffTags.LONG8, 16) if big else (TiffTags.LONG, 8)
             tags.append((name, kind, 1, first, True))
     return tags
@@ -321,7 +321,7 @@ def _write_with_pillow(
     options: dict[str, Any] = {"icc_profile": first.icc}
     if first.dpi and max(first.dpi) < 2**16:
         options["dpi"] = first.dpi
-        if form is WEBP:  # it has no other place for it
+        if form is WEBP:  # EXIF is its only place for the resolution
             resolution: dict[int, Any] = {
                 ExifTags.Base.XResolution: first.dpi[0],
                 ExifTags.Base.YResolution: first.dpi[1],
@@ -335,7 +335,7 @@ def _write_with_pillow(
     if quality is None:
         quality = "lossless" if form is WEBP and picture.is_lossless_webp() else _QUALITY
     if form is JPEG:
-        # Without "optimize", for which Pillow reserves too small a buffer for the whole file.
+        # Without "optimize", for which Pillow's buffer can be too small for the file.
         options |= {"quality": quality, "subsampling": 0}
     elif form is WEBP:
         lossless = quality == "lossless"

@@ -65,7 +65,7 @@ class _PixelStream:
         self._inflating = zlib.decompressobj()
 
     def add(self, data: bytes) -> None:
-        # Surplus data is not inflated: decoders ignore it, and it may have no end.
+        # Surplus data is not decompressed: decoders ignore it, and it may be endless.
         while data and not self._inflating.eof and self._missing >= 0:
             try:
                 self._missing -= len(self._inflating.decompress(data, 16 * _PIECE))
@@ -75,7 +75,7 @@ class _PixelStream:
 
     def finish(self) -> None:
         if self._missing >= 0:
-            self._missing -= len(self._inflating.flush())  # output that it has held back
+            self._missing -= len(self._inflating.flush())  # output that is still buffered
         if self._missing > 0:
             raise ValueError("truncated: rows of pixels are missing")
         if self._missing == 0 and not self._inflating.eof:
@@ -96,9 +96,9 @@ def _raw_bytes(header: bytes, width: int, height: int) -> int:
 
 
 def check_tiff(image: Image.Image, length: int) -> None:
-    """Checks that the current page's strips or tiles all start inside the file, of `length` bytes.
+    """Checks that the current page's strips or tiles all start within the file's `length` bytes.
 
-    Decoders raise if one is cut short. Raises ValueError, naming the damage.
+    If one is cut short, the decoder raises. Raises ValueError, naming the damage.
     """
     width, height = (tiff_tag(image, tag, 0) for tag in (256, 257))
     tiled = tiff_tag(image, TiffImagePlugin.TILEOFFSETS, None) is not None
@@ -113,7 +113,7 @@ def check_tiff(image: Image.Image, length: int) -> None:
     needed = math.ceil(width / across) * math.ceil(height / down)
     if tiff_tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2:
         needed *= tiff_tag(image, TiffImagePlugin.SAMPLESPERPIXEL, 1)
-    # Old files may lack the sizes.
+    # Old files may not contain the sizes.
     sizes = [1] * needed if sizes is None else sizes
     there = sum(
         0 < offset < length and size > 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, TiffImagePlugin
 
-# Tags that describe the scene and the photographer; others in EXIF's first directory are layout.
+# Tags about the scene and the photographer; the others in EXIF's first directory describe layout.
 _DESCRIPTIVE_TAGS = [
     ExifTags.Base[name]
     for name in (
@@ -29,10 +29,10 @@ class Metadata:
     dpi: tuple[float, float] | None = None
     """Pixels per inch, horizontally and vertically."""
     exif: Mapping[int, Mapping[int, Any]] = field(default_factory=dict)
-    """Descriptive values by tag, by directory (MAIN and those in DIRECTORIES), without orientation,
-    thumbnail and empty directories."""
+    """Descriptive values, by directory (MAIN and those in DIRECTORIES) and by tag, without
+    orientation, thumbnail and empty directories."""
     duration: float = 0.0
-    """How long an animation shows the frame, in milliseconds."""
+    """Time for which an animation shows the frame, in milliseconds."""
 
     def scaled(self, scale: float, height: int, width: int) -> "Metadata":
         """The metadata of the frame enlarged to this size, with its printed size unchanged."""
@@ -64,7 +64,7 @@ def read_metadata(
 ) -> Metadata:
     """Reads the metadata of a loaded image's current frame, without damaged or implausible values.
 
-    `turned` swaps the two resolutions. `channels` are those of the decoded pixels.
+    `turned` swaps the two resolutions. `channels` is the number of channels of the decoded pixels.
     """
     icc = image.info.get("icc_profile")
     if image.format == "TIFF":  # `info` may still hold an earlier page's
@@ -82,7 +82,7 @@ def read_metadata(
 
 
 def _dpi(image: Image.Image) -> tuple[Any, Any]:
-    """The resolution in the format's own field or, as always in WebP, in EXIF."""
+    """The resolution, from the format's own field or, as always for WebP, from EXIF."""
     if "dpi" in image.info:
         return image.info["dpi"]
     exif = image.getexif()
@@ -92,7 +92,7 @@ def _dpi(image: Image.Image) -> tuple[Any, Any]:
 
 
 def read_exif(image: Image.Image) -> Mapping[int, Mapping[int, Any]]:
-    """Reads the descriptive EXIF (see `Metadata.exif`); empty if any of it is damaged."""
+    """Reads the descriptive EXIF (see `Metadata.exif`); empty if any part of it is damaged."""
     try:
         exif = image.getexif()
         kept: dict[int, dict[int, Any]] = {
@@ -115,9 +115,9 @@ def is_turned(image: Image.Image) -> bool:
 
 
 class _Text(str):
-    """Text in EXIF, written back with its original bytes, whatever their encoding.
+    """Text in EXIF, written back with its original bytes, in any encoding.
 
-    Pillow decodes each byte to one character, and would write ASCII only.
+    Pillow decodes each byte to one character, and would only write ASCII.
     """
 
     def encode(self, encoding: str = "latin-1", errors: str = "replace") -> bytes:

@@ -1,6 +1,6 @@
 """Writes PNG (https://www.w3.org/TR/png-3) row by row: 8 and 16 bits, stills and animations.
 
-Pillow needs the whole picture in memory and cannot write 16-bit colour.
+Pillow needs the whole picture in memory, and cannot write 16-bit colour.
 """
 
 import io
@@ -28,9 +28,9 @@ def write(file: io.BufferedIOBase, frames: Iterator[BandedFrame], count: int, pl
 
     Args:
         file: need not be seekable.
-        frames: of one shape and type, none shown for more than 65,535 seconds.
+        frames: frames of equal shape and type, each shown for at most 65,535 seconds.
         count: number of frames.
-        plays: the number of times that an animation is shown; 0: forever.
+        plays: number of times that an animation is shown; 0: endlessly.
     """
     file.write(b"\x89PNG\r\n\x1a\n")
     sequence = 0
@@ -99,8 +99,8 @@ def _compress(frame: BandedFrame) -> Iterator[bytes]:
 def _filter(lines: UInt8[np.ndarray, "h n"], step: int) -> UInt8[np.ndarray, "h-1 n+1"]:
     """Encodes each line after the first as its filter's number and differences from a prediction.
 
-    Each line gets that of four filters with the smallest sum of absolute differences, which the
-    standard recommends. `step` is the number of bytes in a pixel.
+    For each line, the filter with the smallest sum of absolute differences is chosen, as the
+    standard recommends, from four of the five. `step` is the number of bytes per pixel.
     """
     left_of = np.pad(lines, ((0, 0), (step, 0)))[:, :-step]
     here, up, left, corner = lines[1:], lines[:-1], left_of[1:], left_of[:-1]

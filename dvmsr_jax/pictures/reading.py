@@ -1,4 +1,4 @@
-"""Reads picture files frame by frame, with the metadata to keep.
+"""Reads picture files frame by frame, with their metadata.
 
 Pixels are (h, w, channels), uint8 or uint16: 1 channel is grey, 2 grey and alpha, 3 RGB, 4 RGB and
 alpha. Palettes are converted to RGB, bilevel pictures to grey, and CMYK and Lab to sRGB.
@@ -53,12 +53,12 @@ UNREAD = {
         "camera raw",
     ),
 }
-"""Suffixes of photographs that are reported and not read, in lower case, with their format."""
+"""Suffixes of photographs that are reported but not read, in lower case, with their format."""
 
 MAX_PIXELS = 500_000_000
-"""Default limit of a picture's size, in pixels of 8-bit RGB, against decompression bombs."""
+"""Default limit on a picture's size, in pixels of 8-bit RGB, against decompression bombs."""
 
-_LIMITED_BYTES = 3  # of such a pixel
+_LIMITED_BYTES = 3  # bytes of such a pixel
 
 Pixels = UInt8[np.ndarray, "_ _ _"] | UInt16[np.ndarray, "_ _ _"]
 
@@ -75,7 +75,7 @@ def check_is_read(path: str | os.PathLike[str]) -> None:
     """Raises ImageError, naming the file, if its suffix is one of UNREAD."""
     kind = UNREAD.get(os.path.splitext(path)[1].lower())
     if kind is not None:
-        raise ImageError(f"{path}: {kind} is not read; convert it to PNG or TIFF first")
+        raise ImageError(f"{path}: {kind} is not supported; convert it to PNG or TIFF first")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Picture:
 
     Args:
         source: path of a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file, or the contents of one; also
-            HEIC if pillow-heif is installed. The contents decide which it is, not the name.
+            HEIC if pillow-heif is installed. The format is recognised by the contents.
         max_pixels: limit on the size of a page, or of all frames of an animation together. It also
             limits the decoded bytes, to those of as many pixels of 8-bit RGB. Both are checked
             before anything is decoded.
@@ -133,7 +133,7 @@ class Picture:
         with self._reading():
             if not isinstance(source, bytes) and not os.path.isfile(source):
                 there = os.path.exists(source)
-                raise ImageError("not a regular file; - reads pipes" if there else "no such file")
+                raise ImageError("not a regular file; use - for pipes" if there else "no such file")
             if not self._length():
                 raise ImageError("is empty")
         with self._reading(), self._open() as image:
@@ -145,7 +145,7 @@ class Picture:
             single = self.format in ("JPEG", "HEIF")
             self._frames: Sequence[int]
             self.most_bytes: int
-            """The most that the pixels of all pages, or of all frames of an animation, can have."""
+            """Upper limit of the bytes of all pages, or of all frames of an animation."""
             if self.format == "TIFF":
                 self._frames, page_bytes = _find_pages(image, image.n_frames)  # type: ignore[attr-defined]
                 self.most_bytes = sum(page_bytes)
@@ -155,7 +155,7 @@ class Picture:
                 count = getattr(image, "n_frames", 1)
                 self._frames = [image.tell()] if single else range(int(shown_apart), count)
                 pixels = math.prod(image.size) * len(self._frames)
-                if pixels > max_pixels:  # an animation is held whole, if it is not written to PNG
+                if pixels > max_pixels:  # most formats are written with all frames in memory
                     raise Image.DecompressionBombError
                 self.most_bytes = pixels * (4 if self.is_animation else _bytes_per_pixel(image))
                 largest = self.most_bytes
@@ -164,7 +164,7 @@ class Picture:
             if not self._frames:
                 raise ImageError("contains only thumbnails and masks")
             self.plays = _plays(image)
-            """How many times an animation plays; 0 means forever."""
+            """Number of times that an animation plays; 0 means endlessly."""
 
     def __len__(self) -> int:
         """The number of frames or pages."""
@@ -201,7 +201,7 @@ class Picture:
                 yield frame
 
     def _read(self, image: Image.Image, i: int) -> Frame:
-        rawmode = _rawmode(image)  # before the image is loaded, which reading EXIF does to PNG
+        rawmode = _rawmode(image)  # before reading EXIF, which loads a PNG
         exif, turned = read_exif(image), is_turned(image)
         planes = tiff_tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
         bits = tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, ())
@@ -214,7 +214,7 @@ class Picture:
             rgba = image.convert("RGBA")
             pixels = np.array(rgba)[:height, :width]
             _clear_disposed(cast(GifImagePlugin.GifImageFile, image), rgba)
-        elif self.is_animation:  # whose decoder needs the image as it is for the next frame
+        elif self.is_animation:  # the decoder needs the unchanged image for the next frame
             pixels = _pixels(ImageOps.exif_transpose(image), rawmode)
         else:
             ImageOps.exif_transpose(image, in_place=True)
@@ -222,7 +222,7 @@ class Picture:
         return Frame(pixels, read_metadata(image, exif, turned, channels=pixels.shape[2]))
 
     def _read_16_bit(self, image: Image.Image, i: int, rawmode: str) -> Pixels:
-        """Decodes twice, as Pillow keeps one byte of each sample: once the high, once the low."""
+        """Decodes twice, for the high and the low bytes: Pillow keeps one byte of each sample."""
 
         def decode(rawmode: str) -> np.ndarray:
             with self._open() as image:
@@ -274,14 +274,14 @@ class Picture:
                 import pillow_heif
             except ImportError as error:
                 raise ImageError(
-                    "is HEIC, which needs an optional library: pip install pillow-heif"
+                    "is HEIC, which requires an optional library: pip install pillow-heif"
                 ) from error
             pillow_heif.register_heif_opener()
             return Image.open(source, "r", ("HEIF",))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Turns any exception of Pillow into an ImageError that names the file."""
+        """Converts any exception of Pillow to an ImageError that names the file."""
         name = "standard input" if isinstance(self._source, bytes) else self._source
         try:
             with _lenient_pillow(self._max_pixels):
@@ -293,13 +293,13 @@ class Picture:
         except Image.DecompressionBombError as error:
             megapixels = self._max_pixels / 1e6
             raise ImageError(
-                f"{name}: takes more memory than {megapixels:g} megapixels of 8-bit RGB; if you"
+                f"{name}: needs more memory than {megapixels:g} megapixels of 8-bit RGB; if you"
                 " trust it, raise the limit (upscale.py --max-megapixels)"
             ) from error
         except UnidentifiedImageError as error:
             kinds = "PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
             raise ImageError(
-                f"{name}: is not a {kinds} picture, or is damaged or of a rare kind"
+                f"{name}: is not a {kinds} picture, or is damaged, or of a rare kind"
             ) from error
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -314,8 +314,8 @@ _lenient_count = 0
 def _lenient_pillow(max_pixels: int) -> Iterator[None]:
     """Sets Pillow's size limit and silences warnings.
 
-    Both are global to the process: of several threads that read at once, the first sets them and
-    the last restores them.
+    Both are global to the process: if several threads read at once, the first changes them and the
+    last restores them.
     """
     global _lenient_count
     with _lenient_lock:
@@ -337,7 +337,7 @@ def _lenient_pillow(max_pixels: int) -> Iterator[None]:
 def from_pillow(image: Image.Image) -> Frame:
     """Copies the current frame of a Pillow image.
 
-    Raises ImageError if the image has no pixels, or 32-bit ones, whose range is unknown.
+    Raises ImageError if the image has no pixels, or 32-bit pixels, whose range is unknown.
     """
     if 0 in image.size:
         raise ImageError(f"the image has no pixels: its size is {image.width}x{image.height}")
@@ -358,7 +358,7 @@ def to_pillow(pixels: Pixels) -> Image.Image:
 
 
 def _pixels(image: Image.Image, rawmode: str, white_is_zero: bool = False) -> Pixels:
-    """The pixels of a loaded image. Pillow ignores that zero is white in 16-bit ones."""
+    """The pixels of a loaded image. In 16-bit images, Pillow ignores that zero may be white."""
     mode = image.mode
     if mode in ("I", "F"):
         raise ImageError("32-bit or signed pixels, of unknown range; save it with 8 or 16 bits")
@@ -371,7 +371,7 @@ def _pixels(image: Image.Image, rawmode: str, white_is_zero: bool = False) -> Pi
             pixels = 65535 - pixels
         return _transparent_colour(pixels, key)
     if mode in ("1", "L"):
-        if isinstance(key, int) and rawmode in ("L;2", "L;4"):  # counted in the file's bits
+        if isinstance(key, int) and rawmode in ("L;2", "L;4"):  # given in the file's bits
             key *= 255 // (2 ** int(rawmode[2:]) - 1)
         return _transparent_colour(_converted(image, "L")[:, :, None], key)
     if mode == "RGB":
@@ -385,7 +385,7 @@ def _pixels(image: Image.Image, rawmode: str, white_is_zero: bool = False) -> Pi
 
 
 def _converted(image: Image.Image, mode: str) -> np.ndarray:
-    """np.array(image.convert(mode)) by rows, since Pillow would make three copies."""
+    """np.array(image.convert(mode)), row by row, because Pillow would hold three copies."""
 
     def rows(top: int, bottom: int) -> np.ndarray:
         return np.asarray(image.crop((0, top, image.width, bottom)).convert(mode))
@@ -403,7 +403,7 @@ _CONVERTED = 2**18  # pixels at a time
 
 
 def _transparent_colour(pixels: Pixels, colour: Any) -> Pixels:
-    """Adds an alpha channel that is 0 for the one colour that PNG and GIF can make transparent."""
+    """Adds an alpha channel that is 0 for the single transparent colour that PNG and GIF allow."""
     if colour is None:
         return pixels
     maximum = np.iinfo(pixels.dtype).max
@@ -412,7 +412,7 @@ def _transparent_colour(pixels: Pixels, colour: Any) -> Pixels:
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Converts by the image's profile, or by Pillow's formula if it has none that is intact."""
+    """Converts using the image's profile, or Pillow's formula if it has no intact profile."""
     srgb = ImageCms.createProfile("sRGB")
     try:
         if image.mode == "LAB":
@@ -426,11 +426,11 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _first_webp_frame(file: io.BufferedIOBase, start: int, end: int) -> bytes:
-    """The kind of the first chunk with pixels among those from `start`; b"" if there is none."""
+    """The kind of the first chunk with pixels at or after `start`; b"" if there is none."""
     while start + 8 <= end:
         file.seek(start)
         kind, size = struct.unpack("<4sI", file.read(8))
-        if kind == b"ANMF":  # chunks of a frame, behind its place and duration
+        if kind == b"ANMF":  # a frame: its position and duration, then its chunks
             return _first_webp_frame(file, start + 24, end)
         if kind in (b"VP8 ", b"VP8L"):
             return kind
@@ -443,10 +443,10 @@ def _is_white_zero(image: Image.Image) -> bool:
 
 
 def _clear_disposed(image: GifImagePlugin.GifImageFile, rgba: Image.Image) -> None:
-    """Makes Pillow clear a frame that is disposed of to transparent, as viewers do.
+    """Makes Pillow clear a frame with disposal to background to transparent, as viewers do.
 
-    Without a declared transparent colour, Pillow would fill it with the background colour. On its
-    way to the next frame it pastes `image.dispose` into `image.im` at `image.dispose_extent`.
+    Without a declared transparent colour, Pillow would fill it with the background colour. Before
+    the next frame, Pillow pastes `image.dispose` into `image.im` at `image.dispose_extent`.
     """
     if image.disposal_method == 2 and image.dispose is not None and image.dispose_extent:
         left, top, right, bottom = image.dispose_extent
@@ -456,23 +456,23 @@ def _clear_disposed(image: GifImagePlugin.GifImageFile, rgba: Image.Image) -> No
 
 
 def _bytes_per_pixel(image: Image.Image) -> int:
-    """The bytes of a decoded pixel, in formats other than TIFF."""
+    """Bytes per decoded pixel, in formats other than TIFF."""
     samples = 3 if image.mode == "P" else len(image.getbands())
     samples += "transparency" in image.info
     return samples * (2 if "16" in _rawmode(image) + image.mode else 1)
 
 
 def _rawmode(image: Image.Image) -> str:
-    """The layout of a file's pixels, in Pillow's terms; "" if the image is loaded already."""
+    """Pillow's name for the layout of the pixels in a file; "" if the image is already loaded."""
     if tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, ()) == (12,):
-        return "I;12"  # of a loaded image too
+        return "I;12"  # even if it is loaded
     for tile in getattr(image, "tile", ()):
         return tile.args if isinstance(tile.args, str) else str(tile.args and tile.args[0])
     return ""
 
 
 def _find_pages(image: Image.Image, count: int) -> tuple[list[int], list[int]]:
-    """The indices of a TIFF's pages, and the most bytes that the pixels of each can have."""
+    """The indices of a TIFF's pages, and the upper limit of each page's bytes."""
     pages, page_bytes = [], []
     for i in range(count):
         image.seek(i)
@@ -489,6 +489,6 @@ def _find_pages(image: Image.Image, count: int) -> tuple[list[int], list[int]]:
 
 def _plays(image: Image.Image) -> int:
     loop = image.info.get("loop", 1 if image.format == "PNG" else None)
-    if image.format == "GIF":  # which counts repetitions, and has no field if there are none
+    if image.format == "GIF":  # counts repetitions, and omits the field if there are none
         loop = 1 if loop is None else loop + (loop > 0)
     return int(loop or 0)

@@ -1,7 +1,7 @@
 """Upscales pictures of all kinds: grey, colour, transparent, 8 and 16 bits, by any factor.
 
 >>> from dvmsr_jax import Upscaler
->>> upscale = Upscaler()  # or Upscaler.from_checkpoint("dvmsr.safetensors")
+>>> upscale = Upscaler()  # or Upscaler("x4-scratch"), Upscaler(scale=3)
 >>> large = upscale(Image.open("photo.jpg"))
 >>> large.save("photo_x4.png", **large.info)  # with ICC profile, DPI and EXIF
 """
@@ -9,7 +9,6 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -28,7 +27,8 @@ from dvmsr_jax.inference import (
     make_tiler,
 )
 from dvmsr_jax.pictures.reading import BandedFrame, Frame, from_pillow, to_pillow
-from dvmsr_jax.pretrained import DEFAULT_WEIGHTS, load_model
+from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.registry import default_for
 
 MAX_SCALE = 16
 
@@ -37,15 +37,15 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class PictureUpscaler:
-    """A function that enlarges pictures of all kinds, by means of one for RGB pictures."""
+    """Enlarges pictures of all kinds with a function for RGB pictures."""
 
     def __init__(self, upscale: RgbUpscale, model_scale: int, *, scale: int | float | None = None):
         """
         Args:
             upscale: a function made by `inference`.
-            model_scale: the factor by which it enlarges.
-            scale: the factor by which to enlarge pictures, above 0 and at most MAX_SCALE. If it is
-                not `model_scale`, the model's output is resized.
+            model_scale: its enlargement factor.
+            scale: the enlargement factor for pictures, above 0 and at most MAX_SCALE. If it differs
+                from `model_scale`, the model's output is resized.
 
         Raises:
             UserError: `scale` is out of range.
@@ -101,7 +101,7 @@ class PictureUpscaler:
         return enlarged[:, :, 0] if picture.ndim == 2 else enlarged
 
     def enlarge(self, frame: Frame) -> BandedFrame:
-        """Enlarges a frame. The pixels are computed lazily, while the bands are iterated over."""
+        """Enlarges a frame. The pixels are computed during iteration over the bands."""
         *size, channels = frame.pixels.shape
         height, width = self._enlarged(*size)
         metadata = frame.metadata.scaled(self.scale, height, width)
@@ -134,8 +134,8 @@ class PictureUpscaler:
     ) -> Iterator[Float[np.ndarray, "rows W channels"]]:
         """Enlarges the picture blended with black, and blended with white.
 
-        The difference of the two results gives alpha, and with it the colour. On black as on white,
-        the enlarged picture then looks like the enlarged blend, without fringes.
+        Alpha follows from the difference of the two results, and the colour from alpha. On black
+        and on white, the enlarged picture then looks like the enlarged blend, without fringes.
         """
 
         def on_black(values: np.ndarray) -> np.ndarray:
@@ -157,7 +157,7 @@ class PictureUpscaler:
         ):
             top, bottom = bottom, bottom + len(black)
             rows = ((np.arange(top, bottom) + 0.5) * (h / height)).astype(int)
-            # Opaque and clear areas stay exactly so, and alpha does not overshoot at edges.
+            # Opaque and clear areas stay exactly that, and alpha does not overshoot at edges.
             first = max(rows[0] - reach, 0)
             alpha = _values(pixels[first : rows[-1] + reach + 1, :, -1:])
             area = np.ix_(rows - first, columns)
@@ -174,7 +174,7 @@ class PictureUpscaler:
     ) -> Iterator[Float[np.ndarray, "rows W colours"]]:
         """Yields enlarged grey or RGB bands.
 
-        `colours` extracts grey or RGB from the values, in [0, 1], of any part of the pixels.
+        `colours` extracts grey or RGB from any part of the pixels, given as values in [0, 1].
         """
 
         def to_rgb(part: np.ndarray) -> np.ndarray:
@@ -190,14 +190,14 @@ class PictureUpscaler:
 
 
 class Upscaler(PictureUpscaler):
-    """A function that enlarges pictures of all kinds with a model.
+    """Enlarges pictures of all kinds with a model.
 
     It may be used from several threads at once.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str] = DEFAULT_WEIGHTS,
+        weights: str | os.PathLike[str] | None = None,
         *,
         scale: int | float | None = None,
         self_ensemble: bool = False,
@@ -208,20 +208,22 @@ class Upscaler(PictureUpscaler):
         """Loads a model.
 
         Args:
-            path: a checkpoint directory, a .safetensors file or a published .pth file. By default,
-                the project's own weights.
+            weights: a name (see `registry`), a checkpoint directory, a .safetensors file or a
+                published .pth file. None: the project's weights for this scale.
             scale: enlargement factor, not necessarily an integer. None: the model's.
             self_ensemble: average over the eight flips and rotations of each picture: slightly
                 better, eight times slower, and the result is held in memory in float32.
-            tile: upscale in square tiles of this side, in pixels. None: in bands of rows, which is
-                exact and needs as little memory, except for bidirectional models, which use 256.
+            tile: upscale in square tiles of this side, in pixels. None: in bands of rows, without
+                approximating, in as little memory; for bidirectional models, in tiles of 256.
             overlap: overlap of the tiles in pixels. None: 16.
             precision: see `config.Compute`.
 
         Raises:
             UserError: the weights cannot be read, or an argument is invalid or has no effect.
         """
-        model = load_model(Path(path), compute=Compute(precision=precision))
+        if weights is None:
+            weights = default_for(scale)
+        model = load_model(weights, compute=Compute(precision=precision))
         if tile is None and model.config.bidirectional:
             tile = 256
         if tile is not None:
@@ -235,11 +237,9 @@ class Upscaler(PictureUpscaler):
         super().__init__(upscale, model.config.scale, scale=scale)
 
     @classmethod
-    def from_checkpoint(
-        cls, path: str | os.PathLike[str] = DEFAULT_WEIGHTS, **options: Any
-    ) -> "Upscaler":
-        """The same as `Upscaler(path, **options)`."""
-        return cls(path, **options)
+    def from_pretrained(cls, weights: str | os.PathLike[str], **options: Any) -> "Upscaler":
+        """Equivalent to `Upscaler(weights, **options)`."""
+        return cls(weights, **options)
 
 
 def _check_values(pixels: np.ndarray) -> None:
@@ -267,7 +267,7 @@ def _values(pixels: np.ndarray) -> np.ndarray:
 
 
 def _joined(bands: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Joins bands to an array of this shape, and holds only one of them besides it."""
+    """Joins bands into an array of this shape, holding only one of them at a time."""
     whole = np.empty(shape, dtype)
     bottom = 0
     for band in bands:

@@ -1,1 +1,1 @@
-"""The teacher and student phases: the step, a run's parts, and the loop around them."""
+"""The teacher and student phases: the step, the parts of a run, and the training loop."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from dvmsr_jax.program import told_in_a_line
+from dvmsr_jax.program import one_line_errors
 from dvmsr_jax.training import targets
 
 
@@ -24,8 +24,8 @@ def distill(ckpt: Path, data: Path, self_ensemble: bool = False, batch_size: int
         ckpt: the teacher: a checkpoint directory, a .safetensors file or a published .pth file.
         data: a folder made by `python -m dvmsr_jax.data prepare`; the outputs go into its
             subfolder `targets`.
-        self_ensemble: average over the eight flips and turns; a better teacher, eight times slower.
-        batch_size: sub-images at a time, rounded up so that all devices share them evenly.
+        self_ensemble: average over the eight flips and rotations: better, but eight times slower.
+        batch_size: sub-images at a time, rounded up so that they divide evenly among the devices.
     """
     folder = targets.distill(
         ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size
@@ -40,7 +40,7 @@ def check(folder: tyro.conf.Positional[Path]) -> None:
         folder: the prepared folder, as given to `distill --data`.
     """
     folder = folder.expanduser()
-    problems = targets.check(folder)
+    problems = targets.find_problems(folder)
     for path in targets.target_folders(folder):
         print(path)
     for line in targets.find_unfinished(folder):
@@ -56,7 +56,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {"distill": distill, "check": check}
 
 def main() -> None:
     """Runs the command line."""
-    with told_in_a_line(
+    with one_line_errors(
         out_of_memory="try a smaller --batch-size",
         interrupted="stopped; the same command resumes",
     ):

@@ -25,7 +25,7 @@ from dvmsr_jax.training.run import Run
 from dvmsr_jax.training.step import TrainState, memory_of
 from dvmsr_jax.training.validation import Validator
 
-# Steps before those of a profile, for the program to be compiled and the queues to fill.
+# Steps before a profile starts, to compile the program and fill the queues.
 BEFORE_PROFILE = 5
 
 
@@ -36,12 +36,13 @@ class TrainingError(UserError):
 def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False) -> Path:
     """Runs a phase from its newest checkpoint, or from the start, to `config.steps`.
 
-    SIGINT and SIGTERM, in any of the processes, end it after the step under way, with a checkpoint.
-    `profile` steps are traced, into the phase's directory. With `allow_changes`, the configuration,
-    data and teacher may differ from the checkpoint's, except for the shapes of the weights.
+    SIGINT and SIGTERM, in any of the processes, end it after the current step, with a checkpoint. A
+    trace of `profile` steps is written to the phase's directory. With `allow_changes`, the
+    configuration, data, teacher and initial weights may differ from the checkpoint's, except for
+    the shapes of the weights.
 
     Returns:
-        The phase's directory, which `load_model` takes.
+        The phase's directory, for `load_model`.
 
     Raises:
         StoppedError: a signal ended it.
@@ -53,6 +54,7 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
     sources = {
         "data": data.identity(run.records.folder),
         "teacher": run.teacher_id,
+        "init": None if run.initial is None else run.initial.identity,
     }
     with (
         _sole_use(directory),
@@ -61,6 +63,7 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
             Checkpoints(
                 config,
                 sources,
+                lineage=() if run.initial is None else run.initial.lineage,
                 allow_changes=allow_changes,
                 describe_data=functools.partial(data.describe_change, run.records.folder),
             )
@@ -70,6 +73,8 @@ def train(config: TrainConfig, *, profile: int = 0, allow_changes: bool = False)
         if (restored := checkpoints.restore(state.ema, state._replace(ema={}))) is not None:
             best, state = restored.best, restored.state._replace(ema=restored.ema)
         start = int(state.step)
+        if start == 0 and run.initial is not None:
+            parallel.say(f"starting from {run.initial}")
         parallel.say(
             f"{config.phase}: steps {start} to {config.steps}, on {run.devices}, in {directory}"
         )
@@ -96,7 +101,7 @@ def _take_steps(
     """Runs the loop; returns (the last step taken, the best validation)."""
     config, start = run.config, int(state.step)
     train_step = run.make_step()
-    validate = Validator(config, run.records, run.teacher)
+    validate = Validator(config, run.records, run.teacher, run.start)
     log = report.Log(phase_directory(config), start) if parallel.is_first() else None
     batches = run.batches(start)
     recent = _Recent(start)
@@ -168,15 +173,15 @@ def dry_run(config: TrainConfig) -> None:
         f"{config.phase}: {parameters:,} parameters, {config.steps:,} steps of {batch_size} crops"
     )
     parallel.say(f"one crop's forward pass: {macs / 1e9:.3g} GMACs in convolutions and projections")
-    parallel.say(f"memory a device: {memory / 2**20:,.1f} MiB, on {run.devices}")
+    parallel.say(f"memory per device: {memory / 2**20:,.1f} MiB, on {run.devices}")
     parallel.say(f"loss {float(parts['loss']):.4f}")
     parallel.say(
-        f"{1 / seconds[1]:.3g} steps/s, so {days:.0f} days and {hours:.1f} hours, validation apart"
+        f"{1 / seconds[1]:.3g} steps/s: {days:.0f} days and {hours:.1f} hours, without validation"
     )
 
 
 class _Recent:
-    """The metrics of the steps since the last line of the log, and the time that they took."""
+    """The metrics of the steps since the last line of the log, and their time."""
 
     def __init__(self, step: int):
         self._step = step
@@ -200,7 +205,7 @@ class _Recent:
         self._step += 1
 
     def means(self, checkpoints: Checkpoints) -> dict[str, float]:
-        """Their means, with their speed and the share of waiting.
+        """The means of the metrics, the steps per second, and the share of time spent waiting.
 
         Raises:
             TrainingError: a loss is not finite.
@@ -231,9 +236,9 @@ class _Trace:
         self._on, self._wanted = False, steps > 0
 
     def step_done(self, step: int, state: Any) -> None:
-        """To be called after each step."""
+        """Call this after each step."""
         if step == self._begin < self._end and parallel.is_first():
-            jax.block_until_ready(state)  # earlier steps are not to be in it
+            jax.block_until_ready(state)  # excludes earlier steps
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._on, self._wanted = True, False
         if step == self._end:
@@ -253,13 +258,13 @@ class _Trace:
 
 @contextlib.contextmanager
 def _sole_use(directory: Path) -> Iterator[None]:
-    """Holds the directory: no other run can write to it."""
+    """Locks the directory, so that no other run writes to it."""
     if not parallel.is_first():
         yield
         return
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:
-        if not files.lock(file, wait=False):
+        if files.lock(file, wait=False) is False:
             raise UserError(
                 f"another run is writing to {directory}; stop it, or use another --workdir"
             )
@@ -267,7 +272,7 @@ def _sole_use(directory: Path) -> Iterator[None]:
 
 
 class _StopSignals:
-    """While entered, SIGINT and SIGTERM only set `requested`; a second one ends the process."""
+    """In its context, SIGINT and SIGTERM only set `requested`; a second signal ends the process."""
 
     def __enter__(self):
         self.requested = False
@@ -281,7 +286,7 @@ class _StopSignals:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("stopping after the step under way; again to stop at once", file=sys.stderr)
+        print("stopping after the current step; interrupt again to stop at once", file=sys.stderr)
 
     def __exit__(self, *exception):
         for number, handler in self._previous.items():

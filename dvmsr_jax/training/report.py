@@ -22,12 +22,12 @@ from dvmsr_jax.errors import UserError
 class Log:
     """The log of a phase, in its directory.
 
-    TensorBoard's events are written at once, not by tensorboardX's thread, in which a full disk
+    TensorBoard's events are written directly, and not in tensorboardX's thread, where a full disk
     would go unnoticed. Raises UserError, naming the directory, if something cannot be written.
     """
 
     def __init__(self, directory: Path, start: int):
-        """Continues at step `start`; what was logged after it, in a run cut short, is dropped."""
+        """Continues at step `start`; later lines, from an interrupted run, are dropped."""
         self._directory = directory
         self._path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
@@ -40,7 +40,7 @@ class Log:
             self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, one point of each of TensorBoard's curves."""
+        """Adds a line to metrics.jsonl, and a point to each of TensorBoard's curves."""
         with self._writing():
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
@@ -49,7 +49,7 @@ class Log:
             self._events.flush()
 
     def sample(self, step: int, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """A picture in samples/ and in TensorBoard; redraws curves.png."""
+        """Adds a picture to samples/ and to TensorBoard, and redraws curves.png."""
         with self._writing():
             images.write_png(self._directory / "samples" / f"{step:07d}.png", picture)
             self._write_event(step, summary=summary.image("sample", picture, dataformats="HWC"))
@@ -75,11 +75,10 @@ class Log:
 
 
 def read_metrics(path: Path) -> list[dict[str, int | float]]:
-    """The lines of a metrics.jsonl; none if there is no such file. A half-written last line is
-    left out.
+    """Reads metrics.jsonl, without a half-written last line; empty if there is no such file.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file contains something else.
     """
     if not path.exists():
         return []
@@ -87,14 +86,14 @@ def read_metrics(path: Path) -> list[dict[str, int | float]]:
     lines = [_parse(line) for line in (*whole, *([last] if _parse(last) else []))]
     if None in lines:
         raise UserError(
-            f"{path}: line {lines.index(None) + 1} is not one of metrics; move the file elsewhere, "
-            "or use another --workdir"
+            f"{path}: line {lines.index(None) + 1} is not a line of metrics; move the file "
+            "elsewhere, or use another --workdir"
         )
     return [line for line in lines if line]
 
 
 def _parse(line: str) -> dict[str, int | float] | None:
-    """The metrics of a line, None if it is of none."""
+    """The metrics of a line; None if it contains something else."""
     try:
         values = json.loads(line)
     except ValueError:
@@ -105,9 +104,9 @@ def _parse(line: str) -> dict[str, int | float] | None:
 
 
 def plot_training(directories: Sequence[Path], path: Path) -> None:
-    """Losses, validation PSNR-Y and learning rate over the steps, as a PNG.
+    """Plots losses, validation PSNR-Y and learning rate over the steps, as a PNG.
 
-    A curve for each phase directory, and for a student's its teacher's PSNR-Y as a line.
+    There is a curve for each phase directory, with the PSNR-Y of its start and of its teacher.
     """
     figure = matplotlib.figure.Figure(figsize=(15, 4), layout="constrained")
     losses, psnr, rate = figure.subplots(1, 3)
@@ -117,6 +116,7 @@ def plot_training(directories: Sequence[Path], path: Path) -> None:
         _plot(losses, lines, "distill_loss", f"{name}, to its teacher")
         _plot(psnr, lines, "val_psnr_y", name)
         _plot(psnr, lines, "val_teacher_psnr_y", f"the {name}'s teacher", "--")
+        _plot(psnr, lines, "val_start_psnr_y", f"the {name}'s start", "-.")
         _plot(rate, lines, "learning_rate", name)
     _plot(psnr, lines, "val_bicubic_psnr_y", "bicubic", ":")
     losses.set(xlabel="step", ylabel="L1 in training", yscale="log")

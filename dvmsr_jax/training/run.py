@@ -1,4 +1,4 @@
-"""A run's parts: devices, data, teacher, first state, step and batches."""
+"""The parts of a run: devices, data, teacher, initial state, training step and batches."""
 
 import functools
 from collections.abc import Iterator
@@ -13,32 +13,37 @@ from dvmsr_jax.config import TrainConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import Weights
 from dvmsr_jax.pretrained import load_weights
+from dvmsr_jax.training.initial import load_initial
 from dvmsr_jax.training.step import TrainState, TrainStep, init_state
-from dvmsr_jax.training.targets import Targets, load_targets, teacher_id
+from dvmsr_jax.training.targets import Targets, load_targets
 from dvmsr_jax.vimm import check_scan
 
 
 class Run:
-    """The parts of a phase. Whatever takes long, or much memory, is made only when asked for."""
+    """The parts of a phase. Those that take much time or memory are made only when needed."""
 
     def __init__(self, config: TrainConfig):
-        """Raises UserError if the devices, the data or the teacher cannot be used."""
+        """Raises UserError if the devices, data, teacher or initial weights cannot be used."""
         check_scan(config.compute)
         self.config = config
         self.mesh = parallel.make_mesh(config.data.batch_size, config.optim.accumulate)
         self.teacher = load_teacher(config)
+        self.initial = load_initial(config)
         self.records = data.load_records(config.data, config.model.scale)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on the devices."""
-        return parallel.replicate(init_state(self.config, self.teacher), self.mesh)
+        taken = {} if self.initial is None else self.initial.taken
+        return parallel.replicate(init_state(self.config, self.teacher, taken), self.mesh)
 
     def make_step(self) -> TrainStep:
-        """The step. Raises UserError if it needs a teacher's outputs and there are none."""
-        return TrainStep(self.config, self.mesh, self.teacher, self._feed)
+        """The training step. Raises UserError if precomputed targets are needed but missing."""
+        return TrainStep(
+            self.config, self.mesh, self.teacher, self._feed, random_start=self.start is None
+        )
 
     def batches(self, start: int) -> Iterator[Any]:
-        """Those from step `start` to the end, on the devices. Raises as `make_step`."""
+        """The batches from step `start` to the end, on the devices. Raises as `make_step`."""
         inputs = self._feed.inputs(
             seed=self.config.seed,
             start=start,
@@ -48,14 +53,21 @@ class Run:
         return parallel.prefetch(inputs, self.mesh)
 
     @property
+    def start(self) -> Weights | None:
+        """The weights before the first step, if none of them are random."""
+        if self.initial is None or self.initial.new:
+            return None
+        return Weights(self.config.model, dict(self.initial.taken))
+
+    @property
     def devices(self) -> str:
         """Number and kind of the devices."""
         return f"{self.mesh.size} x {self.mesh.devices[0].device_kind}"
 
     @functools.cached_property
     def teacher_id(self) -> str | None:
-        """See `targets.teacher_id`."""
-        return None if self.teacher is None else teacher_id(self.teacher)
+        """See `Weights.identity`."""
+        return None if self.teacher is None else self.teacher.identity()
 
     @functools.cached_property
     def _feed(self) -> data.Feed:
@@ -78,7 +90,7 @@ class Run:
 
 
 def teacher_path(config: TrainConfig) -> Path:
-    """The checkpoint that the student phase learns from."""
+    """The path of the teacher's weights for the student phase."""
     if config.distill.teacher is not None:
         return config.distill.teacher.expanduser()
     return config.workdir.expanduser() / "teacher"
@@ -88,7 +100,7 @@ def load_teacher(config: TrainConfig) -> Weights | None:
     """The frozen teacher of the student phase; None in the teacher phase.
 
     Raises:
-        UserError: there is none, or it is not finished, or its scale is not the student's.
+        UserError: there is none, it is unfinished, or its scale is not the student's.
     """
     if config.phase == "teacher":
         return None
@@ -102,13 +114,13 @@ def load_teacher(config: TrainConfig) -> Weights | None:
         facts = load_facts(path)
         if (left := facts["steps"] - facts["step"]) > 0:
             raise UserError(
-                f"the teacher in {path} has {left} steps to go; finish it, or pass it as it is "
+                f"the teacher in {path} has {left} steps left; finish it, or use it as it is "
                 f"with --distill.teacher {path}"
             )
     teacher = load_weights(path)
     if teacher.config.scale != config.model.scale:
         raise UserError(
-            f"{path} is a teacher for x{teacher.config.scale}, the student is to be "
+            f"{path} is a teacher for x{teacher.config.scale}, but the student is for "
             f"x{config.model.scale}"
         )
     return teacher

@@ -1,16 +1,18 @@
 """The training step of both phases: state, losses, gradients, update.
 
-teacher: L1 to the HR pictures. student: that plus lambda times L1 to a frozen teacher, at the
-output or at chosen RSSBs (arXiv 2405.03008, section 3.3). Both minimise with Adam under the paper's
-schedule and average the weights; validation, export and distillation use the average.
+teacher: the loss against the HR pictures, L1 in the paper. student: that plus lambda times L1 to a
+frozen teacher, at the output or at chosen RSSBs (arXiv 2405.03008, section 3.3). Both minimise with
+Adam under a schedule and average the weights; validation, export and distillation use the average.
 """
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
@@ -88,15 +90,19 @@ def rssb_pairs(config: TrainConfig, teacher: ModelConfig) -> tuple[tuple[int, in
     return config.distill.rssbs
 
 
-def init_state(config: TrainConfig, teacher: Weights | None) -> TrainState:
-    """The state before the first step."""
+def init_state(
+    config: TrainConfig,
+    teacher: Weights | None,
+    initial: Mapping[str, Array | np.ndarray] | None = None,
+) -> TrainState:
+    """The state before the first step: parameters from `initial`, by name, and random ones."""
     optimizer = make_optimizer(config.optim, config.steps)
 
     # Compiled once rather than operation by operation.
     @functools.partial(jax.jit, compiler_options=_on_cpus(_HASTY))
-    def init():
+    def init(initial):
         key = jax.random.key(config.seed)
-        model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key)))
+        model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key))) | initial
         params = {"model": model, "projections": {}}
         if teacher is not None and config.distill.level == "mid":
             shape = (config.model.channels, teacher.config.channels)
@@ -105,7 +111,7 @@ def init_state(config: TrainConfig, teacher: Weights | None) -> TrainState:
                 params["projections"][f"{i}"] = projection
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), model)
 
-    return init()
+    return init(dict(initial or {}))
 
 
 def loss_function(
@@ -122,17 +128,21 @@ def loss_function(
     """
     model = Weights(config.model, params["model"]).model(config.compute)
     output, features = model.with_features(batch["lr"], keys=keys, remat=config.remat)
-    pixel = losses.pixel(output, batch["hr"])
+    loss = losses.PIXEL[config.loss.pixel](output, batch["hr"])
+    parts = {"pixel_loss": loss}
+    if config.loss.fft_weight:
+        parts["fft_loss"] = losses.fourier(output, batch["hr"])
+        loss += config.loss.fft_weight * parts["fft_loss"]
     if teacher is None:
-        return pixel, {"loss": pixel, "pixel_loss": pixel}
+        return loss, {"loss": loss, **parts}
 
     if "target" in batch:
-        distillation = losses.output_level(output, batch["target"])
+        distillation = losses.l1(output, batch["target"])
     else:
         teach = teacher.model(config.compute)
         if config.distill.level == "output":
             target = upscale_batch(teach, batch["lr"], self_ensemble=config.distill.self_ensemble)
-            distillation = losses.output_level(output, jax.lax.stop_gradient(target))
+            distillation = losses.l1(output, jax.lax.stop_gradient(target))
         else:
             pairs = rssb_pairs(config, teacher.config)
             target_features = jax.lax.stop_gradient(teach.with_features(batch["lr"])[1])
@@ -141,8 +151,8 @@ def loss_function(
                 [target_features.rssbs[j] for _, j in pairs],
                 [params["projections"][f"{i}"] for i in range(len(pairs))],
             )
-    loss = pixel + config.distill.weight * distillation
-    return loss, {"loss": loss, "pixel_loss": pixel, "distill_loss": distillation}
+    loss += config.distill.weight * distillation
+    return loss, {"loss": loss, **parts, "distill_loss": distillation}
 
 
 class TrainStep:
@@ -163,7 +173,10 @@ class TrainStep:
         mesh: Mesh,
         teacher: Weights | None = None,
         feed: data.Feed | None = None,
+        *,
+        random_start: bool = True,
     ):
+        """`random_start`: whether any parameters were random before the first step."""
         optimizer = make_optimizer(config.optim, config.steps)
         schedule = learning_rate(config.optim, config.steps)
         replicated, sharded = PartitionSpec(), PartitionSpec(parallel.AXIS)
@@ -199,11 +212,12 @@ class TrainStep:
             grads = jax.lax.optimization_barrier(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            # Early averages would remember the random start: let the memory grow with the run (as
+            # An average would remember a random start for long, so its decay grows with the run (as
             # TensorFlow's ExponentialMovingAverage does, given the step). Not by way of
             # optax.incremental_update, which takes 1 - decay and rounds otherwise in early steps.
             t = state.step.astype(jnp.float32)
-            decay = jnp.minimum(config.optim.ema_decay, (1 + t) / (10 + t))
+            grown = (1 + t) / (10 + t) if random_start else 1.0
+            decay = jnp.minimum(config.optim.ema_decay, grown)
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params["model"])
             parts |= {
                 "gradient_norm": optax.tree.norm(grads),
@@ -222,7 +236,7 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Array]]:
         """The state after the step and the metrics of its batch, means over it.
 
-        loss, pixel_loss and, with a teacher, distill_loss; gradient_norm (before it is clipped),
+        loss, pixel_loss and, if used, fft_loss and distill_loss; gradient_norm (before clipping),
         weight_norm and learning_rate.
         """
         return self._step(state, self._constants, batch)

@@ -1,18 +1,17 @@
-"""A teacher's outputs for the training sub-images, computed once and kept beside them.
+"""Targets: a teacher's outputs for the training sub-images, computed once and stored beside them.
 
-Each teacher has a folder for them: arrays in files of `PER_SHARD`, and INFO, with their checksums
-and the teacher's path.
+Each teacher has a folder of targets: arrays, in files of `PER_SHARD` each, and INFO, with the
+files' checksums and the teacher's path.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -28,15 +27,46 @@ from dvmsr_jax.inference import upscale_pixels
 from dvmsr_jax.model import Weights
 from dvmsr_jax.pretrained import load_weights
 
-# Targets in a file; how much work an interruption can lose.
+# Targets per file, and thus the most work that an interruption can lose.
 PER_SHARD = 256
 INFO = "targets.json"
 _ENSEMBLE = "-ensemble"
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
+@dataclass
+class Info:
+    """The content of INFO, which describes a folder of targets."""
+
+    ckpt: str
+    """The teacher's path."""
+    sha256: dict[str, str]
+    """Checksums by file name."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Info":
+        """Reads a folder's INFO, if it exists. Raises DataError if it is damaged."""
+        try:
+            match json.loads((path / INFO).read_text()):
+                case {"ckpt": str(ckpt), "sha256": dict(sha256)} if all(
+                    isinstance(digest, str) for digest in sha256.values()
+                ):
+                    return cls(ckpt, sha256)
+            raise ValueError("it was not written by `distill`")
+        except FileNotFoundError:
+            return cls("TEACHER", {})
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path / INFO}: is damaged ({error}); remove it, and distil again to recreate it"
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Writes what `read` returns."""
+        write_json(path / INFO, dataclasses.asdict(self))
+
+
 class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
-    """The targets in a folder, in the order of the records, read from disk as they are used."""
+    """The targets in a folder, in the order of the records, read from disk on use."""
 
     def __init__(self, shapes: Mapping[Path, tuple[int, ...]]):
         self._shards = [open_shard(path, shape) for path, shape in shapes.items()]
@@ -51,21 +81,11 @@ class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
         return self._shards[index // PER_SHARD][index % PER_SHARD]
 
 
-def teacher_id(teacher: Weights) -> str:
-    """A short name for a teacher, which depends on its weights and configuration."""
-    config = json.dumps(dataclasses.asdict(teacher.config), sort_keys=True)
-    digest = hashlib.sha256(config.encode())
-    for name, x in sorted(teacher.parameters.items()):
-        digest.update(name.encode())
-        digest.update(np.asarray(x, np.float32).tobytes())
-    return digest.hexdigest()[:12]
-
-
 def load_targets(folder: Path, teacher: str, *, self_ensemble: bool, ckpt: Path) -> Targets:
-    """Opens the targets that `distill` wrote for the teacher with this `teacher_id`.
+    """Opens the targets that `distill` wrote for the teacher with this `Weights.identity`.
 
     Raises:
-        DataError: some are missing; the message says how to make them from `ckpt`.
+        DataError: some are missing; the message gives the command to compute them from `ckpt`.
     """
     path = folder / "targets" / _name(teacher, self_ensemble)
     missing = _missing(path, ckpt)
@@ -91,7 +111,7 @@ def shard_shapes(path: Path) -> dict[Path, tuple[int, ...]]:
 
 
 def open_shard(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n H W 3"]:
-    """The targets in a file, read from disk as they are used. Raises DataError if it is damaged."""
+    """The targets in a file, read from disk on use. Raises DataError if the file is damaged."""
     try:
         shard = np.load(path, mmap_mode="r")
         if shard.shape != shape or shard.dtype != np.uint8:
@@ -101,25 +121,13 @@ def open_shard(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "n H W 3
     return shard
 
 
-def read_info(path: Path) -> dict[str, Any]:
-    """{"ckpt", "sha256"} of a folder of targets: the teacher's path, and checksums by file."""
-    try:
-        return json.loads((path / INFO).read_text())
-    except FileNotFoundError:
-        return {"ckpt": "TEACHER", "sha256": {}}
-    except ValueError as error:
-        raise DataError(
-            f"{path / INFO}: is damaged ({error}); remove it, and distil again to have it written"
-        ) from error
-
-
 def find_unfinished(folder: Path) -> list[str]:
     """A line for each incomplete folder of targets in a folder of records, with the command."""
-    missing = [_missing(path, read_info(path)["ckpt"]) for path in target_folders(folder)]
+    missing = [_missing(path, Info.read(path).ckpt) for path in target_folders(folder)]
     return [line for line in missing if line is not None]
 
 
-def check(folder: Path) -> list[str]:
+def find_problems(folder: Path) -> list[str]:
     """Finds the problems of all targets in a folder of records, one line each.
 
     Compares shapes and checksums of the existing files; `find_unfinished` lists missing ones.
@@ -129,8 +137,9 @@ def check(folder: Path) -> list[str]:
     """
     Preparation.read(folder)
     shards = [
-        (path, shape, read_info(parent)["sha256"].get(path.name))
+        (path, shape, checksums.get(path.name))
         for parent in target_folders(folder)
+        for checksums in [Info.read(parent).sha256]
         for path, shape in shard_shapes(parent).items()
         if path.exists()
     ]
@@ -146,7 +155,7 @@ def _check_shard(path: Path, shape: tuple[int, ...], expected: str | None) -> st
     except DataError as error:
         return str(error)
     if expected is None:
-        return f"{path}: has no checksum; distil again to have it written"
+        return f"{path}: has no checksum; distil again to record it"
     if checksum(path) != expected:
         return f"{path}: is damaged, its checksum differs; remove it and distil again"
     return None
@@ -163,8 +172,8 @@ def _missing(path: Path, ckpt: Path | str) -> str | None:
         return None
     option = " --self-ensemble" if path.name.endswith(_ENSEMBLE) else ""
     return (
-        f"{path}: {there} of the {len(shards)} files of the teacher's outputs are there; this "
-        "makes the others:\n"
+        f"{path}: {there} of the {len(shards)} files of the teacher's outputs exist; this command "
+        "computes the others:\n"
         f"  python -m dvmsr_jax.training distill --ckpt {ckpt} --data {path.parents[1]}{option}"
     )
 
@@ -172,8 +181,8 @@ def _missing(path: Path, ckpt: Path | str) -> str | None:
 def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -> Path:
     """Computes a teacher's outputs, 8-bit, for the training sub-images in a folder of records.
 
-    They are computed in batches of `batch_size`, rounded up so that all devices share them evenly.
-    Files that an interrupted run finished are kept.
+    They are computed in batches of `batch_size`, rounded up so that they divide evenly among the
+    devices. Files that an interrupted run has finished are kept.
 
     Raises:
         UserError: the teacher or the records cannot be used, or their scales differ.
@@ -190,10 +199,10 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
     devices = jax.device_count()
     batch_size = math.ceil(batch_size / devices) * devices
     teach = _make_teacher(weights, self_ensemble, batch_size)
-    path = folder / "targets" / _name(teacher_id(weights), self_ensemble)
+    path = folder / "targets" / _name(weights.identity(), self_ensemble)
     path.mkdir(parents=True, exist_ok=True)
-    info = read_info(path) | {"ckpt": str(ckpt.absolute())}
-    write_json(path / INFO, info)
+    info = Info(str(ckpt.absolute()), Info.read(path).sha256)
+    info.write(path)
 
     def read(indices: range) -> np.ndarray:
         return np.stack([records[i]["lr"] for i in indices])
@@ -210,19 +219,19 @@ def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -
                 for output in teach(dataset):
                     outputs.append(output)
                     bar.update(len(output))
-                info["sha256"].pop(shard.name, None)
+                info.sha256.pop(shard.name, None)
                 with replacing(shard) as temporary, temporary.open("wb") as file:
                     np.save(file, np.concatenate(outputs))
-            if shard.name not in info["sha256"]:  # an interruption may have come between
-                info["sha256"][shard.name] = checksum(shard)
-                write_json(path / INFO, info)
+            if shard.name not in info.sha256:  # a run may have stopped between the two writes
+                info.sha256[shard.name] = checksum(shard)
+                info.write(path)
     return path
 
 
 def _make_teacher(
     weights: Weights, self_ensemble: bool, batch_size: int
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
-    """A function from batches of at most `batch_size` LR pictures to their SR pictures, uint8."""
+    """Returns a function from batches of at most `batch_size` LR pictures to SR pictures, uint8."""
     mesh = parallel.make_mesh(batch_size)
 
     def forward(weights, lr):
@@ -250,7 +259,7 @@ def _make_teacher(
     def teach(batches):
         under_way = None
         for lr in batches:
-            following = start(lr)  # so that the devices have work while this one is fetched
+            following = start(lr)  # keeps the devices busy while the previous one is fetched
             if under_way is not None:
                 yield finish(*under_way)
             under_way = following

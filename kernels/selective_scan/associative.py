@@ -21,7 +21,7 @@ def combine(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Ar
 def selective_scan(
     inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract."""
+    """Returns (y, final state); see `op.selective_scan` for the contract."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
     delta = step_size(delta, delta_bias, delta_softplus)
     B, C = B.astype(jnp.float32), C.astype(jnp.float32)

@@ -1,6 +1,6 @@
-"""The default: chunks of tokens, sequential inside, with a hand-written VJP.
+"""The fastest form in plain JAX: chunks of tokens, sequential inside, with a hand-written VJP.
 
-Only the states at the chunks' borders are kept for the backward pass, which recomputes the others
+For the backward pass, only the states at the chunks' borders are stored; the others are recomputed
 chunk by chunk, so no array of size (b, l, d, n) ever exists. README.md derives the formulas.
 
 Sequences are cut into *lanes* that are scanned independently. The two forms differ in the number
@@ -50,12 +50,12 @@ class Tokens(NamedTuple):
 def selective_scan(
     inputs: Inputs, delta_softplus: bool, *, parallel: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract."""
+    """Returns (y, final state); see `op.selective_scan` for the contract."""
     (b, l, d), dtype = inputs.u.shape, inputs.u.dtype
-    # Before the padding, whose step size is 0 (decay 1, input 0), which leaves the state alone.
+    # Before the padding, whose step size must be 0 (decay 1, input 0) to leave the state unchanged.
     delta = step_size(inputs.delta, inputs.delta_bias, delta_softplus)
     tokens = Tokens(inputs.u, delta, inputs.B, inputs.C, inputs.z)
-    if not parallel:  # else XLA, on CPUs, converts a loop's bfloat16 arrays whole in each step
+    if not parallel:  # on CPUs, XLA would convert a loop's whole bfloat16 arrays in each step
         tokens = jax.tree.map(_float32, tokens)
     p = math.isqrt(l) if parallel else 1
     lane_length = math.ceil(l / p)
@@ -205,8 +205,8 @@ def _lane_backward(weights, tokens, borders, dout, end):
     return dtokens, dweights, start
 
 
-# The lanes' borders. A lane maps the state before it, h, to exp(A sum(delta)) h + (its end from 0),
-# and the gradient after it to the one before it by the same factor.
+# The lanes' borders. A lane maps the state h before it to exp(A sum(delta)) h + (its end from
+# zero), and the gradient after it to the gradient before it in the same way.
 
 
 def _lane_end_from_zero(weights, tokens):
@@ -223,7 +223,7 @@ def _lane_end_from_zero(weights, tokens):
 
 
 def _lane_start_gradient_from_zero(weights, tokens, dout):
-    """(the lane's whole decay, the gradient by its start state if its end state's is zero)."""
+    """(the lane's whole decay, the gradient by its start state if that by its end is zero)."""
     A, D = weights
 
     def step(g, token):
@@ -245,7 +245,7 @@ def _lane_reduce(A, delta, step, inputs, *, reverse):
 
 
 def _lane_borders(decay, from_zero, first, *, reverse):
-    """The states (gradients if reverse) that enter each lane, (m, n, d), given the first one's."""
+    """The states (if reverse, gradients) that enter each lane, (m, n, d), given the first."""
     lanes = _by_sequence(decay, first), _by_sequence(from_zero, first)
     decay, out = jax.lax.associative_scan(combine, lanes, axis=1, reverse=reverse)
     first = first[:, None]

@@ -1,4 +1,4 @@
-"""The record that every implementation takes, and returns the gradients in."""
+"""The record of arrays that every implementation takes, also used for their gradients."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 class Inputs(NamedTuple):
     """The arrays of a scan, in the shapes and dtypes of `op.selective_scan`.
 
-    Inside an implementation, the arrays may be laid out differently; it says how.
+    Inside an implementation, the arrays may be laid out differently, as documented there.
     """
 
     u: Float[Array, "b l d"]

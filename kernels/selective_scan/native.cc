@@ -1,8 +1,8 @@
 // The selective scan and its gradient on a CPU, in float32. native.py compiles and calls them.
 //
-// Channels are taken WIDTH at a time, as a vector, and by a thread in groups, with which it runs
-// through all the tokens of a sequence, the states in its cache. The gradient goes through the
-// tokens backwards in chunks, each from the state before it, which the scan leaves behind. A and the
+// A vector holds WIDTH channels. A thread takes a group of channels through all tokens of a
+// sequence, with their states in its cache. The gradient goes backwards through chunks of tokens,
+// and recomputes the states of each from the state before it, which the scan has stored. A and the
 // states are (n, d) here, as in chunked.py; everything else is as in op.py.
 
 #include <algorithm>
@@ -26,7 +26,7 @@ constexpr int64_t WIDTH = 16;
 #else
 constexpr int64_t WIDTH = 8;
 #endif
-constexpr int64_t GROUP = 16;  // channels a thread takes in the forward pass: a cache line
+constexpr int64_t GROUP = 16;  // channels per group in the forward pass: a cache line
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
@@ -49,13 +49,13 @@ inline void Store(float* to, Floats x, int64_t count) {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// Comparisons are such that what is not a number stays so.
+// Comparisons are written so that NaN stays NaN.
 
-// 2^t for t up to 127, which delta A, never positive, does not exceed; with a relative error of
-// 2e-7, exact at 0; 2^-126 below -126.
+// 2^t for t up to 127 (delta A is never positive), with a relative error of 2e-7; exact at 0, and
+// 2^-126 below -126.
 inline Floats Exp2(Floats t) {
   t = t < -126.0f ? Floats{} - 126.0f : t;
-  const Floats shifted = t + 12582912.0f;  // 1.5 * 2^23: the last bits are now t rounded
+  const Floats shifted = t + 12582912.0f;  // 1.5 * 2^23: its last bits are now t, rounded
   const Floats f = t - (shifted - 12582912.0f);
   Floats p = Floats{} + 1.326472615e-3f;  // fitted to 2^f for f from -1/2 to 1/2
   p = p * f + 9.671512991e-3f;
@@ -101,10 +101,10 @@ struct Arrays {
 struct Scan : Arrays {
   const float* start;
   float *y, *end;
-  float* borders;  // (b, chunks, n, d), the states before each chunk; null if not wanted
+  float* borders;  // (b, chunks, n, d), the states before each chunk; null if not needed
   int64_t chunk;   // tokens
 
-  // The channels from c, GROUP of them or those that are left, of sequence b.
+  // Scans up to GROUP channels of sequence b, from c on.
   void Run(int64_t b, int64_t c) const {
     for (const int64_t last = std::min(c + GROUP, d); c < last; c += WIDTH)
       RunVector(b, c, std::min(WIDTH, last - c));
@@ -142,7 +142,7 @@ struct Scan : Arrays {
   }
 };
 
-// The gradients by each input, d... of it, from those by y and by the state after the last token.
+// The gradients by each input (dX for X), from those by y and by the state after the last token.
 struct Gradient : Arrays {
   const float *borders, *dout, *dend;
   float *du, *ddelta, *dz, *dstart;
@@ -150,20 +150,20 @@ struct Gradient : Arrays {
   float *dB, *dC;                // of each group of channels: (groups, b, l, n)
   int64_t sequences, chunk, channels;
 
-  // What a vector of channels keeps from chunk to chunk.
+  // Values that a vector of channels carries from chunk to chunk.
   struct Carry {
     std::vector<Floats> g, dA;  // g: the gradient by the state after the chunk
     Floats dD = {}, dbias = {};
   };
 
-  // What is computed in a chunk, of each token or each token's states.
+  // Values within a chunk, for each token or for each token's states.
   struct Scratch {
     std::vector<Floats> delta, y, decay;  // of one vector of channels
-    std::vector<Floats> h;                // of one too, before each token and after the last
-    std::vector<Floats> dB, dC;           // of all the group's, to be summed over their elements
+    std::vector<Floats> h;                // of one vector, before each token and after the last
+    std::vector<Floats> dB, dC;           // sums over the group's vectors, element by element
   };
 
-  // The channels from c, channels of them or those that are left, of sequence b.
+  // Computes the gradients of up to `channels` channels of sequence b, from c on.
   void Run(int64_t b, int64_t c) const {
     const int64_t first = c, last = std::min(c + channels, d), states = chunk * n;
     const std::vector<Floats> zeros(n);
@@ -209,7 +209,7 @@ struct Gradient : Arrays {
     const Floats D_c = Load(D + c, count), bias = Load(delta_bias + c, count);
     const int64_t begin = b * l + k * chunk, tokens = std::min(chunk, l - k * chunk);
 
-    // The states once more, to rounding.
+    // Recomputes the states, up to rounding.
     for (int64_t q = 0; q < tokens; ++q) {
       const int64_t t = begin + q;
       const Floats delta_t = StepSize(Load(delta + t * d + c, count) + bias);
@@ -258,8 +258,8 @@ struct Gradient : Arrays {
   }
 };
 
-// work(0) .. work(count - 1), by this thread and those of the pool that are free. It waits only for
-// what others have begun, so that it may run on one of the pool's threads itself.
+// Calls work(0) .. work(count - 1) in this thread and in free threads of the pool. It waits only
+// for calls that have begun, so that it may itself run in one of the pool's threads.
 void InParallel(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> work) {
   struct Progress {
     std::atomic<int64_t> next{0};
@@ -320,7 +320,7 @@ ffi::Error CallGradient(ffi::ThreadPool pool, Buffer u, Buffer delta, Buffer A, 
   return ffi::Error::Success();
 }
 
-// What both take first.
+// The first arguments of both functions.
 auto BindArrays() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()

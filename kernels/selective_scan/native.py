@@ -1,6 +1,6 @@
-"""C++ on the CPU (native.cc), compiled by the system's compiler on first use.
+"""The scan in C++ for CPUs (native.cc), compiled by the system's compiler on first use.
 
-The carried form of `chunked` in hand-written loops. It can be differentiated once.
+This is the carried form of `chunked`, in hand-written loops. It can be differentiated only once.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from kernels import user_cache
 from kernels.selective_scan.inputs import Inputs
 
 SOURCE = Path(__file__).with_suffix(".cc")
-# Tokens per chunk, and channels per thread in the backward pass. The four arrays that hold a
-# chunk's states for one vector of channels should fit a core's second-level cache (128 KiB for
-# n = 16 with AVX2); sums over channels are made once per thread. Tuned on two cores.
+# Tokens per chunk, and channels per group in the backward pass. The four arrays with a chunk's
+# states for one vector of channels should fit a core's second-level cache (128 KiB for n = 16 with
+# AVX2). The sums over a vector's elements are computed once per group. Tuned on two cores.
 CHUNK = 64
 CHANNELS = 64
 # Clang accepts -march=native on ARM only since version 15.
@@ -35,7 +35,7 @@ _NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-ma
 FLAGS = ("-O3", _NATIVE, "-std=c++17", "-shared", "-fPIC", "-w")
 
 
-# Only one library is registered with XLA, so only one thread may compile it.
+# Only one library is registered with XLA, so only one thread may compile it at a time.
 _LOCK = threading.Lock()
 
 
@@ -46,7 +46,7 @@ class NativeUnavailableError(RuntimeError):
 def selective_scan(
     inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract."""
+    """Returns (y, final state); see `op.selective_scan` for the contract."""
     return _scan(delta_softplus, inputs)
 
 
@@ -79,7 +79,7 @@ def _scan_backward(delta_softplus, residuals, gradients):
     dout, dend = gradients
     prepared = _prepared(inputs)
     (b, l, d), n = inputs.u.shape, inputs.A.shape[1]
-    # Summed below: the weights' gradients of each sequence, and those by B and C of each group.
+    # Per sequence for the weights, and per group of channels for B and C; summed below.
     groups = math.ceil(d / CHANNELS)
     shapes = Inputs(
         u=(b, l, d),
@@ -139,7 +139,7 @@ def _foreign(name, *shapes):
 
 @functools.cache
 def missing() -> str | None:
-    """What `selective_scan` lacks here; None if it can run. Compiles it if needed, in seconds."""
+    """The reason why `selective_scan` cannot run here, or None. May compile it, in seconds."""
     try:
         register()
     except NativeUnavailableError as error:
@@ -168,9 +168,9 @@ def register() -> Names:
 
 
 def load_library() -> tuple[str, tuple[Any, Any]]:
-    """(name, (scan, gradient)) of the library in the user's cache, compiled if missing or damaged.
+    """(name, (scan, gradient)) of the library in the user's cache; compiled if missing or damaged.
 
-    The name contains the checksum, since loading a truncated library can crash the process.
+    The name contains a checksum, because loading a truncated library can crash the process.
     """
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -212,7 +212,7 @@ def _compile(compiler: str, folder: Path, stem: str) -> Path:
 
 
 def _made_of(compiler: str) -> tuple[object, ...]:
-    """All that the library depends on: different machines may share a home."""
+    """Everything that the library depends on, because different machines may share a home."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
     system = platform.libc_ver(), _processor()
     return SOURCE.read_text(), FLAGS, jax.lib.__version__, compiler, version, *system

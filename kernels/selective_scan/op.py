@@ -1,4 +1,4 @@
-"""The public op: contract, argument checks and choice of implementation.
+"""The public function: contract, argument checks and choice of implementation.
 
 Shapes throughout this package:
 
@@ -39,7 +39,7 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "native": native.selective_scan,
     "triton": triton_scan.selective_scan,
 }
-# Cannot run everywhere.
+# Implementations that cannot run everywhere.
 _PARTICULAR = {"native": native, "triton": triton_scan}
 
 
@@ -66,8 +66,8 @@ def selective_scan(
         y_t = (C_t . h_t + D u_t) silu(z_t)                 (gate where z is given)
 
     Both outputs are differentiable with respect to every array: once in "native" and "triton", any
-    number of times in the others. A sequence may be cut anywhere: the final state of one part is
-    the initial state of the next.
+    number of times in the others. A sequence may be cut anywhere, with the final state of one part
+    as the initial state of the next.
 
     Args:
         u: input; like `delta`, `B`, `C` and `z`, float32 or bfloat16 (may be mixed).
@@ -81,10 +81,10 @@ def selective_scan(
         delta_softplus: apply softplus to the biased `delta`.
         initial_state: the state before the first token; zeros if None.
         return_final_state: also return the state after the last token.
-        implementation: "sequential" (the specification), "associative", "chunked" (its
-            "chunked-carried" form on CPU, "chunked-parallel" elsewhere; both can be named),
-            "native" (C++, CPUs with a compiler), "triton" (NVIDIA GPUs), or "auto": the last two
-            where they can run, else "chunked".
+        implementation: "sequential" (the specification), "associative", "chunked" (short for
+            "chunked-carried" on CPUs and "chunked-parallel" elsewhere), "native" (C++, on CPUs
+            with a compiler), "triton" (on NVIDIA GPUs), or "auto": one of the last two if it can
+            run, otherwise "chunked".
 
     Returns:
         y in u's dtype, or (y, final state in float32). State and sums are float32 throughout.
@@ -92,7 +92,7 @@ def selective_scan(
     Raises:
         TypeError: an argument has a dtype outside the contract.
         ValueError: an argument has the wrong shape, or `implementation` is unknown.
-        RuntimeError: `implementation` is "native" or "triton", and that cannot run here.
+        RuntimeError: `implementation` is "native" or "triton", which cannot run here.
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if initial_state is None:
@@ -104,13 +104,13 @@ def selective_scan(
 
 
 def missing(implementation: str) -> str | None:
-    """What this implementation lacks here; None if it can run."""
+    """The reason why this implementation cannot run here; None if it can."""
     module = _PARTICULAR.get(implementation)
     return None if module is None else module.missing()
 
 
 def _resolve(implementation: str) -> str:
-    """The key in _FUNCTIONS that `implementation` means on the current platform."""
+    """The key in _FUNCTIONS that `implementation` stands for on the current platform."""
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"selective_scan: implementation is {implementation!r}, expected one of "

@@ -1,4 +1,4 @@
-"""What happens to each token before and after the recurrence, in float32; any leading axes."""
+"""The maps of single tokens before and after the recurrence, in float32; any leading axes."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 def step_size(
     delta: Float[Array, "*axes d"], delta_bias: Float[Array, " d"] | None, delta_softplus: bool
 ) -> Float[Array, "*axes d"]:
-    """The step size that the recurrence uses: softplus(delta + delta_bias), both optional."""
+    """The recurrence's step size: softplus(delta + delta_bias); softplus and bias are optional."""
     delta = delta.astype(jnp.float32)
     if delta_bias is not None:
         delta = delta + jnp.broadcast_to(delta_bias, delta.shape)
@@ -21,7 +21,7 @@ def readout(
     D: Float[Array, " d"],
     z: Float[Array, "*axes d"] | None,
 ) -> Float[Array, "*axes d"]:
-    """The skip D u and the gate silu(z), in u's dtype."""
+    """Applies the skip D u and the gate silu(z); returns u's dtype."""
     out = y + jnp.broadcast_to(D, y.shape) * u.astype(jnp.float32)
     if z is not None:
         out = out * jax.nn.silu(z.astype(jnp.float32))

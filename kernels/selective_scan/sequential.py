@@ -10,7 +10,7 @@ from kernels.selective_scan.inputs import Inputs
 def selective_scan(
     inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract."""
+    """Returns (y, final state); see `op.selective_scan` for the contract."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = inputs
 
     def step(h, token):
@@ -26,7 +26,7 @@ def selective_scan(
             y_t = y_t * jax.nn.silu(z_t)
         return h, y_t
 
-    # Before the loop: XLA, on CPUs, converts a loop's bfloat16 arrays whole in each step.
+    # Outside the loop: on CPUs, XLA would convert the loop's whole bfloat16 arrays in each step.
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 1, 0), (u, delta, B, C, z))
     final_state, y = jax.lax.scan(step, initial_state, tokens)
     return jnp.moveaxis(y, 0, 1).astype(u.dtype), final_state

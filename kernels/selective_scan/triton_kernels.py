@@ -7,16 +7,16 @@ Each kernel follows a tile of channels through a chunk of tokens, one token afte
     2       chunk_borders: composes the chunks          chunk_borders, reversed
     3       outputs: y, from the true start states      gradients
 
-A sequence that is one chunk needs phase 3 alone. A program is one warp and has a channel for each
-lane (with more than 16 states, for several lanes), so that the states stay in registers, a sum over
-states stays in its lane, and a load of u, delta or z is one row of neighbouring channels.
+A sequence of a single chunk needs phase 3 only. A program is one warp. Each lane has one channel
+(with more than 16 states, several lanes share one), so that states stay in registers, a sum over
+states stays within a lane, and a load of u, delta or z is one row of neighbouring channels.
 
     d, n            channels and states; compile-time constants, like all names in capitals
     l, chunk        tokens of a sequence; of a chunk, a multiple of BLOCK
     h, g            the state and the gradient by it, (TILE_N, TILE_D)
     decay           exp(delta A), taken as 2^(delta A log2(e)), which is one instruction
 
-All arithmetic is float32, whatever the type of the inputs, and offsets of tokens have 64 bits.
+All arithmetic is float32, for inputs of any type, and offsets of tokens have 64 bits.
 """
 
 import inspect
@@ -24,8 +24,8 @@ import inspect
 import triton
 import triton.language as tl
 
-# Tokens between two states that the forward pass saves for the backward pass, and tokens whose
-# states that pass holds in registers at once.
+# Number of tokens between two states that the forward pass saves for the backward pass, and number
+# of tokens whose states the backward pass holds in registers at once.
 BLOCK = tl.constexpr(8)
 HELD = tl.constexpr(4)
 
@@ -37,7 +37,7 @@ def jit(function):
     return triton.jit(inspect.unwrap(function))
 
 
-# Where a program is, and what it reads.
+# The position of a program, and its loads.
 
 
 @jit
@@ -51,23 +51,23 @@ def position(chunks, d: tl.constexpr, TILE_D: tl.constexpr):
 
 @jit
 def tile_channels(tile, d: tl.constexpr, TILE_D: tl.constexpr):
-    """(a tile's channels, which of them no earlier tile has); d is at least TILE_D."""
+    """(the tile's channels, a mask of those in no earlier tile); d is at least TILE_D."""
     first = tile * TILE_D
     channel = tl.minimum(first, d - TILE_D) + tl.arange(0, TILE_D)
-    # Told of no alignment, Triton gives each lane one channel, and not four.
+    # Without a declared alignment, Triton gives each lane one channel instead of four.
     return tl.multiple_of(channel, 1), channel >= first
 
 
 @jit
 def tile_states(channel, own, d: tl.constexpr, n: tl.constexpr, TILE_N: tl.constexpr):
-    """(offsets of these channels' states in (n, d), which of them are this tile's own)."""
+    """(offsets of these channels' states in (n, d), a mask of those that are the tile's own)."""
     k = tl.arange(0, TILE_N)[:, None]
     return tl.minimum(k, n - 1) * d + channel[None, :], (k < n) & own[None, :]
 
 
 @jit
 def load_states(x, row, n: tl.constexpr, TILE_N: tl.constexpr):
-    """The n values of a token (B or C), and zeros up to TILE_N."""
+    """A token's n values of B or C, padded with zeros to TILE_N."""
     k = tl.arange(0, TILE_N)
     if n == TILE_N:
         return tl.load(x + row * n + k)
@@ -77,7 +77,7 @@ def load_states(x, row, n: tl.constexpr, TILE_N: tl.constexpr):
 
 @jit
 def load_tokens(x, sequence, t, l, channel, d: tl.constexpr, COUNT: tl.constexpr):
-    """A tuple of the channels of COUNT tokens from t on; the last token again after the end."""
+    """A tuple with the channels of COUNT tokens from t on; past the end, the last one repeats."""
     tokens = ()
     for i in tl.static_range(COUNT):
         row = sequence * l + tl.minimum(t + i, l - 1)
@@ -87,9 +87,10 @@ def load_tokens(x, sequence, t, l, channel, d: tl.constexpr, COUNT: tl.constexpr
 
 @jit
 def all_loads_out():
-    """A point before which all loads so far are under way, so that they are waited for together.
+    """A point before which all loads so far are issued, to be waited for together.
 
-    The compiler would move each close to its use, and the program would wait for every token.
+    Otherwise, the compiler would move each load close to its use, and the program would wait for
+    every token.
     """
     tl.debug_barrier()
 
@@ -140,9 +141,10 @@ def compose(decay_1, input_1, decay_2, input_2):
 def store_channel_sums(out, x, factor, real, n: tl.constexpr):
     """Stores sum(x * factor, axis=1), x (TILE_N, TILE_D) and factor (TILE_D,), for n states.
 
-    tl.sum would take log2(TILE_D) exchanges between lanes for every state. Here the lanes share
-    the states out between them: in each exchange a lane gives half of its states away and gets
-    the other lane's part of its own. With 16 states and 32 lanes, 16 exchanges instead of 80.
+    tl.sum would take log2(TILE_D) exchanges between lanes for every state. Here, the lanes divide
+    the states among them: in each exchange, a lane gives away half of its states, and receives the
+    other lane's part of the half that it keeps. For 16 states and 32 lanes, this takes 16 exchanges
+    instead of 80.
     """
     TILE_N: tl.constexpr = x.shape[0]
     TILE_D: tl.constexpr = x.shape[1]
@@ -159,10 +161,10 @@ def store_channel_sums(out, x, factor, real, n: tl.constexpr):
                 x = tl.where(upper, high, low)
                 given = tl.where(upper, low, high)
                 k += tl.where(upper, TILE_N >> i, 0)
-            else:  # one state left, which both lanes keep
+            else:  # one state is left, which both lanes keep
                 given = x
-            # Not before, so that half of the products are fused with the sum; but then two lanes
-            # that keep the same state would differ by rounding.
+            # Not before the loop, so that half of the products are fused with the sum; but with a
+            # single state, the two lanes that keep it would then differ by rounding.
             if i == 1 and TILE_N > 1:
                 x *= factor[None, :]
                 given *= factor[None, :]
@@ -172,8 +174,8 @@ def store_channel_sums(out, x, factor, real, n: tl.constexpr):
     tl.store(out + k, x, mask=tl.where(real, k < n, False))
 
 
-# The kernels. Arguments: inputs, sizes, outputs, constants. Each `sharing` sequences have their own
-# row of A, D and delta_bias.
+# The kernels. Arguments: inputs, sizes, outputs, constants. Each group of `sharing` sequences has
+# its own row of A, D and delta_bias.
 
 
 @jit
@@ -264,8 +266,9 @@ def chunk_borders(
     d: tl.constexpr, n: tl.constexpr, TILE_D: tl.constexpr, TILE_C: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Phase 2: borders (b, chunks + 1, n, d), what enters each chunk and what leaves the last, from
-    what leaves chunks that `from_zero` enters, and what enters the first (the last in reverse)."""
+    """Phase 2: borders (b, chunks + 1, n, d), the states that enter each chunk and leave the last
+    one, from those that leave the chunks if started from zero (`from_zero`), and the one that
+    enters the first. In reverse, gradients, from the last chunk to the first."""
     sequence, k, tile = position(n, d, TILE_D)
     channel, own = tile_channels(tile, d, TILE_D)
     A_log2 = tl.load(A + (sequence // sharing * n + k) * d + channel) * LOG2_E
@@ -365,7 +368,7 @@ def gradients(
         t = start + part * HELD
         block = t // BLOCK
 
-        # To the state before the part's tokens.
+        # Up to the state before the part's tokens.
         h = tl.load(saved + (sequence * tl.cdiv(l, BLOCK) + block) * n * d + state)
         A_log2 = tl.load(A + weights * n * d + state) * LOG2_E
         for part_before in range(block * BLOCK, t, HELD):
@@ -377,7 +380,7 @@ def gradients(
                 delta_t, _ = step_size(deltas[i] + bias, SOFTPLUS)
                 h = step(h, us[i], delta_t, A_log2, load_states(B, row, n, TILE_N))
 
-        # Forward through its tokens, holding their states: dz, dC.
+        # Forward through the part's tokens, holding their states: dz, dC.
         us = load_tokens(u, sequence, t, l, channel, d, HELD)
         raws = load_tokens(delta, sequence, t, l, channel, d, HELD)
         douts = load_tokens(dout, sequence, t, l, channel, d, HELD)
@@ -405,7 +408,7 @@ def gradients(
             slopes += (slope,)
             dys += (dy_t,)
 
-        # Back through them: all else. A again, so that its registers were free meanwhile.
+        # Back through them: all other gradients. A is loaded again, to free registers until here.
         A_part = tl.load(A + weights * n * d + state)
         for i in tl.static_range(HELD - 1, -1, -1):
             row = sequence * l + tl.minimum(t + i, l - 1)

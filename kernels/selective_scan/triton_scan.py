@@ -1,10 +1,11 @@
 """The fused form for NVIDIA GPUs: shapes, phases and gradients around `triton_kernels.py`.
 
-Besides y, only the states at the borders of chunks leave the chip, and for the backward pass those
-before every `BLOCK` tokens. In this file states are laid out (n, d), and every array of `Inputs`
-has a leading axis: A (w, n, d), D and delta_bias (w, d), the others b first, where w divides b:
+Besides y, only the states at the borders of chunks leave the chip and, for the backward pass, those
+before every `BLOCK` tokens. In this file, states are laid out as (n, d), and every array of
+`Inputs` has a leading axis: A (w, n, d), D and delta_bias (w, d), and b first in the others, where
+w divides b:
 
-    b  sequences        w  sets of weights, each shared by b / w sequences in a row (1 but for vmap)
+    b  sequences    w  sets of weights, each shared by b / w adjacent sequences (1 without vmap)
 """
 
 import functools
@@ -32,25 +33,25 @@ class Pass(NamedTuple):
 
 FORWARD = Pass(programs=16, split_cost=(136 + 152) / 152)
 BACKWARD = Pass(programs=8, split_cost=(152 + 528) / 528)
-FULL = 0.9  # the part of those places that must be taken, counting all rounds of programs
-STATES_A_PROGRAM = 512  # 16 registers a lane for the states
+FULL = 0.9  # the fraction of those slots that must be filled, over all rounds of programs
+STATES_A_PROGRAM = 512  # 16 registers per lane for the states
 LANES = 32
 MIN_CHUNK = 64
 BORDER_TILE = (256, 8)  # chunks and channels that a program of phase 2 composes at a time
 BORDER_WARPS = 4
 
 MIN_COMPUTE_CAPABILITY = 8.0
-MULTIPROCESSORS = 132  # of an H100 or H200, to lower for where there is no GPU
+MULTIPROCESSORS = 132  # those of an H100 or H200, assumed when lowering without a GPU
 
 
 def selective_scan(
     inputs: Inputs, delta_softplus: bool
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d n"]]:
-    """(y, final state); `op.selective_scan` has the contract."""
+    """Returns (y, final state); see `op.selective_scan` for the contract."""
     bias = jnp.zeros_like(inputs.D) if inputs.delta_bias is None else inputs.delta_bias
     inputs = inputs._replace(
         A=inputs.A.T[None],
-        # All channels read B and C: converted once here, and not by every program.
+        # All channels read B and C, so they are converted once here instead of in every program.
         B=inputs.B.astype(jnp.float32),
         C=inputs.C.astype(jnp.float32),
         D=inputs.D[None],
@@ -62,7 +63,7 @@ def selective_scan(
 
 
 def missing() -> str | None:
-    """What this implementation lacks here and how to get it; None if it can run."""
+    """The missing requirement of this implementation and how to get it; None if it can run."""
     if lack := missing_package():
         return lack
     if not cuda_plugin():
@@ -72,7 +73,7 @@ def missing() -> str | None:
         )
     gpu = _gpu()
     if gpu is None:
-        return "JAX finds no NVIDIA GPU; `nvidia-smi` shows whether the driver does"
+        return "JAX finds no NVIDIA GPU; run `nvidia-smi` to check whether the driver does"
     if float(gpu.compute_capability) < MIN_COMPUTE_CAPABILITY:
         return (
             f"{gpu.device_kind} has compute capability {gpu.compute_capability}; "
@@ -82,7 +83,7 @@ def missing() -> str | None:
 
 
 def missing_package() -> str | None:
-    """The package that the kernels need to compile and is missing; None if there is none."""
+    """The missing package that compiling the kernels needs; None if none is missing."""
     for package in ("triton", "jax_triton"):
         if importlib.util.find_spec(package) is None:
             return (
@@ -126,7 +127,7 @@ def launch(
 
 
 def _gpu() -> Any:
-    """The first NVIDIA GPU, taken to be like all others; None if there is none."""
+    """The first NVIDIA GPU, assumed to be like all others; None if there is none."""
     try:
         return jax.devices("cuda")[0]
     except RuntimeError:
@@ -134,13 +135,13 @@ def _gpu() -> Any:
 
 
 def _compute_capability() -> int:
-    """The GPU's, such as 90; without a GPU, the oldest supported."""
+    """The GPU's compute capability times 10; without a GPU, the lowest supported."""
     gpu = _gpu()
     return round(10 * (float(gpu.compute_capability) if gpu else MIN_COMPUTE_CAPABILITY))
 
 
 def _one_call_under_vmap(function: Callable) -> Callable:
-    """A function of arrays that jax.vmap calls once, the mapped axis merged into their first.
+    """Makes jax.vmap call the function once, with the mapped axis merged into the arrays' first.
 
     jax-triton's calls have no batching rule of their own.
     """
@@ -182,14 +183,14 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def tile_sizes(d: int, n: int) -> tuple[int, int]:
-    """The channels and the states (all, and some that do not exist) that a program follows."""
+    """The numbers of channels and of states (n, rounded up) that a program handles."""
     tile_n = _power_of_2_above(n)
     return _power_of_2_below(min(LANES, STATES_A_PROGRAM // tile_n, d)), tile_n
 
 
 def chunk_count(columns: int, slots: int, split_cost: float) -> int:
-    """How many chunks to cut each of `columns` tiles into, `slots` chunks running at a time: as
-    many as fill the slots in the fewest rounds. One if the tiles alone take so many of them that
+    """The number of chunks to cut each of `columns` tiles into, if `slots` chunks run at a time: as
+    many as fill the slots in the fewest rounds. 1 if the tiles alone fill so many slots that
     filling the others would gain less than it costs (see `Pass`)."""
     if columns * split_cost >= FULL * slots:
         return 1
@@ -198,7 +199,7 @@ def chunk_count(columns: int, slots: int, split_cost: float) -> int:
 
 
 class Plan:
-    """How one pass over these inputs is cut up."""
+    """The division of one pass over the inputs into programs."""
 
     def __init__(self, inputs: Inputs, kind: Pass):
         from kernels.selective_scan.triton_kernels import BLOCK
@@ -217,7 +218,7 @@ class Plan:
         self.chunks = _ceil_div(self.l, self.chunk)
 
     def launch(self, kernel: str, chunks: int, arrays, outputs, **constants):
-        """Runs a kernel that has a program for each tile of channels of each chunk."""
+        """Runs a kernel with one program for each tile of channels of each chunk."""
         return launch(
             kernel,
             self.b * chunks * self.tiles,
@@ -232,7 +233,7 @@ class Plan:
         )
 
     def compose(self, from_zero, delta_sums, A, first, *, reverse: bool):
-        """Phase 2: what enters each chunk, (b, chunks, n, d)."""
+        """Phase 2: the states (in reverse, gradients) that enter each chunk, (b, chunks, n, d)."""
         count = self.chunks - 1
         tile_c = min(BORDER_TILE[0], _power_of_2_above(count))
         tile_d = min(BORDER_TILE[1], _power_of_2_below(self.d))
@@ -323,7 +324,7 @@ def _backward(delta_softplus, inputs: Inputs, saved, dout, dfinal_state) -> Inpu
     )
 
     def over_chunks(x, like):
-        """The sum over each set of weights' sequences and their chunks."""
+        """Sums over the chunks of all sequences that share a set of weights."""
         return jnp.sum(x.reshape(like.shape[0], -1, *like.shape[1:]), axis=1)
 
     return Inputs(
@@ -348,10 +349,10 @@ def _ceil_div(x: int, y: int) -> int:
 
 
 def _power_of_2_above(x: int) -> int:
-    """The smallest that is not below x."""
+    """The smallest power of 2 that is at least x."""
     return 1 << (x - 1).bit_length()
 
 
 def _power_of_2_below(x: int) -> int:
-    """The largest that is not above x, and at least 1."""
+    """The largest power of 2 that is at most x, but at least 1."""
     return 1 << max(x, 1).bit_length() - 1

@@ -31,7 +31,7 @@ STANDARD = Path("-")
 """Standard input as a source, standard output as a target."""
 
 SKIPPED_SHOWN = 3
-"""How many skipped pictures a summary names."""
+"""Largest number of skipped pictures that a summary names."""
 
 # Stem of an upscaled picture; its first group is the stem of the original.
 _RESULT = re.compile(r"(.+)_x\d+(\.\d+)?", re.DOTALL)
@@ -57,13 +57,13 @@ class Job:
 
 
 class DiskFullError(UserError):
-    """There is no room for a result, and so none for the following ones."""
+    """There is no space for a result, and thus none for the following ones."""
 
 
 def plan(
     inputs: Sequence[str], output: str | None, *, scale: float, suffix: str | None
 ) -> list[Job | Outcome]:
-    """Finds the pictures that the user has named, and decides where each result goes.
+    """Finds the pictures that the inputs refer to, and decides where each result goes.
 
     Args:
         inputs: files; folders of pictures; patterns; "-" for standard input.
@@ -73,14 +73,14 @@ def plan(
         suffix: suffix of the results. None: that of the output or, if it has none, the default for
             the picture. formats.SAME: that of the picture (see `formats.choose_suffix`).
 
-    A result is named STEM_xSCALE. If another picture in the same folder, or among the inputs for
-    the same output folder, has the same stem, it is named STEM_SUFFIX_xSCALE. So its name does not
-    depend on which of them a command names. If two results would still have the same name, the
-    second input fails.
+    A result is named STEM_xSCALE, or STEM_SUFFIX_xSCALE if another picture in the same folder, or
+    another input for the same output folder, has the same stem. The name therefore does not depend
+    on which of them are among the inputs. If two results would still have the same name, the second
+    input fails.
 
-    Pictures found in a folder or by a pattern are skipped if they are, by name, results of other
-    inputs. So are pictures named explicitly, if another input's result would have that name: the
-    shell may have expanded a pattern.
+    Pictures found in a folder or by a pattern are skipped if, by name, they are results of other
+    inputs. Pictures named explicitly are skipped if another input's result would have that name,
+    because the shell may have expanded a pattern.
 
     Returns:
         A job for each picture to upscale, and an outcome for each that is skipped or has failed.
@@ -97,15 +97,19 @@ def plan(
         jobs.append(Outcome(path, "failed", printable(error).removeprefix(f"{printable(path)}: ")))
 
     unusable = 0
+    named_files: list[tuple[Path, Path]] = []
     for name in inputs:
         try:
-            for path, inner in _find(name, leave_out=folder, fail=fail):
-                first, _ = found.setdefault(os.path.realpath(path), (path, inner))
-                if first != path:
-                    jobs.append(Outcome(path, "skipped", f"is {first}"))
+            named_files.extend(_find(name, leave_out=folder, fail=fail))
         except UserError as error:
             fail(Path(name), error)
             unusable += 1
+    # Files before links, so that results are named after files, not after links to them.
+    named_files.sort(key=lambda file: os.path.realpath(file[0]) != os.path.abspath(file[0]))
+    for path, inner in named_files:
+        first, _ = found.setdefault(os.path.realpath(path), (path, inner))
+        if first != path:
+            jobs.append(Outcome(path, "skipped", f"is {first}"))
     if file is not None and len(found) + unusable > 1:
         remedy = "name a folder" if file == STANDARD else f"end a folder's name in {os.sep}"
         raise UserError(f"{file} is one file for several results; {remedy}")
@@ -166,14 +170,14 @@ def run(
 ) -> Iterator[Outcome]:
     """Runs the jobs one after the other, and yields their outcomes.
 
-    A result appears under its name when it is complete. Sources of jobs and files in `keep` are
-    never overwritten, and other existing files only with `overwrite`. The progress of large
+    A result appears under its name only when it is complete. Sources of jobs and files in `keep`
+    are never overwritten, and other existing files only with `overwrite`. The progress of large
     pictures is shown on stderr if that is a terminal.
 
     Args:
         jobs: from `plan`.
         upscaler: enlarges the pictures.
-        keep: more files that must not be overwritten, such as those that the user has named.
+        keep: further files that must not be overwritten, such as all inputs of the command.
         overwrite: replace existing results instead of skipping them.
         quality: of JPEG and WebP (see `formats.write`).
         max_pixels: limit on a picture's size, against decompression bombs (see `Picture`).
@@ -214,8 +218,9 @@ def _do(
 ) -> Outcome:
     """Runs a job.
 
-    Files in `kept` and `named`, given by `_identity`, are never overwritten. Without `overwrite`,
-    a file in `named` is taken for an earlier result, which a shell's pattern may have matched.
+    Files in `kept` and `named`, as `_identity` returns them, are never overwritten. Without
+    `overwrite`, a file in `named` is assumed to be an earlier result that a shell's pattern
+    matched.
     """
     source = sys.stdin.buffer.read() if job.source == STANDARD else job.source
     picture = Picture(source, max_pixels=max_pixels)
@@ -269,7 +274,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 _OUT_OF_MEMORY = (
-    "out of memory. Try --format png or tiff, which are not held in memory as a whole; leave out"
+    "out of memory. Try --format png or tiff, which are written band by band; leave out"
     " --self-ensemble; or try --tile 128"
 )
 
@@ -290,7 +295,7 @@ def _read_output(output: str | None, suffix: str | None) -> tuple[Path | None, P
             f" in {os.sep}"
         )
     if suffix == formats.SAME:
-        raise UserError(f"{output}: its name asks for a format, and so does --format same")
+        raise UserError(f"{output}: --format same requires a folder as --output")
     if suffix is not None and form is not formats.BY_SUFFIX[suffix]:
         raise UserError(f"{output}: --format asks for {suffix}")
     return path, None
@@ -299,7 +304,7 @@ def _read_output(output: str | None, suffix: str | None) -> tuple[Path | None, P
 def _find(
     name: str, leave_out: Path | None, fail: Callable[[Path, UserError], None]
 ) -> Iterator[tuple[Path, Path]]:
-    """Yields the files that a name stands for, each with its folder relative to that name.
+    """Yields the files that a name refers to, each with its folder relative to that name.
 
     Calls `fail` for subfolders that cannot be read.
     """
@@ -341,8 +346,8 @@ _PATTERN = re.compile(r"[*?[]")
 def _names_by_stem(folder: Path) -> Mapping[str, list[str]]:
     """The names of the pictures in a folder, by case-folded stem.
 
-    Results of other pictures are left out: otherwise running a command a second time, when there
-    are results of the first, could choose other names.
+    Results of other pictures are left out. Otherwise, a second run of a command could choose other
+    names because of the first run's results.
     """
     names: list[Path] = []
     with contextlib.suppress(OSError):  # without permission to list the folder
@@ -379,7 +384,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def _destination(target: Path) -> Iterator[Path]:
-    """Gives a path to write to. The file becomes the target when it is complete, or never."""
+    """Yields a path to write to; the file becomes the target only when it is complete."""
     if target != STANDARD:
         with files.replacing(target) as path:
             yield path
@@ -401,7 +406,7 @@ def _destination(target: Path) -> Iterator[Path]:
 
 
 def _computed(frame: BandedFrame, label: str) -> BandedFrame:
-    """Shows the progress, and makes errors of computing distinct from those of writing."""
+    """Shows the progress, and tells errors in computing from errors in writing."""
 
     def bands() -> Iterator[reading.Pixels]:
         rows = frame.shape[0]

@@ -1,0 +1,64 @@
+"""Time to score pictures of many sizes, such as Urban100's: `python -m benchmarks.evaluation`.
+
+`streamed` is what evaluation does: pictures of many sizes share a program. `whole` compiles one for
+each size. Both include compilation, metrics and bicubic upscaling; programs from earlier runs are
+not reused. The pictures are one of scikit-image's photographs, resized to Urban100's range: 1,024
+pixels on one side and 512 to 1,020 on the other.
+"""
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+from jaxtyping import Array, UInt8
+from PIL import Image
+
+from benchmarks import machine
+from benchmarks.table import print_head, print_row, rounded
+from dvmsr_jax import bicubic, images
+from dvmsr_jax.evaluation import Example, evaluate
+from dvmsr_jax.inference import make_upscaler, upscale_pixels
+from dvmsr_jax.model import DVMSR
+from dvmsr_jax.registry import DEFAULT
+
+
+def main(pictures: int = 12) -> None:
+    """Prints both times.
+
+    Args:
+        pictures: number of pictures; Urban100 has 100.
+    """
+    model = DVMSR.from_pretrained(DEFAULT)
+    scale = model.config.scale
+    photo = Image.open(images.SAMPLES[0]).convert("RGB")
+    examples = []
+    for number, side in enumerate(np.random.default_rng(0).permutation(128)[:pictures]):
+        sides = 1024, 512 + 4 * int(side)
+        hr = np.asarray(photo.resize(sides if number % 4 else sides[::-1]))
+        examples.append(Example(f"{number}", bicubic.downscale(hr, scale), hr))
+
+    print(f"{pictures} pictures, {machine.describe()}")
+    print_head(("", "seconds", "PSNR-Y"))
+    for name, make in (("whole", _whole), ("streamed", make_upscaler)):
+        start = time.perf_counter()
+        scores, _ = evaluate(make(model), examples, scale, name=name)
+        print_row((name, rounded(time.perf_counter() - start), f"{scores['psnr_y']:.5f}"))
+
+
+def _whole(
+    model: DVMSR,
+) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
+    graph, parameters = nnx.split(model)
+
+    @jax.jit
+    def run(parameters: nnx.State, pictures: UInt8[Array, "b h w 3"]) -> UInt8[Array, "b H W 3"]:
+        return upscale_pixels(nnx.merge(graph, parameters), pictures, self_ensemble=False)
+
+    return lambda picture: np.asarray(run(parameters, picture[None])[0])
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
