@@ -45,7 +45,8 @@ class Arguments:
     """Format of the results. same: each input's own, or PNG for AVIF and HEIC. None: that of the
     output's name, otherwise PNG, except that animations and multi-page files keep their format."""
     scale: float | None = None
-    """Enlargement factor, up to 16. If it is not the model's, the model's output is resized."""
+    """Enlargement factor, up to 16. If it is not the model's, the model's output is resized. None:
+    the model's."""
     overwrite: bool = False
     """Replace existing results. Inputs are never replaced."""
     quality: int | Literal["lossless"] | None = None

@@ -9,18 +9,16 @@ pixels on one side and 512 to 1,020 on the other.
 import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
 import tyro
-from flax import nnx
-from jaxtyping import Array, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from benchmarks import machine
 from benchmarks.table import print_head, print_row, rounded
 from dvmsr_jax import bicubic, images
 from dvmsr_jax.evaluation import Example, evaluate
-from dvmsr_jax.inference import make_upscaler, upscale_pixels
+from dvmsr_jax.inference import make_upscaler, make_whole, upscale_pixels
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.registry import DEFAULT
 
@@ -51,13 +49,8 @@ def main(pictures: int = 12) -> None:
 def _whole(
     model: DVMSR,
 ) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
-    graph, parameters = nnx.split(model)
-
-    @jax.jit
-    def run(parameters: nnx.State, pictures: UInt8[Array, "b h w 3"]) -> UInt8[Array, "b H W 3"]:
-        return upscale_pixels(nnx.merge(graph, parameters), pictures, self_ensemble=False)
-
-    return lambda picture: np.asarray(run(parameters, picture[None])[0])
+    upscale = make_whole(model)
+    return lambda picture: upscale_pixels(upscale, picture[None], self_ensemble=False)[0]
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ from dvmsr_jax.images import (
 from dvmsr_jax.metrics import psnr_rgb, psnr_y, ssim_y
 
 _METRICS = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr_rgb": psnr_rgb}
-# Default strengths for `--degrade grid`: those commonly used for blind super-resolution since "A
-# Closer Look at Blind Super-Resolution" (arXiv 2205.04910), except for JPEG's, which is 60 there.
+# Default strengths for `--degrade grid`.
 _GRID = {"blur": 2.0, "noise": 20.0, "jpeg": 50}
 
 

@@ -153,19 +153,24 @@ def make_upscaler(
     cannot be streamed, one is compiled per size. With `self_ensemble`, it averages over the eight
     flips and rotations of the picture.
     """
-    if model.config.bidirectional:
-        graph, parameters = nnx.split(model)
-        run = jax.jit(lambda parameters, images: nnx.merge(graph, parameters)(images))
-
-        def whole(images: np.ndarray) -> np.ndarray:
-            return np.asarray(run(parameters, images))
-    else:
-        stream = make_streamer(model)
-
-        def whole(images: np.ndarray) -> np.ndarray:
-            return np.concatenate([*stream(images[0])])[None]
-
+    whole = make_whole(model) if model.config.bidirectional else joined(make_streamer(model))
     return lambda picture: upscale_pixels(whole, picture[None], self_ensemble=self_ensemble)[0]
+
+
+def make_whole(
+    model: DVMSR,
+) -> Callable[[Float[np.ndarray, "b h w 3"]], Float[np.ndarray, "b H W 3"]]:
+    """Returns a function that enlarges images whole, compiled once per size."""
+    graph, parameters = nnx.split(model)
+    run = jax.jit(lambda parameters, images: nnx.merge(graph, parameters)(images))
+    return lambda images: np.asarray(run(parameters, images))
+
+
+def joined(
+    upscale: RgbUpscale,
+) -> Callable[[Float[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 H W 3"]]:
+    """Returns a function of a whole image, as a batch of one, that joins the rows of `upscale`."""
+    return lambda images: np.concatenate([*upscale(images[0])])[None]
 
 
 def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> RgbUpscale:

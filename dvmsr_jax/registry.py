@@ -1,4 +1,7 @@
-"""Weights with names: the project's own, in `checkpoints/`, and the published ones."""
+"""Weights with names: the project's own, in `checkpoints/`, and the published ones.
+
+python -m dvmsr_jax.registry lists them.
+"""
 
 import os
 from collections.abc import Mapping
@@ -132,3 +135,17 @@ def _downloaded(named: Named, remote: Remote) -> Path:
             "folder"
         ) from error
     return path
+
+
+def describe() -> str:
+    """A line for each name: scale, scores and purpose."""
+    return "\n".join(
+        f"{name:12} x{named.scale}  "
+        + "  ".join(f"{on} {psnr_y:.3f} dB" for on, (psnr_y, _) in named.scores.items())
+        + f"  {named.purpose}"
+        for name, named in NAMED.items()
+    )
+
+
+if __name__ == "__main__":
+    print(describe())

@@ -18,7 +18,7 @@ def folder() -> Path:
     return _private(cache / "dvmsr_jax")
 
 
-def library_folder() -> Path:
+def binaries_folder() -> Path:
     """Like `folder`, for shared libraries, which cannot be loaded from a `noexec` file system.
 
     Uses the first of the user's cache, the runtime directory and the temporary directory that is

@@ -16,10 +16,11 @@ else:
     os.environ["XLA_FLAGS"] = flags + " --xla_backend_optimization_level=0"
 
 import jax
+import numpy as np
 import pytest
 
 import kernels  # noqa: F401  sets flags of XLA
-from dvmsr_jax import files
+from dvmsr_jax import files, images
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -44,6 +45,24 @@ def _compile_each_program_once():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     yield
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def optax_promotes_dtypes():
+    """Optax mixes types of numbers, which is an error in all other tests."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three smooth pictures."""
+    folder = tmp_path_factory.mktemp("photos")
+    y, x = np.mgrid[:72, :80] / 10
+    for i in range(3):
+        waves = [np.sin(x * (i + 1) / 2 + c) + np.cos(y + c + i) for c in range(3)]
+        images.write_png(folder / f"{i}.png", np.uint8(np.stack(waves, -1) * 63 + 127))
+    return folder
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import safetensors
 from flax import nnx
 
 import train
-from dvmsr_jax import images
 from dvmsr_jax.checkpoint import CheckpointError, load_weights
 from dvmsr_jax.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dvmsr_jax.errors import StoppedError, UserError
@@ -24,23 +23,9 @@ from dvmsr_jax.training import loop, losses, run, step
 from dvmsr_jax.training.initial import load_initial
 from dvmsr_jax.training.report import read_metrics
 
+pytestmark = pytest.mark.usefixtures("optax_promotes_dtypes")
+
 MODEL = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4, drop_path=0.0)
-
-
-@pytest.fixture(autouse=True)
-def _optax_promotes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    y, x = np.mgrid[:72, :96] / 10
-    for i in range(3):
-        waves = [np.sin(x * (i + 1) / 2 + c) + np.cos(y + c + i) for c in range(3)]
-        images.write_png(folder / f"{i}.png", np.uint8(np.stack(waves, -1) * 63 + 127))
-    return folder
 
 
 @pytest.fixture

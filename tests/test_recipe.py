@@ -20,13 +20,9 @@ from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.training import loop, report, step
 from dvmsr_jax.training.validation import Validator
 
+pytestmark = pytest.mark.usefixtures("optax_promotes_dtypes")
+
 SMALL = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
-
-
-@pytest.fixture(autouse=True)
-def _optax_promotes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture

@@ -55,6 +55,14 @@ def test_the_card_has_the_registered_scores():
             assert f"{psnr_y:.3f} / {ssim_y:.4f}" in row, (name, row)
 
 
+def test_the_list_has_every_name():
+    lines = registry.describe().splitlines()
+    assert [line.split()[0] for line in lines] == list(NAMED)
+    for line, named in zip(lines, NAMED.values(), strict=True):
+        assert f"x{named.scale} " in line
+        assert line.endswith(named.purpose)
+
+
 def test_commands_take_names():
     assert evaluate.parse([]).ckpt == Path("x4")
     assert evaluate.parse(["--ckpt", "x4-scratch"]).ckpt == Path("x4-scratch")

@@ -35,26 +35,11 @@ from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.pretrained import convert, load_model, training_facts
 from dvmsr_jax.training import loop, report, run, step, targets
 
+pytestmark = pytest.mark.usefixtures("optax_promotes_dtypes")
+
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ModelConfig(channels=12, rssbs=2, vimms_per_rssb=1, states=4)
 STUDENT = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
-
-
-@pytest.fixture(autouse=True)
-def _optax_promotes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Three smooth pictures."""
-    folder = tmp_path_factory.mktemp("photos")
-    y, x = np.mgrid[:72, :80] / 10
-    for i in range(3):
-        waves = [np.sin(x * (i + 1) / 2 + c) + np.cos(y + c + i) for c in range(3)]
-        images.write_png(folder / f"{i}.png", np.uint8(np.stack(waves, -1) * 63 + 127))
-    return folder
 
 
 @pytest.fixture

@@ -35,14 +35,14 @@ def noexec_cache(monkeypatch, tmp_path):
 
 
 def test_the_folder_is_private(cache):
-    assert user_cache.folder() == user_cache.library_folder() == cache
+    assert user_cache.folder() == user_cache.binaries_folder() == cache
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o770, 0o775, 0o702, 0o707, 0o777])
 def test_a_folder_that_others_can_write_to_is_refused(cache, mode):
     user_cache.folder().chmod(mode)
-    for find in (user_cache.folder, user_cache.library_folder):
+    for find in (user_cache.folder, user_cache.binaries_folder):
         with pytest.raises(PermissionError, match="can be written by others"):
             find()
 
@@ -84,13 +84,13 @@ def test_on_a_noexec_home_the_scan_is_compiled_once(noexec_cache, monkeypatch):
 
 
 def test_the_folder_elsewhere_is_private_too(noexec_cache):
-    elsewhere = user_cache.library_folder()
+    elsewhere = user_cache.binaries_folder()
     assert user_cache.folder() == noexec_cache != elsewhere
     assert elsewhere.stat().st_mode & 0o777 == 0o700
     elsewhere.chmod(0o770)
     with pytest.raises(PermissionError, match="can be written by others"):
-        user_cache.library_folder()
+        user_cache.binaries_folder()
     elsewhere.rmdir()
     elsewhere.symlink_to("/etc")
     with pytest.raises(PermissionError, match="symbolic link"):
-        user_cache.library_folder()
+        user_cache.binaries_folder()

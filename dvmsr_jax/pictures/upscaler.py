@@ -23,6 +23,7 @@ from dvmsr_jax.inference import (
     RgbUpscale,
     RgbView,
     average_over_symmetries,
+    joined,
     make_streamer,
     make_tiler,
 )
@@ -277,10 +278,7 @@ def _joined(bands: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype
 
 
 def _self_ensemble(upscale: RgbUpscale) -> RgbUpscale:
-    def whole(images: np.ndarray) -> np.ndarray:
-        return np.concatenate([*upscale(images[0])])[None]
-
     def average(image: np.ndarray | RgbView) -> Iterator[np.ndarray]:
-        yield average_over_symmetries(whole, np.asarray(image)[None])[0]
+        yield average_over_symmetries(joined(upscale), np.asarray(image)[None])[0]
 
     return average

@@ -176,7 +176,7 @@ def load_library() -> tuple[str, tuple[Any, Any]]:
     if compiler is None:
         raise NativeUnavailableError("there is no C++ compiler (c++, g++ or clang++)")
     try:
-        folder = user_cache.library_folder()
+        folder = user_cache.binaries_folder()
         stem = f"selective_scan_{_checksum(repr(_made_of(compiler)).encode())}"
         for library in folder.glob(f"{stem}_*.so"):
             if library.name == f"{stem}_{_checksum(library.read_bytes())}.so":
