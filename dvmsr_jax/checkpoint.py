@@ -16,8 +16,10 @@ Several processes save and restore together, in a folder that all of them can ac
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -374,9 +376,30 @@ def _verify(step: Path, items: Sequence[str]) -> None:
                 raise ValueError(f"{name} is damaged: its checksum does not match")
 
 
+@functools.cache
+def _ignore_late_reads() -> None:
+    """Silences TensorStore's reads that fail, or end, after another one has failed.
+
+    Orbax has closed their event loop by then, and nobody waits for their results. They may end at
+    any later time, in other threads.
+    """
+    others = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            others(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "tensorstore_spec" not in record.getMessage()
+    )
+
+
 @contextlib.contextmanager
 def _reading(step: Path, items: Sequence[str] = ()) -> Iterator[None]:
     """Verifies these items; an exception in the body becomes an UnreadableError."""
+    _ignore_late_reads()
     try:
         _verify(step, items)
         yield

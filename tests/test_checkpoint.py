@@ -368,6 +368,32 @@ def test_fields_without_effect_may_differ(config):
     assert tried | {"workdir"} == free
 
 
+def test_damaged_arrays_without_checksums_fail_quietly(config):
+    """No traceback of the reads that were under way when one of them failed."""
+    directory = save(config, 7) / "7"
+    (directory / checkpoint.CHECKSUMS).unlink()
+    for path in (directory / "ema").rglob("d/*"):
+        contents = np.frombuffer(path.read_bytes(), np.uint8).copy()
+        contents[::97] ^= 255
+        path.write_bytes(contents.tobytes())
+    program = f"""
+import time
+from pathlib import Path
+from dvmsr_jax.checkpoint import CheckpointError, load_weights
+for _ in range(10):
+    try:
+        load_weights(Path({str(config.workdir / "student")!r}))
+    except CheckpointError:
+        print("refused")
+    time.sleep(0.1)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=os.getcwd(), capture_output=True, text=True
+    )
+    assert result.stdout == "refused\n" * 10
+    assert result.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
