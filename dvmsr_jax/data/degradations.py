@@ -92,22 +92,22 @@ _DASR = functools.partial(Round, shapes=(1.0, 0.0, 0.0), anisotropic=(0.35, 0.0,
 PRESETS: dict[str, tuple[Level, ...]] = {
     "clean": (Level(1.0),),
     "mild": (
-        Level(0.2),
+        Level(0.1),
         Level(
-            0.8,
+            0.9,
             (
                 _DASR(blur=0.5, sigma=(0.2, 2.0), to_lr=True, noise=0.0, jpeg=0.0),
                 _DASR(
-                    blur=0.4,
+                    blur=0.35,
                     sigma=(0.2, 1.2),
                     up_down_keep=(0.15, 0.15, 0.7),
                     factors=(0.85, 1.2),
                     to_lr=True,
-                    noise=0.4,
+                    noise=0.7,
                     gaussian_sigma=(0.0, 15.0),
                     poisson_scale=(0.05, 1.0),
-                    jpeg=0.6,
-                    quality=(40.0, 95.0),
+                    jpeg=0.65,
+                    quality=(30.0, 95.0),
                 ),
             ),
             jpeg_last=0.75,
