@@ -514,6 +514,25 @@ def test_remat_saves_memory(config):
     assert memory[1] < 0.7 * memory[0]
 
 
+def test_accumulation_saves_memory_and_keeps_convolutions_fast(config):
+    """XLA has fast code on CPUs for convolutions in this form only, and loops keep them from it."""
+    data = dataclasses.replace(config.data, batch_size=8, lr_crop=24)
+    lr = np.zeros((8, 24, 24, 3), np.uint8)
+    memory = []
+    for parts in (1, 2):
+        optim = dataclasses.replace(config.optim, accumulate=parts)
+        changed = dataclasses.replace(config, model=STUDENT, data=data, optim=optim)
+        mesh = parallel.make_mesh(8, parts)
+        state = parallel.replicate(step.init_state(changed, None), mesh)
+        batch = parallel.shard_batch({"lr": lr, "hr": lr.repeat(4, 1).repeat(4, 2)}, mesh)
+        program = step.TrainStep(changed, mesh).compile(state, batch)
+        memory.append(step.memory_of(program))
+        if jax.default_backend() == "cpu":
+            forms = re.findall(r" convolution\(.*dim_labels=(\w+->\w+)", program.as_text())
+            assert set(forms) == {"b01f_01io->b01f"}
+    assert memory[1] < 0.7 * memory[0]
+
+
 def test_batch_must_split_over_the_devices(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     with pytest.raises(UserError, match="batch size is 12, which 8 devices cannot share"):
