@@ -499,6 +499,16 @@ def test_bfloat16_learns_as_well(config):
     assert 0 < abs(narrow[-10:].mean() / wide[-10:].mean() - 1) < 0.02
 
 
+@pytest.mark.parametrize(
+    "model", [TEACHER, pytest.param(ModelConfig(), marks=pytest.mark.gpu)], ids=["small", "paper"]
+)
+def test_the_same_bits_twice(config, model):
+    config = dataclasses.replace(config, model=model)
+    first, second = (jax.device_get(step_repeatedly(config, None, 3)) for _ in range(2))
+    for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_remat_saves_memory(config):
     """Only the activations of a single RSSB remain."""
     model = dataclasses.replace(TEACHER, rssbs=4)
