@@ -20,10 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 _TEST = re.compile(r"tests/(\S.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 
 
-def main(select: str = "", smoke: bool = False, json: Path | None = None) -> None:
+def main(
+    tests: tuple[str, ...] = ("tests",),
+    select: str = "",
+    smoke: bool = False,
+    json: Path | None = None,
+) -> None:
     """Runs the tests, with a row for each. The exit status is pytest's.
 
     Args:
+        tests: files or folders of tests.
         select: an expression as for pytest's -k. Empty: all tests that need a GPU.
         smoke: changes nothing; where there is no GPU, all of these tests are skipped anyway.
         json: also write the table to this file.
@@ -31,19 +37,19 @@ def main(select: str = "", smoke: bool = False, json: Path | None = None) -> Non
     del smoke
     report = Report(machine.apart(machine.describe), json)
     report.table(("test", "outcome", "time"), text=("test", "outcome"))
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-k", select, "tests"]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-k", select, *tests]
     # In another process, because pytest and its plugins instrument modules as they are imported.
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as tests:
-        assert tests.stdout is not None
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         start = time.perf_counter()
-        for line in tests.stdout:
+        for line in process.stdout:
             seconds, start = time.perf_counter() - start, time.perf_counter()
             if found := _TEST.match(line):
                 name, outcome = found.groups()
                 report.row([name.replace("|", "\\|"), outcome.lower(), Measured(seconds, "s")])
             else:
                 print(line, end="", file=sys.stderr)
-    sys.exit(tests.returncode)
+    sys.exit(process.returncode)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,14 @@ _INFERENCE = ("benchmarks.inference", "--scans", "auto", "--sizes", "64", "256",
 # The module that each part runs, and its arguments.
 PARTS: dict[Name, tuple[str, ...]] = {
     "checks": ("benchmarks.checks", "--select", "not real_sizes and not selective_scan"),
-    "checks-scan": ("benchmarks.checks", "--select", "selective_scan"),
-    "checks-sizes": ("benchmarks.checks", "--select", "real_sizes"),
+    "checks-scan": ("benchmarks.checks", "--tests", "tests/test_selective_scan.py"),
+    "checks-sizes": (
+        "benchmarks.checks",
+        "--tests",
+        "tests/test_triton.py",
+        "--select",
+        "real_sizes",
+    ),
     "scan": ("benchmarks.scan", "--gpu", "--sizes", "1", "65536"),
     "scan-long": ("benchmarks.scan", "--gpu", "--sizes", "1", "1048576"),
     "scan-batches": ("benchmarks.scan", "--gpu", "--sizes", "32", "4096", "128", "4096"),

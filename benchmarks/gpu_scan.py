@@ -62,7 +62,7 @@ def report_times(
     )
     for b, l in sizes:
         for d in channels:
-            for dtype in TYPES:
+            for dtype in TYPES[:1] if smoke else TYPES:
                 for row in compare(implementations, b, l, d, dtype, bandwidth, exponentials):
                     report.row(row)
 
