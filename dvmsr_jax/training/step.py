@@ -270,7 +270,11 @@ def _on_cpus(options):
 
 
 def _mean_over_parts(function, parts, *inputs):
-    """The mean of `function` over equal parts of the inputs, one after the other."""
+    """The mean of `function` over equal parts of the inputs, one after the other.
+
+    On CPUs, this is not a loop in the program: XLA brings convolutions into the form for which it
+    has fast code in a program's entry computation only, and those of a backward pass need it.
+    """
     if parts == 1:
         return function(*inputs)
     inputs = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
@@ -278,7 +282,8 @@ def _mean_over_parts(function, parts, *inputs):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def add(total, part):
+        total, part = jax.lax.optimization_barrier((total, part))  # not all parts at once
         return jax.tree.map(jnp.add, total, function(*part)), None
 
-    total, _ = jax.lax.scan(add, zeros, inputs)
+    total, _ = jax.lax.scan(add, zeros, inputs, unroll=jax.default_backend() == "cpu")
     return jax.tree.map(lambda x: x / parts, total)
