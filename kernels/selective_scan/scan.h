@@ -19,50 +19,69 @@
 
 namespace kernels {
 
-constexpr int STATES = 4;  // taken through a chunk together
-
-// Calls function(S, i) for states i to i + S - 1, with S a constant, for all n states.
-template <typename Function>
-inline void ForStates(int64_t n, Function function) {
-  int64_t i = 0;
-  for (; i + STATES <= n; i += STATES) function(std::integral_constant<int, STATES>(), i);
-  for (; i < n; ++i) function(std::integral_constant<int, 1>(), i);
+// Calls function(S, i) for states i to i + S - 1, until all n have had their turn. S, a constant, is
+// MOST as long as possible, and then half of it, and so on.
+template <int MOST, typename Function>
+inline void ForStates(int64_t n, Function function, int64_t i = 0) {
+  for (; i + MOST <= n; i += MOST) function(std::integral_constant<int, MOST>(), i);
+  if constexpr (MOST > 1) ForStates<MOST / 2>(n, function, i);
 }
 
-// The decays exp(step A) of S states at each token, (tokens, S); A2 is A log2(e). Meanwhile fetches
-// two rows of a chunk to come: rows are `stride` apart, and their addresses need not exist.
-template <int S>
-inline void Decays(int64_t tokens, const Floats* step, const Floats* A2_, Floats* decay,
-                   const float* ahead, const float* ahead2, int64_t stride) {
+// Values of some states at each of a chunk's tokens, (tokens, S).
+struct Decay {
+  Floats decay;
+};
+struct DecayAndState : Decay {
+  Floats h;  // before the token
+};
+
+// The decays exp(step A) of S states at each token; A2 is A log2(e), and `largest` the largest step.
+// Meanwhile fetches two rows of a chunk to come: rows are `stride` apart, and their addresses need
+// not exist.
+template <int S, typename Token, typename State>
+inline void Decays(int64_t tokens, const Token* token, Floats largest, const Floats* A2_,
+                   State* state, const float* ahead, const float* ahead2, int64_t stride) {
   Floats A2[S];
-  std::copy_n(A2_, S, A2);
-  for (int64_t q = 0; q < tokens; ++q) {
-    __builtin_prefetch(ahead + q * stride);
-    __builtin_prefetch(ahead2 + q * stride);
-    const Floats step_q = step[q];
-#pragma GCC unroll 4
-    for (int i = 0; i < S; ++i)
-      decay[q * S + i] = Exp2(AtLeast(MIN_EXPONENT, step_q * A2[i]));
+  Ints beyond = {};
+  for (int i = 0; i < S; ++i) {
+    A2[i] = A2_[i];
+    beyond |= largest * A2[i] < MIN_EXPONENT;
   }
+  const auto fill = [&](auto clamped) {
+    for (int64_t q = 0; q < tokens; ++q) {
+      __builtin_prefetch(ahead + q * stride);
+      __builtin_prefetch(ahead2 + q * stride);
+      const Floats step = token[q].step;
+#pragma GCC unroll 8
+      for (int i = 0; i < S; ++i) {
+        const Floats t = step * A2[i];
+        state[q * S + i].decay = Exp2(clamped ? AtLeast(MIN_EXPONENT, t) : t);
+      }
+    }
+  };
+  if (Any(beyond))
+    fill(std::true_type());
+  else
+    fill(std::false_type());
 }
 
 // Takes S states h through the tokens, and adds C h to y. B and C are those of the first token and
-// state. Keeps the states before each token, (tokens, S), if there is room for them.
-template <int S, bool KEEP>
-inline void Recur(int64_t tokens, int64_t n, const Floats* decay, const Floats* x, const float* B,
-                  const float* C, Floats* h_, Floats* y, Floats* kept = nullptr) {
+// state.
+template <int S, typename Token, typename State>
+inline void Recur(int64_t tokens, int64_t n, const float* B, const float* C, Floats* h_,
+                  Token* token, State* state) {
   Floats h[S];
   std::copy_n(h_, S, h);
   for (int64_t q = 0; q < tokens; ++q, B += n, C += n) {
-    const Floats x_q = x[q];
-    Floats y_q = y[q];
-#pragma GCC unroll 4
+    const Floats x = token[q].x;
+    Floats y = token[q].y;
+#pragma GCC unroll 8
     for (int i = 0; i < S; ++i) {
-      if (KEEP) kept[q * S + i] = h[i];
-      h[i] = decay[q * S + i] * h[i] + x_q * B[i];
-      y_q += h[i] * C[i];
+      if constexpr (std::is_same_v<State, DecayAndState>) state[q * S + i].h = h[i];
+      h[i] = state[q * S + i].decay * h[i] + x * B[i];
+      y += h[i] * C[i];
     }
-    y[q] = y_q;
+    token[q].y = y;
   }
   std::copy_n(h, S, h_);
 }
@@ -80,6 +99,8 @@ struct Arrays {
 };
 
 struct Scan : Arrays {
+  static constexpr int STATES = 8;  // taken through a chunk together
+
   const float* start;
   float *y, *end;
   float* borders;  // (b, chunks, n, d), the states before each chunk; null if not needed
@@ -89,9 +110,9 @@ struct Scan : Arrays {
     std::vector<Floats> A2, h;
   };
 
-  // Values of one vector of channels within a chunk, and its decays.
-  struct Scratch {
-    std::vector<Floats> step, x, y, decay;
+  // Values of a vector of channels at a token; x = step u.
+  struct Token {
+    Floats step, x, y;
   };
 
   // Scans up to `channels` channels of sequence s, from c on.
@@ -105,12 +126,12 @@ struct Scan : Arrays {
         carries.back().h[i] = Load(start + (s * n + i) * d + c, std::min(WIDTH, last - c));
       }
     }
-    const std::vector<Floats> per_token(chunk);
-    Scratch scratch{per_token, per_token, per_token, std::vector<Floats>(chunk * STATES)};
+    std::vector<Token> token(chunk);
+    std::vector<Decay> decay(chunk * STATES);
     for (int64_t k = 0; k < Chunks(); ++k)
       for (c = first; c < last; c += WIDTH)
         ForCount(std::min(WIDTH, last - c), [&](auto count) {
-          RunChunk(s, k, c, count, carries[(c - first) / WIDTH], scratch);
+          RunChunk(s, k, c, count, carries[(c - first) / WIDTH], token.data(), decay.data());
         });
     for (c = first; c < last; c += WIDTH)
       for (int64_t i = 0; i < n; ++i)
@@ -119,38 +140,39 @@ struct Scan : Arrays {
   }
 
   template <typename Count>
-  void RunChunk(int64_t s, int64_t k, int64_t c, Count count, Carry& carry,
-                Scratch& scratch) const {
-    auto& [step, x, sum, decay] = scratch;
+  void RunChunk(int64_t s, int64_t k, int64_t c, Count count, Carry& carry, Token* token,
+                Decay* decay) const {
     if (borders)
       for (int64_t i = 0; i < n; ++i)
         Store(borders + ((s * Chunks() + k) * n + i) * d + c, carry.h[i], count);
     const Floats D_c = Load(D + c, count), bias = Load(delta_bias + c, count);
     const int64_t first = s * l + k * chunk, tokens = Tokens(k);
+    Floats largest = {};
     for (int64_t q = 0; q < tokens; ++q) {
       const int64_t at = (first + q) * d + c;
       const Floats u_q = Load(u + at, count);
-      step[q] = StepSize(Load(delta + at, count) + bias);
-      x[q] = step[q] * u_q;
-      sum[q] = D_c * u_q;
+      const Floats step = StepSize(Load(delta + at, count) + bias);
+      token[q] = {step, step * u_q, D_c * u_q};
+      largest = step > largest ? step : largest;
     }
     const int64_t next = (first + chunk) * d + c;
-    ForStates(n, [&](auto S, int64_t i) {
-      const bool even = i / STATES % 2 == 0;
-      Decays<S>(tokens, &step[0], &carry.A2[i], &decay[0], (even ? u : z) + next,
+    ForStates<STATES>(n, [&](auto S, int64_t i) {
+      const bool even = i / S % 2 == 0;
+      Decays<S>(tokens, token, largest, &carry.A2[i], decay, (even ? u : z) + next,
                 (even ? delta : y) + next, d);
-      Recur<S, false>(tokens, n, &decay[0], &x[0], B + first * n + i, C + first * n + i,
-                      &carry.h[i], &sum[0]);
+      Recur<S>(tokens, n, B + first * n + i, C + first * n + i, &carry.h[i], token, decay);
     });
     for (int64_t q = 0; q < tokens; ++q) {
       const int64_t at = (first + q) * d + c;
-      Store(y + at, gated ? sum[q] * Silu(Load(z + at, count)) : sum[q], count);
+      Store(y + at, gated ? token[q].y * Silu(Load(z + at, count)) : token[q].y, count);
     }
   }
 };
 
 // The gradients by each input (dX for X), from those by y and by the state after the last token.
 struct Gradient : Arrays {
+  static constexpr int STATES = 4;
+
   const float *borders, *dout, *dend;
   float *du, *ddelta, *dz, *dstart;
   float *dA, *dD, *ddelta_bias;  // of each sequence: (b, n, d), (b, d), (b, d)
@@ -162,11 +184,21 @@ struct Gradient : Arrays {
     Floats dD = {}, dbias = {};
   };
 
-  // Values within a chunk.
+  // Values of a vector of channels at a token; x = step u, and `slope` is that of softplus.
+  struct Token {
+    Floats u, step, slope, x, y, dy, dgate, dx, dstep;
+  };
+
+  // Sums over a group's vectors, element by element, for a state at a token.
+  struct Sums {
+    Floats dB, dC;
+  };
+
+  // Values within a chunk: one vector's at each token, its STATES', and the sums for all states.
   struct Scratch {
-    std::vector<Floats> u, step, slope, x, y, dy, dgate, dx, dstep;  // one vector's, at each token
-    std::vector<Floats> decay, h;  // of one vector's STATES; h is the state before the token
-    std::vector<Floats> dB, dC;    // sums over the group's vectors, element by element
+    std::vector<Token> token;
+    std::vector<DecayAndState> state;
+    std::vector<Sums> sums;
   };
 
   // Computes the gradients of up to `channels` channels of sequence s, from c on.
@@ -183,20 +215,18 @@ struct Gradient : Arrays {
         carry.g[i] = Load(dend + (s * n + i) * d + c, std::min(WIDTH, last - c));
       }
     }
-    const std::vector<Floats> per_token(chunk), few(chunk * STATES), all(chunk * n);
-    Scratch scratch{per_token, per_token, per_token, per_token, per_token, per_token, per_token,
-                    per_token, per_token, few,       few,       all,       all};
+    Scratch scratch{std::vector<Token>(chunk), std::vector<DecayAndState>(chunk * STATES),
+                    std::vector<Sums>(chunk * n)};
     for (int64_t k = Chunks() - 1; k >= 0; --k) {
-      std::fill(scratch.dB.begin(), scratch.dB.end(), Floats{});
-      std::fill(scratch.dC.begin(), scratch.dC.end(), Floats{});
+      std::fill(scratch.sums.begin(), scratch.sums.end(), Sums{});
       for (c = first; c < last; c += WIDTH)
         ForCount(std::min(WIDTH, last - c), [&](auto count) {
           RunChunk(s, k, c, count, carries[(c - first) / WIDTH], scratch);
         });
       const int64_t begin = ((group * b + s) * l + k * chunk) * n;
       for (int64_t i = 0; i < Tokens(k) * n; ++i) {
-        dB[begin + i] = Sum(scratch.dB[i]);
-        dC[begin + i] = Sum(scratch.dC[i]);
+        dB[begin + i] = Sum(scratch.sums[i].dB);
+        dC[begin + i] = Sum(scratch.sums[i].dC);
       }
     }
     for (c = first; c < last; c += WIDTH) {
@@ -214,80 +244,89 @@ struct Gradient : Arrays {
   template <typename Count>
   void RunChunk(int64_t s, int64_t k, int64_t c, Count count, Carry& carry,
                 Scratch& scratch) const {
-    auto& [u_, step, slope, x, y, dy, dgate, dx, dstep, decay, h, dB_sums, dC_sums] = scratch;
+    Token* const token = scratch.token.data();
+    DecayAndState* const state = scratch.state.data();
     const Floats D_c = Load(D + c, count), bias = Load(delta_bias + c, count);
     const int64_t first = s * l + k * chunk, tokens = Tokens(k);
+    Floats largest = {};
     for (int64_t q = 0; q < tokens; ++q) {
       const int64_t at = (first + q) * d + c;
-      u_[q] = Load(u + at, count);
-      step[q] = StepSize(Load(delta + at, count) + bias);
-      x[q] = step[q] * u_[q];
-      y[q] = D_c * u_[q];
-      dx[q] = dstep[q] = Floats{};
+      Token& t = token[q];
+      const Floats biased = Load(delta + at, count) + bias;
+      t.u = Load(u + at, count);
+      t.step = StepSize(biased);
+      t.slope = delta_softplus ? Sigmoid(biased) : Floats{} + 1.0f;
+      largest = t.step > largest ? t.step : largest;
+      t.x = t.step * t.u;
+      t.y = D_c * t.u;
+      t.dx = t.dstep = Floats{};
     }
     for (int64_t q = 0; q < tokens; ++q) {
       const int64_t at = (first + q) * d + c;
-      slope[q] = delta_softplus ? Sigmoid(Load(delta + at, count) + bias) : Floats{} + 1.0f;
-      dy[q] = Load(dout + at, count);
+      Token& t = token[q];
+      t.dy = Load(dout + at, count);
       if (gated) {
         const Floats z_q = Load(z + at, count), sigmoid = Sigmoid(z_q), silu = z_q * sigmoid;
-        dgate[q] = dy[q] * (sigmoid + silu * (1.0f - sigmoid));
-        dy[q] *= silu;
+        t.dgate = t.dy * (sigmoid + silu * (1.0f - sigmoid));
+        t.dy *= silu;
       }
     }
-    const int64_t at_state = first * n, next = (first - chunk) * d + c;
-    ForStates(n, [&](auto S, int64_t i) {
+    const int64_t next = (first - chunk) * d + c;
+    ForStates<STATES>(n, [&](auto S, int64_t i) {
       const float* ahead[][2] = {{u, delta}, {z, dout}, {du, ddelta}, {dz, dz}};
-      const auto& [one, other] = ahead[i / STATES % 4];
-      Decays<S>(tokens, &step[0], &carry.A2[i], &decay[0], one + next, other + next, d);
-      Floats h_i[S];
+      const auto& [one, other] = ahead[i / S % 4];
+      Decays<S>(tokens, token, largest, &carry.A2[i], state, one + next, other + next, d);
+      Floats h[S];
       for (int j = 0; j < S; ++j)
-        h_i[j] = Load(borders + ((s * Chunks() + k) * n + i + j) * d + c, count);
-      Recur<S, true>(tokens, n, &decay[0], &x[0], B + at_state + i, C + at_state + i, h_i, &y[0],
-                     &h[0]);
-      GoBack<S>(tokens, B + at_state + i, C + at_state + i, i, h_i, carry, scratch);
+        h[j] = Load(borders + ((s * Chunks() + k) * n + i + j) * d + c, count);
+      const float *B_i = B + first * n + i, *C_i = C + first * n + i;
+      Recur<S>(tokens, n, B_i, C_i, h, token, state);
+      GoBack<S>(tokens, B_i, C_i, h, &carry.A[i], &carry.g[i], &carry.dA[i], token, state,
+                &scratch.sums[i]);
     });
     for (int64_t q = 0; q < tokens; ++q) {
       const int64_t at = (first + q) * d + c;
-      const Floats ddelta_q = (dstep[q] + dx[q] * u_[q]) * slope[q];
-      carry.dD += dy[q] * u_[q];
+      const Token& t = token[q];
+      const Floats ddelta_q = (t.dstep + t.dx * t.u) * t.slope;
+      carry.dD += t.dy * t.u;
       carry.dbias += ddelta_q;
-      if (gated) Store(dz + at, dgate[q] * y[q], count);
+      if (gated) Store(dz + at, t.dgate * t.y, count);
       Store(ddelta + at, ddelta_q, count);
-      Store(du + at, dx[q] * step[q] + D_c * dy[q], count);
+      Store(du + at, t.dx * t.step + D_c * t.dy, count);
     }
   }
 
-  // Takes the gradient by S states, from i on, back through the tokens. h is the state after them.
+  // Takes g, the gradient by S states, back through the tokens. h are the states after them.
   template <int S>
-  void GoBack(int64_t tokens, const float* B, const float* C, int64_t i, const Floats* h_,
-              Carry& carry, Scratch& scratch) const {
+  void GoBack(int64_t tokens, const float* B, const float* C, const Floats* h_, const Floats* A_,
+              Floats* g_, Floats* dA_, Token* token, const DecayAndState* state,
+              Sums* sums) const {
     Floats A_i[S], g[S], dA_i[S], h[S];
-    std::copy_n(&carry.A[i], S, A_i);
-    std::copy_n(&carry.g[i], S, g);
-    std::copy_n(&carry.dA[i], S, dA_i);
+    std::copy_n(A_, S, A_i);
+    std::copy_n(g_, S, g);
+    std::copy_n(dA_, S, dA_i);
     std::copy_n(h_, S, h);
     for (int64_t q = tokens - 1; q >= 0; --q) {
-      const Floats dy = scratch.dy[q], x_q = scratch.x[q], step_q = scratch.step[q];
-      Floats dx = scratch.dx[q], dstep = scratch.dstep[q];
-      Floats *dB_q = &scratch.dB[q * n + i], *dC_q = &scratch.dC[q * n + i];
-#pragma GCC unroll 4
-      for (int j = 0; j < S; ++j) {
-        g[j] += C[q * n + j] * dy;
-        dC_q[j] += h[j] * dy;
-        dB_q[j] += g[j] * x_q;
-        dx += g[j] * B[q * n + j];
-        h[j] = scratch.h[q * S + j];
-        g[j] *= scratch.decay[q * S + j];
-        const Floats dexponent = g[j] * h[j];
-        dstep += dexponent * A_i[j];
-        dA_i[j] += dexponent * step_q;
+      Token& t = token[q];
+      const Floats dy = t.dy, x = t.x, step = t.step;
+      Floats dx = t.dx, dstep = t.dstep;
+#pragma GCC unroll 8
+      for (int i = 0; i < S; ++i) {
+        g[i] += C[q * n + i] * dy;
+        sums[q * n + i].dC += h[i] * dy;
+        sums[q * n + i].dB += g[i] * x;
+        dx += g[i] * B[q * n + i];
+        h[i] = state[q * S + i].h;
+        g[i] *= state[q * S + i].decay;
+        const Floats dexponent = g[i] * h[i];
+        dstep += dexponent * A_i[i];
+        dA_i[i] += dexponent * step;
       }
-      scratch.dx[q] = dx;
-      scratch.dstep[q] = dstep;
+      t.dx = dx;
+      t.dstep = dstep;
     }
-    std::copy_n(g, S, &carry.g[i]);
-    std::copy_n(dA_i, S, &carry.dA[i]);
+    std::copy_n(g, S, g_);
+    std::copy_n(dA_i, S, dA_);
   }
 };
 
