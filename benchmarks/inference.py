@@ -31,8 +31,9 @@ from benchmarks.table import print_head, print_row, rounded
 from configs import PRESETS
 from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError, is_out_of_memory
-from dvmsr_jax.inference import RgbUpscale, RgbView, make_streamer
+from dvmsr_jax.inference import make_streamer
 from dvmsr_jax.model import DVMSR
+from dvmsr_jax.rgb import RgbUpscale, RgbView
 from kernels.selective_scan import Implementation, missing
 
 CONFIG = PRESETS["paper"]["student"].model

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR
+from dvmsr_jax.rgb import RgbUpscale, RgbView, average_over_symmetries, joined
 
 # Approximate number of pixels and largest number of rows of a band. A CPU is fastest if a layer's
 # features fit its cache. The delay of the result (see `DVMSR.rows_late`) can cost up to one more
@@ -25,34 +25,6 @@ ACCELERATOR_BAND_PIXELS, ACCELERATOR_MAX_BAND_ROWS = 131_072, 128
 
 Item = TypeVar("Item")
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
-
-
-class RgbView:
-    """An RGB image in [0, 1] that is computed from other pixels part by part, when indexed.
-
-    It has the parts of an array's interface that upscaling uses: shape, slices and np.asarray.
-    """
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, pixels: np.ndarray, to_rgb: Callable[[np.ndarray], np.ndarray]):
-        """`to_rgb` converts any part of the pixels, (h, w, channels), to (h, w, 3), float32."""
-        self.shape = (*pixels.shape[:2], 3)
-        self._pixels, self._to_rgb = pixels, to_rgb
-
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
-        return self._to_rgb(self._pixels[part])
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.array(self[:], dtype, copy=copy)
-
-
-# A function from an RGB image in [0, 1] to its upscaled rows, from top to bottom, in arrays of
-# shape (any number, w s, 3), whose values may leave that range slightly.
-RgbUpscale = Callable[[np.ndarray | RgbView], Iterator[np.ndarray]]
 
 
 def upscale_pixels(
@@ -76,22 +48,6 @@ def upscale_batch(
 ) -> Float[AnyArray, "b H W 3"]:
     """The model's output for the images, averaged over their symmetries if `self_ensemble`."""
     return average_over_symmetries(model, images) if self_ensemble else model(images)
-
-
-def average_over_symmetries(
-    model: Callable[[AnyArray], AnyArray], images: Float[AnyArray, "b h w 3"]
-) -> Float[AnyArray, "b H W 3"]:
-    """The mean of the model's outputs for the eight flips and rotations of the images, undone."""
-    rot90 = images.__array_namespace__().rot90  # NumPy's or JAX's
-
-    def outputs() -> Iterator[AnyArray]:
-        for turns in range(4):
-            for flip in (False, True):
-                x = rot90(images, turns, axes=(1, 2))
-                y = model(x[:, :, ::-1] if flip else x)
-                yield rot90(y[:, :, ::-1] if flip else y, -turns, axes=(1, 2))
-
-    return functools.reduce(operator.add, outputs()) / 8
 
 
 def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
@@ -164,13 +120,6 @@ def make_whole(
     graph, parameters = nnx.split(model)
     run = jax.jit(lambda parameters, images: nnx.merge(graph, parameters)(images))
     return lambda images: np.asarray(run(parameters, images))
-
-
-def joined(
-    upscale: RgbUpscale,
-) -> Callable[[Float[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 H W 3"]]:
-    """Returns a function of a whole image, as a batch of one, that joins the rows of `upscale`."""
-    return lambda images: np.concatenate([*upscale(images[0])])[None]
 
 
 def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> RgbUpscale:
