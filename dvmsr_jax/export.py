@@ -10,6 +10,7 @@ import tyro
 
 from dvmsr_jax import files
 from dvmsr_jax.errors import UserError
+from dvmsr_jax.onnx.protocol import SUFFIX
 from dvmsr_jax.pretrained import load_weights
 from dvmsr_jax.program import one_line_errors
 
@@ -23,7 +24,7 @@ def export(source: Path, target: Path, plain: bool = False) -> None:
         plain: for programs that pass a whole picture and expect the result; its memory grows with
             the picture. Otherwise the file takes a picture in bands of rows.
     """
-    if target.suffix != ".onnx":
+    if target.suffix != SUFFIX:
         raise UserError(f"{target}: the output's name must end in .onnx")
     if target.exists():
         raise UserError(f"{target}: already exists; remove it or choose another name")

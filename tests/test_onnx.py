@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import upscale
 from configs import PRESETS
+from dvmsr_jax import images
 from dvmsr_jax.bands import Band
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
@@ -254,6 +256,29 @@ def test_bad_files_are_refused(folder, tmp_path):
     ):
         with pytest.raises(UserError, match=rf"{path.name}: .*{message}"):
             OnnxUpscaler(path)
+
+
+def test_upscale_py(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
+    images.write_png("a.png", pixels)
+    by_file, by_weights = str(folder / "tiny.onnx"), str(folder / "tiny.safetensors")
+    for name, options in (
+        ("file", ["--model", by_file]),
+        ("weights", ["--model", by_weights, "--backend", "onnx"]),
+        ("jax", ["--model", by_weights]),
+    ):
+        assert upscale.run(upscale.parse(["a.png", "-o", f"{name}.png", *options])) == 0
+    of_jax = images.read_rgb("jax.png")
+    for name in ("file", "weights"):
+        assert (images.read_rgb(f"{name}.png") == of_jax).mean() > 0.999
+    for options, message in (
+        (["--model", by_file, "--tile", "64"], "--tile has no effect on ONNX Runtime"),
+        (["--backend", "onnx", "--precision", "bfloat16"], "--precision has no effect"),
+        (["--model", by_file, "--backend", "jax"], r"tiny\.onnx: needs --backend onnx"),
+    ):
+        with pytest.raises(UserError, match=message):
+            upscale.run(upscale.parse(["a.png", *options]))
 
 
 def test_nothing_is_overwritten(folder):

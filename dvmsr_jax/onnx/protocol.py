@@ -1,5 +1,8 @@
 """How a picture passes through an exported file: shared by those who write and run them."""
 
+SUFFIX = ".onnx"
+"""Suffix of exported files."""
+
 NEXT = ".next"
 """Suffix of a carried array among the outputs, for the band below."""
 

@@ -9,16 +9,13 @@ import numpy as np
 from jaxtyping import Float
 
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.onnx.protocol import NEXT
+from dvmsr_jax.onnx.protocol import NEXT, SUFFIX
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 from dvmsr_jax.registry import default_for
 from dvmsr_jax.rgb import RgbUpscale, RgbView, self_ensembled
 
 if TYPE_CHECKING:
     import onnxruntime
-
-SUFFIX = ".onnx"
-"""Suffix of exported files."""
 
 # Approximate number of pixels and largest number of rows of a band, as in `inference`.
 BAND_PIXELS, MAX_BAND_ROWS = 8_192, 16
