@@ -2,14 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
@@ -62,16 +62,14 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
     graph, parameters = nnx.split(model)
     s, late = model.config.scale, model.rows_late
 
-    def step(parameters, carried, rows, first, height, width):
-        """(arrays for the next band, the upscaled rows)."""
-        band = Band(first, height, width, rows.shape[1], carried)
-        upscaled = nnx.merge(graph, parameters)(rows[None], band=band)[0]
-        return band.left, upscaled
+    def step(parameters, *arguments):
+        return band_step(nnx.merge(graph, parameters), *arguments)
 
     @functools.cache
     def shapes_carried(rows, columns):
         image = jax.ShapeDtypeStruct((rows, columns, 3), jnp.float32)
-        return jax.eval_shape(step, parameters, None, image, 0, 0, 0)[0]
+        place = jax.ShapeDtypeStruct((), jnp.int32)
+        return jax.eval_shape(step, parameters, None, image, place, place, place)[0]
 
     compiled_step = jax.jit(step, donate_argnums=1)
 
@@ -98,6 +96,23 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
                 yield np.asarray(upscaled)[start * s : end * s, : w * s]
 
     return stream
+
+
+def band_step(
+    model: DVMSR,
+    carried: Mapping[str, Array] | None,
+    rows: Float[Array, "rows columns 3"],
+    first: Int[Array, ""],
+    height: Int[Array, ""],
+    width: Int[Array, ""],
+) -> tuple[dict[str, Array], Float[Array, "_ _ 3"]]:
+    """The arrays for the next band, and the upscaled rows, which are `rows_late` rows late.
+
+    See `Band` for the arguments.
+    """
+    band = Band(first, height, width, rows.shape[1], carried)
+    upscaled = model(rows[None], band=band)[0]
+    return band.left, upscaled
 
 
 def make_upscaler(
