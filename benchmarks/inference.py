@@ -14,10 +14,12 @@ import itertools
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import jax
@@ -32,7 +34,7 @@ from configs import PRESETS
 from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.inference import make_streamer
-from dvmsr_jax.model import DVMSR
+from dvmsr_jax.model import DVMSR, Weights
 from dvmsr_jax.rgb import RgbUpscale, RgbView
 from kernels.selective_scan import Implementation, missing
 
@@ -54,6 +56,16 @@ class How(NamedTuple):
     scan: Implementation
 
 
+class OnnxFile(NamedTuple):
+    """The network on ONNX Runtime, on the CPU: a band of all rows, or bands."""
+
+    mode: Mode
+    path: str
+
+
+Way = How | OnnxFile | TorchModel
+
+
 class Result(NamedTuple):
     """Time and memory of a case."""
 
@@ -62,13 +74,16 @@ class Result(NamedTuple):
     memory: int | None  # bytes; None if unknown
 
 
-def measure(width: int, height: int, how: How | TorchModel) -> Result:
+def measure(width: int, height: int, how: Way) -> Result:
     """Measures one case in this process. Raises UserError for a bad TorchModel."""
     make_upscale: Callable[[], Callable[[np.ndarray], Iterator[np.ndarray]]]
     peak_memory: Callable[[], int | None]
     if isinstance(how, TorchModel):
         make_upscale = functools.partial(pytorch.make_upscale, how, pytorch.load_class(how))
         peak_memory = functools.partial(pytorch.peak_memory, how)
+    elif isinstance(how, OnnxFile):
+        make_upscale = functools.partial(_open, how)
+        peak_memory = machine.peak_host_memory
     else:
         make_upscale = functools.partial(_make_upscale, how)
         peak_memory = machine.peak_memory
@@ -101,6 +116,21 @@ def _make_upscale(how: How) -> RgbUpscale:
     return upscale
 
 
+def _open(file: OnnxFile) -> RgbUpscale:
+    from dvmsr_jax.onnx import upscaler  # needs onnxruntime
+
+    band_rows = sys.maxsize if file.mode == "whole" else None
+    return upscaler.make_streamer(upscaler.open_model(file.path), band_rows=band_rows)
+
+
+def write_onnx(path: str) -> None:
+    """Exports a network with random weights."""
+    from dvmsr_jax.onnx import network  # needs the package onnx
+
+    weights = Weights.of(nnx.jit(lambda: DVMSR(CONFIG, rngs=nnx.Rngs(0)))())
+    Path(path).write_bytes(network.streaming_model(weights).SerializeToString())
+
+
 class Surroundings(NamedTuple):
     """The machine and what it can run."""
 
@@ -122,7 +152,7 @@ def apart(function: Callable[..., Answer], *arguments: object) -> Answer:
         return pool.submit(function, *arguments).result()
 
 
-def measure_apart(width: int, height: int, how: How | TorchModel) -> Result | None:
+def measure_apart(width: int, height: int, how: Way) -> Result | None:
     """Calls `measure` in a new process; returns None if it ran out of memory."""
     try:
         return apart(measure, width, height, how)
@@ -152,6 +182,7 @@ def main(
         "auto",
     ),
     torch: tuple[str, ...] = (),
+    onnx: bool = False,
     smoke: bool = False,
 ) -> None:
     """Prints time, memory, and how time grows with the size of the picture, as Markdown tables.
@@ -163,6 +194,7 @@ def main(
         scans: implementations of the selective scan (auto: native or triton where they run).
         torch: other x4 models in PyTorch to measure in float32, as FILE.py:CLASS: classes that are
             built without arguments and take (1, 3, h, w).
+        onnx: measure the network on ONNX Runtime too, on the CPU in float32.
         smoke: a quick run to check that everything works.
     """
     if smoke:
@@ -175,12 +207,26 @@ def main(
     fields = (*How._fields[:-1], "scan or model")
     numbers = ("first", "seconds", "MP/s", "memory")
     print_head((f"size, {here.platform}", *fields, *numbers), text=fields)
-    ways: list[How | TorchModel] = [
-        *itertools.starmap(How, itertools.product(modes, precisions, scans))
-    ]
+    ways: list[Way] = [*itertools.starmap(How, itertools.product(modes, precisions, scans))]
     ways += [TorchModel(place, "cuda" if here.platform == "gpu" else "cpu") for place in torch]
-    times: dict[How | TorchModel, dict[int, float]] = {how: {} for how in ways}
-    failed: set[How | TorchModel] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        if onnx:
+            path = f"{folder}/student.onnx"
+            apart(write_onnx, path)
+            ways += [OnnxFile(mode, path) for mode in modes]
+        times = _measure_all(sizes, ways)
+
+    print("\nSeconds grow like a power of the number of pixels:\n")
+    print_head((*fields, "exponent"), text=fields)
+    for how, seconds in times.items():
+        if len(seconds) > 1:
+            print_row([*_names(how), f"{growth(seconds):.2f}"])
+
+
+def _measure_all(sizes: Sequence[str], ways: Sequence[Way]) -> dict[Way, dict[int, float]]:
+    """Measures each size in each way and prints rows: {way: {pixels: seconds}}."""
+    times: dict[Way, dict[int, float]] = {how: {} for how in ways}
+    failed: set[Way] = set()
     for size, how in itertools.product(sizes, ways):
         if how in failed:
             continue
@@ -198,17 +244,14 @@ def main(
         if isinstance(how, How):
             baseline = times.get(how._replace(scan=BASELINE), {}).get(pixels)
         print_row([f"{width} x {height}", *_names(how), *_cells(pixels, result, baseline)])
-
-    print("\nSeconds grow like a power of the number of pixels:\n")
-    print_head((*fields, "exponent"), text=fields)
-    for how, seconds in times.items():
-        if len(seconds) > 1:
-            print_row([*_names(how), f"{growth(seconds):.2f}"])
+    return times
 
 
-def _names(how: How | TorchModel) -> tuple[str, str, str]:
+def _names(how: Way) -> tuple[str, str, str]:
     if isinstance(how, How):
         return how
+    if isinstance(how, OnnxFile):
+        return how.mode, "float32", "ONNX Runtime"
     return "whole", "float32", f"{how.place.rpartition(':')[2]} in PyTorch"
 
 

@@ -17,8 +17,8 @@ from dvmsr_jax.program import one_line_errors
 
 
 def export(
-    source: Path,
-    target: Path,
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
     plain: bool = False,
     rows: int | None = None,
     columns: int | None = None,
@@ -81,8 +81,4 @@ def to_stablehlo(source: str | os.PathLike[str], *, rows: int, columns: int) -> 
 
 if __name__ == "__main__":
     with one_line_errors():
-        tyro.cli(
-            tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(export),
-            prog="python -m dvmsr_jax.export",
-            description=__doc__,
-        )
+        tyro.cli(export, prog="python -m dvmsr_jax.export")

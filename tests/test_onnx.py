@@ -20,7 +20,7 @@ from dvmsr_jax.errors import UserError
 from dvmsr_jax.export import export, to_onnx
 from dvmsr_jax.model import DVMSR, Weights, parameter_shapes
 from dvmsr_jax.onnx import OnnxUpscaler
-from dvmsr_jax.onnx.upscaler import _make_streamer
+from dvmsr_jax.onnx.upscaler import make_streamer
 from dvmsr_jax.pictures.upscaler import Upscaler
 from dvmsr_jax.pretrained import load_weights, save_safetensors
 
@@ -85,8 +85,7 @@ def run_plain(session, image):
 
 
 def run_bands(config, image, band_rows):
-    stream = _make_streamer(streaming(config), config.scale, config.rssbs + 3, band_rows=band_rows)
-    return list(stream(image))
+    return list(make_streamer(streaming(config), band_rows=band_rows)(image))
 
 
 def assert_equals_jax(config, h, w, band_rows):

@@ -46,52 +46,47 @@ class OnnxUpscaler(PictureUpscaler):
             UserError: ONNX Runtime is not installed, the file or the weights cannot be used, or
                 `scale` is out of range.
         """
-        source = default_for(scale) if model is None else model
-        session = _load(source)
-        facts = session.get_modelmeta().custom_metadata_map
-        if facts.get("graph") == "plain":
-            raise UserError(f"{source}: takes whole pictures only; export it without --plain")
-        if facts.get("graph") != "streaming":
-            raise UserError(f"{source}: was not made by python -m dvmsr_jax.export")
-        model_scale = int(facts["scale"])
-        upscale = _make_streamer(session, model_scale, int(facts["rows_late"]))
+        session = open_model(default_for(scale) if model is None else model)
+        upscale = make_streamer(session)
         if self_ensemble:
             upscale = self_ensembled(upscale)
-        super().__init__(upscale, model_scale, scale=scale)
+        super().__init__(upscale, _number(session, "scale"), scale=scale)
 
 
-def _load(source: str | os.PathLike[str]) -> "onnxruntime.InferenceSession":
+def open_model(source: str | os.PathLike[str]) -> "onnxruntime.InferenceSession":
+    """Opens an .onnx file, or other weights, as `OnnxUpscaler` does; it raises the same errors."""
     try:
         import onnxruntime
     except ImportError as error:
         raise UserError("onnxruntime is not installed: pip install onnxruntime") from error
     path = Path(source).expanduser()
-    model: str | bytes
-    if path.suffix == SUFFIX:
-        if not path.exists():
-            raise UserError(f"{path}: no such file")
-        model = str(path)
-    else:
-        from dvmsr_jax.export import to_onnx
+    model: str | bytes = str(path)
+    if path.suffix != SUFFIX:
+        from dvmsr_jax.export import to_onnx  # imports JAX
 
         model = to_onnx(source)
+    elif not path.exists():
+        raise UserError(f"{path}: no such file")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised as well
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: ONNX Runtime cannot load it ({reason})") from error
+    graph = session.get_modelmeta().custom_metadata_map.get("graph")
+    if graph == "plain":
+        raise UserError(f"{source}: takes whole pictures only; export it without --plain")
+    if graph != "streaming":
+        raise UserError(f"{source}: was not made by python -m dvmsr_jax.export")
+    return session
 
 
-def _make_streamer(
-    session: "onnxruntime.InferenceSession",
-    scale: int,
-    rows_late: int,
-    *,
-    band_rows: int | None = None,
+def make_streamer(
+    session: "onnxruntime.InferenceSession", *, band_rows: int | None = None
 ) -> RgbUpscale:
-    """`inference.make_streamer` for an exported model; `protocol.BANDS` describes the bands."""
+    """`inference.make_streamer` for an exported model; see `protocol.BANDS`."""
+    scale, rows_late = _number(session, "scale"), _number(session, "rows_late")
     _, _, _, *carried_inputs = session.get_inputs()
     names = [output.name for output in session.get_outputs()]
 
@@ -117,3 +112,7 @@ def _make_streamer(
                 yield results["upscaled"][0, :, max(-place, 0) * scale :].transpose(1, 2, 0)
 
     return stream
+
+
+def _number(session: "onnxruntime.InferenceSession", name: str) -> int:
+    return int(session.get_modelmeta().custom_metadata_map[name])
