@@ -23,7 +23,7 @@ def export(
     rows: int | None = None,
     columns: int | None = None,
 ) -> None:
-    """Exports weights. An existing file is not overwritten.
+    """Exports weights for other programs, as ONNX or StableHLO. No file is overwritten.
 
     Args:
         source: a name, a checkpoint directory, a .safetensors file or a published .pth file.
