@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-# The version of the standard operators: the first with LayerNormalization. What reads it: ONNX
-# Runtime from 1.12 on.
+# The version of the standard operators: the first with LayerNormalization. ONNX Runtime has it from
+# 1.12 on.
 OPSET = 17
 # The version of the file format that came with it.
 IR_VERSION = 8
