@@ -27,8 +27,10 @@ import tyro
 from tqdm import tqdm
 
 from dvmsr_jax.errors import UserError, printable
+from dvmsr_jax.onnx import OnnxUpscaler
+from dvmsr_jax.onnx.protocol import SUFFIX
 from dvmsr_jax.pictures import formats, jobs
-from dvmsr_jax.pictures.upscaler import Upscaler
+from dvmsr_jax.pictures.upscaler import PictureUpscaler, Upscaler
 from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, one_line_errors
 
 
@@ -57,7 +59,11 @@ class Arguments:
     slower."""
     ckpt: Annotated[Path | None, tyro.conf.arg(aliases=["--model"])] = None
     """A name of weights (see checkpoints/README.md), a checkpoint directory (WORKDIR/PHASE), a
-    .safetensors file or a published .pth file. None: the project's weights for the scale."""
+    .safetensors file, a published .pth file, or an .onnx file made by python -m dvmsr_jax.export.
+    None: the project's weights for the scale."""
+    backend: Literal["jax", "onnx"] | None = None
+    """The library that computes. onnx: ONNX Runtime, on the CPU. None: onnx for an .onnx file,
+    otherwise jax."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is faster on GPUs and TPUs; results differ by rounding."""
     device: Literal["cpu", "gpu", "tpu"] | None = None
@@ -92,16 +98,7 @@ def run(arguments: Arguments) -> int:
     if not 0 < arguments.max_megapixels < math.inf:
         raise UserError(f"--max-megapixels is {arguments.max_megapixels:g}, not a positive number")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the summary reports the same
-    if arguments.device is not None:
-        use_device(arguments.device)
-    upscaler = Upscaler(
-        arguments.ckpt,
-        scale=arguments.scale,
-        self_ensemble=arguments.self_ensemble,
-        tile=arguments.tile,
-        overlap=arguments.overlap,
-        precision=arguments.precision,
-    )
+    upscaler = make_upscaler(arguments)
     planned = jobs.plan(
         arguments.inputs,
         arguments.output,
@@ -143,6 +140,31 @@ def run(arguments: Arguments) -> int:
         status = int(any(outcome.status == "failed" for outcome in outcomes))
     print(jobs.summary(outcomes), file=sys.stderr)
     return status
+
+
+def make_upscaler(arguments: Arguments) -> PictureUpscaler:
+    """Loads the model. Raises UserError if it cannot be used, or for an option without effect."""
+    is_file = arguments.ckpt is not None and arguments.ckpt.suffix == SUFFIX
+    backend = arguments.backend or ("onnx" if is_file else "jax")
+    if backend == "onnx":
+        for option in ("precision", "device", "tile", "overlap"):
+            if getattr(arguments, option) != getattr(Arguments, option):
+                raise UserError(f"--{option} has no effect on ONNX Runtime: leave it out")
+        return OnnxUpscaler(
+            arguments.ckpt, scale=arguments.scale, self_ensemble=arguments.self_ensemble
+        )
+    if is_file:
+        raise UserError(f"{arguments.ckpt}: needs --backend onnx")
+    if arguments.device is not None:
+        use_device(arguments.device)
+    return Upscaler(
+        arguments.ckpt,
+        scale=arguments.scale,
+        self_ensemble=arguments.self_ensemble,
+        tile=arguments.tile,
+        overlap=arguments.overlap,
+        precision=arguments.precision,
+    )
 
 
 def use_device(name: str) -> None:

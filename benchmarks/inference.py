@@ -13,8 +13,9 @@ import functools
 import itertools
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -31,8 +32,9 @@ from benchmarks.table import Cell, Measured, Report
 from configs import PRESETS
 from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError, is_out_of_memory
-from dvmsr_jax.inference import RgbUpscale, RgbView, make_streamer
-from dvmsr_jax.model import DVMSR
+from dvmsr_jax.inference import make_streamer
+from dvmsr_jax.model import DVMSR, Weights
+from dvmsr_jax.rgb import RgbUpscale, RgbView
 from kernels.selective_scan import Implementation, missing
 
 CONFIG = PRESETS["paper"]["student"].model
@@ -52,6 +54,16 @@ class How(NamedTuple):
     scan: Implementation
 
 
+class OnnxFile(NamedTuple):
+    """The network on ONNX Runtime, on the CPU: a band of all rows, or bands."""
+
+    mode: Mode
+    path: str
+
+
+Way = How | OnnxFile | TorchModel
+
+
 class Result(NamedTuple):
     """Time and memory of a case."""
 
@@ -60,13 +72,16 @@ class Result(NamedTuple):
     memory: int | None  # bytes; None if unknown
 
 
-def measure(width: int, height: int, how: How | TorchModel) -> Result:
+def measure(width: int, height: int, how: Way) -> Result:
     """Measures one case in this process. Raises UserError for a bad TorchModel."""
     make_upscale: Callable[[], Callable[[np.ndarray], Iterator[np.ndarray]]]
     peak_memory: Callable[[], int | None]
     if isinstance(how, TorchModel):
         make_upscale = functools.partial(pytorch.make_upscale, how, pytorch.load_class(how))
         peak_memory = functools.partial(pytorch.peak_memory, how)
+    elif isinstance(how, OnnxFile):
+        make_upscale = functools.partial(_open, how)
+        peak_memory = machine.peak_host_memory
     else:
         make_upscale = functools.partial(_make_upscale, how)
         peak_memory = machine.peak_memory
@@ -99,6 +114,21 @@ def _make_upscale(how: How) -> RgbUpscale:
     return upscale
 
 
+def _open(file: OnnxFile) -> RgbUpscale:
+    from dvmsr_jax.onnx import upscaler  # needs onnxruntime
+
+    band_rows = sys.maxsize if file.mode == "whole" else None
+    return upscaler.make_streamer(upscaler.open_model(file.path), band_rows=band_rows)
+
+
+def write_onnx(path: str) -> None:
+    """Exports a network with random weights."""
+    from dvmsr_jax.onnx import network  # needs the package onnx
+
+    weights = Weights.of(nnx.jit(lambda: DVMSR(CONFIG, rngs=nnx.Rngs(0)))())
+    Path(path).write_bytes(network.streaming_model(weights).SerializeToString())
+
+
 class Surroundings(NamedTuple):
     """The machine and what it can run."""
 
@@ -113,7 +143,7 @@ def find_surroundings(scans: tuple[Implementation, ...]) -> Surroundings:
     return Surroundings(machine.describe(), jax.default_backend(), lacks)
 
 
-def measure_apart(width: int, height: int, how: How | TorchModel) -> Result | None:
+def measure_apart(width: int, height: int, how: Way) -> Result | None:
     """Calls `measure` in a new process; returns None if it ran out of memory."""
     try:
         return apart(measure, width, height, how)
@@ -143,6 +173,7 @@ def main(
         "auto",
     ),
     torch: tuple[str, ...] = (),
+    onnx: bool = False,
     smoke: bool = False,
     json: Path | None = None,
 ) -> None:
@@ -155,6 +186,7 @@ def main(
         scans: implementations of the selective scan (auto: native or triton where they run).
         torch: other x4 models in PyTorch to measure in float32, as FILE.py:CLASS: classes that are
             built without arguments and take (1, 3, h, w).
+        onnx: measure the network on ONNX Runtime too, on the CPU in float32.
         smoke: a quick run to check that everything works.
         json: also write the tables to this file.
     """
@@ -168,12 +200,28 @@ def main(
     fields = (*How._fields[:-1], "scan or model")
     numbers = ("first", "seconds", "MP/s", "memory")
     report.table((f"size, {here.platform}", *fields, *numbers), text=fields)
-    ways: list[How | TorchModel] = [
-        *itertools.starmap(How, itertools.product(modes, precisions, scans))
-    ]
+    ways: list[Way] = [*itertools.starmap(How, itertools.product(modes, precisions, scans))]
     ways += [TorchModel(place, "cuda" if here.platform == "gpu" else "cpu") for place in torch]
-    times: dict[How | TorchModel, dict[int, float]] = {how: {} for how in ways}
-    failed: set[How | TorchModel] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        if onnx:
+            path = f"{folder}/student.onnx"
+            apart(write_onnx, path)
+            ways += [OnnxFile(mode, path) for mode in modes]
+        times = _measure_all(sizes, ways, report)
+
+    title = "Seconds grow like a power of the number of pixels:"
+    report.table((*fields, "exponent"), text=fields, title=title)
+    for how, seconds in times.items():
+        if len(seconds) > 1:
+            report.row([*_names(how), Measured(growth(seconds))])
+
+
+def _measure_all(
+    sizes: Sequence[str], ways: Sequence[Way], report: Report
+) -> dict[Way, dict[int, float]]:
+    """Measures each size in each way and reports rows: {way: {pixels: seconds}}."""
+    times: dict[Way, dict[int, float]] = {how: {} for how in ways}
+    failed: set[Way] = set()
     for size, how in itertools.product(sizes, ways):
         if how in failed:
             continue
@@ -191,17 +239,14 @@ def main(
         if isinstance(how, How):
             baseline = times.get(how._replace(scan=BASELINE), {}).get(pixels)
         report.row([f"{width} x {height}", *_names(how), *_cells(pixels, result, baseline)])
-
-    title = "Seconds grow like a power of the number of pixels:"
-    report.table((*fields, "exponent"), text=fields, title=title)
-    for how, seconds in times.items():
-        if len(seconds) > 1:
-            report.row([*_names(how), Measured(growth(seconds))])
+    return times
 
 
-def _names(how: How | TorchModel) -> tuple[str, str, str]:
+def _names(how: Way) -> tuple[str, str, str]:
     if isinstance(how, How):
         return how
+    if isinstance(how, OnnxFile):
+        return how.mode, "float32", "ONNX Runtime"
     return "whole", "float32", f"{how.place.rpartition(':')[2]} in PyTorch"
 
 

@@ -49,6 +49,11 @@ def peak_memory() -> int | None:
     if jax.default_backend() != "cpu":
         statistics = jax.devices()[0].memory_stats()
         return statistics["peak_bytes_in_use"] if statistics else None
+    return peak_host_memory()
+
+
+def peak_host_memory() -> int | None:
+    """Peak memory of this process in bytes; None if unknown."""
     # getrusage's maximum would include that of the parent process.
     peak = _proc_field("self/status", "VmHWM")
     return int(peak.split()[0]) * 1024 if peak else None

@@ -2,19 +2,19 @@
 
 import functools
 import math
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR
+from dvmsr_jax.rgb import RgbUpscale, RgbView, average_over_symmetries, joined
 
 # Approximate number of pixels and largest number of rows of a band. A CPU is fastest if a layer's
 # features fit its cache. The delay of the result (see `DVMSR.rows_late`) can cost up to one more
@@ -25,34 +25,6 @@ ACCELERATOR_BAND_PIXELS, ACCELERATOR_MAX_BAND_ROWS = 131_072, 128
 
 Item = TypeVar("Item")
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
-
-
-class RgbView:
-    """An RGB image in [0, 1] that is computed from other pixels part by part, when indexed.
-
-    It has the parts of an array's interface that upscaling uses: shape, slices and np.asarray.
-    """
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, pixels: np.ndarray, to_rgb: Callable[[np.ndarray], np.ndarray]):
-        """`to_rgb` converts any part of the pixels, (h, w, channels), to (h, w, 3), float32."""
-        self.shape = (*pixels.shape[:2], 3)
-        self._pixels, self._to_rgb = pixels, to_rgb
-
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
-        return self._to_rgb(self._pixels[part])
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.array(self[:], dtype, copy=copy)
-
-
-# A function from an RGB image in [0, 1] to its upscaled rows, from top to bottom, in arrays of
-# shape (any number, w s, 3), whose values may leave that range slightly.
-RgbUpscale = Callable[[np.ndarray | RgbView], Iterator[np.ndarray]]
 
 
 def upscale_pixels(
@@ -78,22 +50,6 @@ def upscale_batch(
     return average_over_symmetries(model, images) if self_ensemble else model(images)
 
 
-def average_over_symmetries(
-    model: Callable[[AnyArray], AnyArray], images: Float[AnyArray, "b h w 3"]
-) -> Float[AnyArray, "b H W 3"]:
-    """The mean of the model's outputs for the eight flips and rotations of the images, undone."""
-    rot90 = images.__array_namespace__().rot90  # NumPy's or JAX's
-
-    def outputs() -> Iterator[AnyArray]:
-        for turns in range(4):
-            for flip in (False, True):
-                x = rot90(images, turns, axes=(1, 2))
-                y = model(x[:, :, ::-1] if flip else x)
-                yield rot90(y[:, :, ::-1] if flip else y, -turns, axes=(1, 2))
-
-    return functools.reduce(operator.add, outputs()) / 8
-
-
 def make_streamer(model: DVMSR, *, band_rows: int | None = None, width_bits: int = 4) -> RgbUpscale:
     """Upscales in bands of rows, in memory that does not grow with the image's height.
 
@@ -106,16 +62,14 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None, width_bits: int
     graph, parameters = nnx.split(model)
     s, late = model.config.scale, model.rows_late
 
-    def step(parameters, carried, rows, first, height, width):
-        """(arrays for the next band, the upscaled rows)."""
-        band = Band(first, height, width, rows.shape[1], carried)
-        upscaled = nnx.merge(graph, parameters)(rows[None], band=band)[0]
-        return band.left, upscaled
+    def step(parameters, *arguments):
+        return band_step(nnx.merge(graph, parameters), *arguments)
 
     @functools.cache
     def shapes_carried(rows, columns):
         image = jax.ShapeDtypeStruct((rows, columns, 3), jnp.float32)
-        return jax.eval_shape(step, parameters, None, image, 0, 0, 0)[0]
+        place = jax.ShapeDtypeStruct((), jnp.int32)
+        return jax.eval_shape(step, parameters, None, image, place, place, place)[0]
 
     compiled_step = jax.jit(step, donate_argnums=1)
 
@@ -144,6 +98,23 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None, width_bits: int
     return stream
 
 
+def band_step(
+    model: DVMSR,
+    carried: Mapping[str, Array] | None,
+    rows: Float[Array, "rows columns 3"],
+    first: Int[Array, ""],
+    height: Int[Array, ""],
+    width: Int[Array, ""],
+) -> tuple[dict[str, Array], Float[Array, "_ _ 3"]]:
+    """The arrays for the next band, and the upscaled rows, which are `rows_late` rows late.
+
+    See `Band` for the arguments.
+    """
+    band = Band(first, height, width, rows.shape[1], carried)
+    upscaled = model(rows[None], band=band)[0]
+    return band.left, upscaled
+
+
 def make_upscaler(
     model: DVMSR, *, self_ensemble: bool = False
 ) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
@@ -168,13 +139,6 @@ def make_whole(
     graph, parameters = nnx.split(model)
     run = jax.jit(lambda parameters, images: nnx.merge(graph, parameters)(images))
     return lambda images: np.asarray(run(parameters, images))
-
-
-def joined(
-    upscale: RgbUpscale,
-) -> Callable[[Float[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 H W 3"]]:
-    """Returns a function of a whole image, as a batch of one, that joins the rows of `upscale`."""
-    return lambda images: np.concatenate([*upscale(images[0])])[None]
 
 
 def make_tiler(model: DVMSR, *, tile: int, overlap: int) -> RgbUpscale:

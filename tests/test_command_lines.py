@@ -22,7 +22,7 @@ import train
 import upscale
 from benchmarks import inference as inference_benchmark
 from configs import PRESETS
-from dvmsr_jax import images, parallel
+from dvmsr_jax import export, images, parallel
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
@@ -66,6 +66,8 @@ def test_documented_commands_parse(command, monkeypatch):
         module = importlib.import_module(f"{program}.__main__")
         commands = {name: parse_only(command) for name, command in module.COMMANDS.items()}
         assert tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
+    elif program == "dvmsr_jax.export":
+        assert tyro.cli(parse_only(export.export), args=arguments)
     else:
         assert program == "dvmsr_jax.pretrained"
         assert len(arguments) == 2
@@ -269,6 +271,18 @@ def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(training_commands, monkeypatch, "check", tmp_path)
     assert re.match(r"error: .*: holds no prepared records", stop.value.code)
+
+
+def test_inference_benchmark_measures_onnx_runtime(monkeypatch, capsys):
+    pytest.importorskip("onnx", reason="needs the package onnx")
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+    monkeypatch.setattr(inference_benchmark, "CONFIG", config)
+    monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
+    monkeypatch.setattr(inference_benchmark, "apart", lambda function, *given: function(*given))
+    inference_benchmark.main(sizes=("8",), precisions=(), onnx=True)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "ONNX Runtime" in line]
+    assert [row.split(" | ")[1] for row in rows] == ["whole", "streaming"]
 
 
 TORCH_MODEL = """

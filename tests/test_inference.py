@@ -16,7 +16,6 @@ from benchmarks import inference
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import (
-    RgbView,
     _columns,
     make_streamer,
     make_tiler,
@@ -27,6 +26,7 @@ from dvmsr_jax.inference import (
 from dvmsr_jax.model import DVMSR, Weights, named_parameters
 from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.program import keep_compiled_programs
+from dvmsr_jax.rgb import RgbView
 
 TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
 HEIGHTS = (1, 2, 7, 8, 63, 257)

@@ -15,7 +15,7 @@ from flax import nnx
 from configs import PRESETS
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import average_over_symmetries, make_upscaler, upscale_pixels
+from dvmsr_jax.inference import make_upscaler, upscale_pixels
 from dvmsr_jax.model import (
     DVMSR,
     Weights,
@@ -23,6 +23,7 @@ from dvmsr_jax.model import (
     parameter_count,
     pixel_shuffle,
 )
+from dvmsr_jax.rgb import average_over_symmetries
 from dvmsr_jax.training import losses
 from dvmsr_jax.vimm import ViMM
 from tests.jaxprs import equations

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dvmsr_jax import data, images, inference
+from dvmsr_jax import data, images, rgb
 from dvmsr_jax.config import DataConfig, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, Weights, named_parameters
@@ -74,7 +74,7 @@ def test_targets_are_the_teachers_outputs(records, teacher, self_ensemble, monke
     model = nnx.jit(load_model(teacher))
     for record, target in zip(records.train, found, strict=True):
         lr = jnp.asarray(record["lr"][None], jnp.float32) / 255
-        output = inference.average_over_symmetries(model, lr) if self_ensemble else model(lr)
+        output = rgb.average_over_symmetries(model, lr) if self_ensemble else model(lr)
         exact = np.asarray(output[0])
         assert np.abs(target - 255 * np.clip(exact, 0, 1)).max() <= 0.5 + 1e-3
         assert np.mean(target == np.rint(np.clip(exact, 0, 1) * 255)) > 0.999

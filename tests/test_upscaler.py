@@ -17,12 +17,12 @@ from configs import PRESETS
 from dvmsr_jax import Upscaler, bicubic, registry
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import average_over_symmetries
 from dvmsr_jax.model import DVMSR, parameter_count
 from dvmsr_jax.pictures.metadata import Metadata
 from dvmsr_jax.pictures.reading import Frame
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 from dvmsr_jax.pretrained import PretrainedError, load_model, save_safetensors
+from dvmsr_jax.rgb import average_over_symmetries
 
 RNG = np.random.default_rng(0)
 DEEP = RNG.integers(0, 2**16, (9, 6, 4), np.uint16)

@@ -17,19 +17,10 @@ from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from dvmsr_jax import bicubic
-from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.inference import (
-    RgbUpscale,
-    RgbView,
-    average_over_symmetries,
-    joined,
-    make_streamer,
-    make_tiler,
-)
 from dvmsr_jax.pictures.reading import BandedFrame, Frame, from_pillow, to_pillow
-from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.registry import default_for
+from dvmsr_jax.rgb import RgbUpscale, RgbView, self_ensembled
 
 MAX_SCALE = 16
 
@@ -222,6 +213,11 @@ class Upscaler(PictureUpscaler):
         Raises:
             UserError: the weights cannot be read, or an argument is invalid or has no effect.
         """
+        # These import JAX, which a PictureUpscaler does not need.
+        from dvmsr_jax.config import Compute
+        from dvmsr_jax.inference import make_streamer, make_tiler
+        from dvmsr_jax.pretrained import load_model
+
         if weights is None:
             weights = default_for(scale)
         model = load_model(weights, compute=Compute(precision=precision))
@@ -234,7 +230,7 @@ class Upscaler(PictureUpscaler):
         else:
             raise UserError("--overlap has no effect without tiles: add --tile, or leave it out")
         if self_ensemble:
-            upscale = _self_ensemble(upscale)
+            upscale = self_ensembled(upscale)
         super().__init__(upscale, model.config.scale, scale=scale)
 
     @classmethod
@@ -275,10 +271,3 @@ def _joined(bands: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype
         top, bottom = bottom, bottom + len(band)
         whole[top:bottom] = band
     return whole
-
-
-def _self_ensemble(upscale: RgbUpscale) -> RgbUpscale:
-    def average(image: np.ndarray | RgbView) -> Iterator[np.ndarray]:
-        yield average_over_symmetries(joined(upscale), np.asarray(image)[None])[0]
-
-    return average
