@@ -1,5 +1,6 @@
 """ViMM, the Vision-Mamba module: the Mamba mixer (arXiv 2312.00752) on an image's tokens."""
 
+import functools
 import math
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Key
 from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
+from kernels import vimm as fused
 from kernels.selective_scan import missing, selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
@@ -105,6 +107,8 @@ class ViMM(nnx.Module):
         """`index` counts the network's ViMMs from 0."""
         c, d = config.channels, config.inner_channels
         self.index = index
+        automatic = compute.scan == "auto" and compute.precision == "float32"
+        self.may_be_fused = automatic and not config.bidirectional
         self.drop_path = config.drop_path * index / max(config.vimms - 1, 1)
         self.norm = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
         self.in_proj = projection(c, 2 * d, dense_init, compute, rngs)
@@ -121,12 +125,69 @@ class ViMM(nnx.Module):
         """Mixes an image's tokens, given in raster order. With `keys`, drop-path is active."""
         if keys is not None and self.drop_path:
             tokens = drop_samples(tokens, self.drop_path, _fold_in(keys, self.index))
+        if not self.may_be_fused or fused.missing():
+            return self.unfused(tokens, band)
+        if isinstance(band, Band):
+            return self.fused(tokens, band)
+        return _fused_if_not_differentiated(*nnx.split(self), tokens)
+
+    def unfused(
+        self, tokens: Float[Array, "b l c"], band: Whole | Band
+    ) -> Float[Array, "b l c"]:
+        """The result, in JAX; any configuration, on any platform."""
         tokens = band.masked(self.norm(tokens))
         u, z = jnp.split(self.in_proj(tokens), 2, axis=-1)
         y = self.forward(u, z, band.at("forward"))
         if self.backward is not None:
             y = y + self.backward(u[:, ::-1], z[:, ::-1], WHOLE)[:, ::-1]
         return self.out_proj(y).astype(jnp.float32)
+
+    def fused(self, tokens: Float[Array, "b l c"], band: Whole | Band) -> Float[Array, "b l c"]:
+        """The same result from kernels/vimm, which cannot be differentiated."""
+        direction = self.forward
+        band = band.at("forward")
+        weights = fused.Weights(
+            norm_scale=self.norm.scale[...],
+            norm_bias=self.norm.bias[...],
+            in_proj=self.in_proj.kernel[...],
+            conv_kernel=direction.conv.kernel[...],
+            conv_bias=direction.conv.bias[...],
+            x_proj=direction.x_proj.kernel[...],
+            dt_proj=direction.dt_proj.kernel[...],
+            dt_bias=direction.dt_bias[...],
+            A=-jnp.exp(direction.A_log[...]),
+            D=direction.D[...],
+            out_proj=self.out_proj.kernel[...],
+        )
+        (b, l, _), (d, n) = tokens.shape, weights.A.shape
+        *place, columns = band.place(l)
+        out, previous, state = fused.vimm(
+            tokens,
+            weights,
+            band.at("conv").previous(b, len(weights.conv_kernel) - 1, d),
+            band.scan_state(b, d, n),
+            fused.Place(*place),
+            columns=columns,
+            epsilon=LAYER_NORM_EPSILON,
+        )
+        band.at("conv").keep_previous(previous)
+        band.keep_scan_state(state)
+        return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_if_not_differentiated(graph, parameters, tokens):
+    return nnx.merge(graph, parameters).fused(tokens, WHOLE)
+
+
+def _unfused_vjp(graph, parameters, tokens):
+    def unfused(parameters, tokens):
+        return nnx.merge(graph, parameters).unfused(tokens, WHOLE)
+
+    return jax.vjp(unfused, parameters, tokens)
+
+
+_fused_if_not_differentiated.defvjp(_unfused_vjp, lambda graph, vjp, gradient: vjp(gradient))
 
 
 def drop_samples(

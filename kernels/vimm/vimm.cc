@@ -1,0 +1,465 @@
+// A whole ViMM on a CPU, in float32, for inference. op.py compiles and calls it; README.md describes
+// the design.
+//
+// The tokens inside the image form the sequence. It is cut into pieces of TOKENS tokens, and each
+// piece goes through three stages:
+//
+//   Project  LayerNorm, in_proj, causal convolution, silu, x_proj, dt_proj, softplus
+//   Scan     the recurrence and the gate; one task for each block of channels
+//   Finish   out_proj
+//
+// Activations are blocks of BLOCK channels. A block is an array of lines, one for each token.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpp/threads.h"
+#include "kernels/cpp/vectors.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using namespace kernels;
+
+constexpr int64_t BLOCK = 16;   // a cache line
+constexpr int64_t SUMS = 12;    // vectors of sums that a product holds in registers
+constexpr int64_t TOKENS = 96;  // a multiple of SUMS
+
+struct alignas(sizeof(float) * BLOCK) Line {
+  float at[BLOCK];
+};
+typedef std::unique_ptr<Line[]> Lines;
+
+int64_t Blocks(int64_t channels) { return (channels + BLOCK - 1) / BLOCK; }
+
+// Rows of (count, channels) as (count, blocks) lines, padded with zeros.
+Lines MakeLines(const float* rows, int64_t count, int64_t channels) {
+  Lines lines(new Line[count * Blocks(channels)]());
+  for (int64_t i = 0; i < count; ++i)
+    std::memcpy(lines[i * Blocks(channels)].at, rows + i * channels, sizeof(float) * channels);
+  return lines;
+}
+
+// The weights of a product, (inputs, outputs).
+class Matrix {
+ public:
+  Matrix(int64_t inputs, int64_t outputs)
+      : inputs_(inputs), outputs_(outputs), lines_(new Line[inputs * Blocks(outputs)]()) {}
+
+  // Copies `count` columns of an array whose rows are `row` floats long, from output `first` on.
+  Matrix& Set(int64_t first, const float* columns, int64_t count, int64_t row) {
+    for (int64_t i = 0; i < inputs_; ++i)
+      for (int64_t o = first; o < first + count; ++o)
+        lines_[o / BLOCK * inputs_ + i].at[o % BLOCK] = columns[i * row + o - first];
+    return *this;
+  }
+
+  // Multiplies with the inputs of these tokens, whose blocks are `stride` lines apart, and calls
+  // put(token, output, vector of outputs). The number of tokens is rounded up to SUMS.
+  template <typename Put>
+  void Multiply(const Line* x, int64_t stride, int64_t tokens, Put put) const {
+    for (int64_t o = 0; o < outputs_;) {
+      if (2 * WIDTH <= BLOCK && o + WIDTH < outputs_) {
+        Columns<2>(x, stride, tokens, o, put);
+        o += 2 * WIDTH;
+      } else {
+        Columns<1>(x, stride, tokens, o, put);
+        o += WIDTH;
+      }
+    }
+  }
+
+ private:
+  template <int VECTORS, typename Put>
+  void Columns(const Line* x, int64_t stride, int64_t tokens, int64_t o, Put put) const {
+    constexpr int ROWS = SUMS / VECTORS;
+    for (int64_t t = 0; t < tokens; t += ROWS) {
+      Floats sums[ROWS][VECTORS] = {};
+      const Line* from = x + t;
+      const float* weights = lines_[o / BLOCK * inputs_].at + o % BLOCK;
+      for (int64_t i = 0; i < inputs_; i += BLOCK, from += stride)
+        for (int64_t k = 0; k < std::min(BLOCK, inputs_ - i); ++k, weights += BLOCK)
+#pragma GCC unroll 12
+          for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v)
+              sums[r][v] += from[r].at[k] * Load(weights + v * WIDTH, WIDTH);
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) put(t + r, o + v * WIDTH, sums[r][v]);
+    }
+  }
+
+  int64_t inputs_, outputs_;
+  Lines lines_;  // (blocks of outputs, inputs)
+};
+
+// Puts a product's outputs into blocks that are `stride` lines apart.
+auto Into(Line* lines, int64_t stride) {
+  return [=](int64_t t, int64_t o, Floats x) {
+    Store(lines[o / BLOCK * stride + t].at + o % BLOCK, x, WIDTH);
+  };
+}
+
+Floats Silu(Floats x) { return x * Sigmoid(x); }
+
+struct Sizes {
+  int64_t l, c, d, n, rank;
+  int64_t history;  // tokens before each one that the causal convolution reads
+};
+
+struct Arrays {
+  const float *tokens, *norm_scale, *norm_bias, *in_proj, *conv_kernel, *conv_bias, *x_proj,
+      *dt_proj, *dt_bias, *A, *D, *out_proj, *previous, *state;
+  float *out, *last, *end;
+};
+
+// The part of the rows that lies inside the image.
+struct Inside {
+  int64_t first, rows, width, columns;
+
+  int64_t Tokens() const { return rows * width; }
+  int64_t Position(int64_t token) const {
+    return (first + token / width) * columns + token % width;
+  }
+};
+
+// The activations of a piece. Its memory serves one piece after the other.
+struct Piece {
+  explicit Piece(const Sizes& s)
+      : u(new Line[Blocks(s.d) * (s.history + TOKENS)]),
+        gate(new Line[Blocks(s.d) * TOKENS]),
+        delta(new Line[Blocks(s.d) * TOKENS]),
+        BC(new Line[2 * Blocks(s.n) * TOKENS]),
+        low_rank(new Line[Blocks(s.rank) * TOKENS]),
+        tail(new Line[Blocks(s.d) * s.history]) {}
+
+  Lines u;         // after the tokens before the piece; in the end y
+  Lines gate;
+  Lines delta;     // at first the normalised tokens
+  Lines BC;        // a token's B and C are next to each other
+  Lines low_rank;
+  Lines tail;      // the last tokens of u before the convolution
+  int64_t positions[TOKENS];
+  std::atomic<int64_t> progress{0};  // STAGES k + the stage that piece k has reached
+};
+enum Stage { TAIL = 1, PROJECTED = 2, FINISHED = 3, STAGES = 4 };
+
+// The number of pieces that a block of channels has been scanned through.
+struct alignas(sizeof(Line)) Scanned {
+  std::atomic<int64_t> pieces{0};
+};
+
+// Waits for another thread that is at work.
+void Wait(const std::atomic<int64_t>& progress, int64_t needed) {
+  for (int64_t spins = 0; progress.load(std::memory_order_acquire) < needed; ++spins)
+    if (spins > 1000) std::this_thread::yield();
+}
+
+class ViMM {
+ public:
+  ViMM(const Sizes& sizes, const Arrays& arrays, const Inside& inside, int64_t sequences,
+       float epsilon, int64_t threads)
+      : s_(sizes),
+        arrays_(arrays),
+        inside_(inside),
+        epsilon_(epsilon),
+        ahead_(threads),
+        pieces_per_sequence_((inside.Tokens() + TOKENS - 1) / TOKENS),
+        count_(sequences * pieces_per_sequence_),
+        in_u_(s_.c, s_.d),
+        in_gate_(s_.c, s_.d),
+        to_BC_(s_.d, 2 * BLOCK * Blocks(s_.n)),
+        to_low_rank_(s_.d, s_.rank),
+        to_delta_(s_.rank, s_.d),
+        out_(s_.d, s_.c),
+        norm_scale_(MakeLines(arrays.norm_scale, 1, s_.c)),
+        norm_bias_(MakeLines(arrays.norm_bias, 1, s_.c)),
+        taps_(MakeLines(arrays.conv_kernel, s_.history + 1, s_.d)),
+        conv_bias_(MakeLines(arrays.conv_bias, 1, s_.d)),
+        dt_bias_(MakeLines(arrays.dt_bias, 1, s_.d)),
+        D_(MakeLines(arrays.D, 1, s_.d)),
+        A_(new Line[Blocks(s_.d) * s_.n]()),
+        states_(new Line[Blocks(s_.d) * s_.n]()),
+        scanned_(Blocks(s_.d)) {
+    const int64_t columns = s_.rank + 2 * s_.n;
+    in_u_.Set(0, arrays.in_proj, s_.d, 2 * s_.d);
+    in_gate_.Set(0, arrays.in_proj + s_.d, s_.d, 2 * s_.d);
+    to_low_rank_.Set(0, arrays.x_proj, s_.rank, columns);
+    to_BC_.Set(0, arrays.x_proj + s_.rank, s_.n, columns);
+    to_BC_.Set(BLOCK * Blocks(s_.n), arrays.x_proj + s_.rank + s_.n, s_.n, columns);
+    to_delta_.Set(0, arrays.dt_proj, s_.d, s_.d);
+    out_.Set(0, arrays.out_proj, s_.c, s_.c);
+    for (int64_t i = 0; i < s_.d; ++i)
+      for (int64_t j = 0; j < s_.n; ++j)
+        A_[i / BLOCK * s_.n + j].at[i % BLOCK] = LOG2_E * arrays.A[i * s_.n + j];
+    for (int64_t i = 0; i < 2 * ahead_ + 1; ++i) pieces_.emplace_back(new Piece(s_));
+  }
+
+  // Runs tasks until all have begun. Several threads do this at the same time.
+  void Help() {
+    const int64_t tasks = Blocks(s_.d) + 2, steps = count_ + 2 * ahead_;
+    for (int64_t i; (i = next_++) < steps * tasks;) {
+      // Each task waits only for tasks before it, which have begun.
+      const int64_t k = i / tasks, task = i % tasks;
+      if (task == 0) {
+        if (k < count_) Project(k);
+      } else if (task < tasks - 1) {
+        if (k >= ahead_ && k - ahead_ < count_) Scan(k - ahead_, task - 1);
+      } else if (k >= 2 * ahead_) {
+        Finish(k - 2 * ahead_);
+      }
+    }
+  }
+
+ private:
+  Piece& At(int64_t k) { return *pieces_[k % pieces_.size()]; }
+  int64_t Sequence(int64_t k) const { return k / pieces_per_sequence_; }
+  int64_t FirstToken(int64_t k) const { return k % pieces_per_sequence_ * TOKENS; }
+  int64_t Tokens(int64_t k) const { return std::min(TOKENS, inside_.Tokens() - FirstToken(k)); }
+  bool IsFirst(int64_t k) const { return FirstToken(k) == 0; }
+  bool IsLast(int64_t k) const { return FirstToken(k) + TOKENS >= inside_.Tokens(); }
+
+  void Project(int64_t k) {
+    Piece& piece = At(k);
+    const int64_t before = k - static_cast<int64_t>(pieces_.size());  // the piece whose memory this is
+    Wait(piece.progress, STAGES * before + FINISHED);
+    Wait(At(k + 1).progress, STAGES * (before + 1) + PROJECTED);  // it has read the tail
+
+    const int64_t tokens = Tokens(k), u_stride = s_.history + TOKENS;
+    Line *u = piece.u.get(), *x = piece.delta.get();
+    Normalise(k);
+    in_u_.Multiply(x, TOKENS, tokens, Into(u + s_.history, u_stride));
+    in_gate_.Multiply(x, TOKENS, tokens, Into(piece.gate.get(), TOKENS));
+    for (int64_t i = 0; i < s_.d; i += WIDTH) {
+      float* gate = piece.gate[i / BLOCK * TOKENS].at + i % BLOCK;
+      for (int64_t t = 0; t < tokens; ++t, gate += BLOCK)
+        Store(gate, Silu(Load(gate, WIDTH)), WIDTH);
+    }
+
+    MoveTails(k);
+    for (int64_t i = 0; i < s_.d; i += WIDTH) Convolve(piece, tokens, i);
+
+    u += s_.history;
+    to_BC_.Multiply(u, u_stride, tokens, [&](int64_t t, int64_t o, Floats y) {
+      Store(piece.BC[t * 2 * Blocks(s_.n)].at + o, y, WIDTH);
+    });
+    to_low_rank_.Multiply(u, u_stride, tokens, Into(piece.low_rank.get(), TOKENS));
+    to_delta_.Multiply(piece.low_rank.get(), TOKENS, tokens, Into(piece.delta.get(), TOKENS));
+    for (int64_t i = 0; i < s_.d; i += WIDTH) {
+      const Floats bias = Load(dt_bias_[0].at + i, WIDTH);
+      float* delta = piece.delta[i / BLOCK * TOKENS].at + i % BLOCK;
+      for (int64_t t = 0; t < tokens; ++t, delta += BLOCK)
+        Store(delta, Softplus(Load(delta, WIDTH) + bias), WIDTH);
+    }
+    piece.progress.store(STAGES * k + PROJECTED, std::memory_order_release);
+  }
+
+  // LayerNorm; the tokens that round their number up to SUMS are zero.
+  void Normalise(int64_t k) {
+    Piece& piece = At(k);
+    const int64_t tokens = Tokens(k), last = (s_.c - 1) / WIDTH * WIDTH;
+    Floats inside = {};  // of the last vector
+    for (int64_t i = 0; i < s_.c - last; ++i) inside[i] = 1.0f;
+    for (int64_t t = 0; t < tokens; ++t) {
+      piece.positions[t] = Sequence(k) * s_.l + inside_.Position(FirstToken(k) + t);
+      const float* x = arrays_.tokens + piece.positions[t] * s_.c;
+      Floats sum = Load(x + last, s_.c - last), squares = {};
+      for (int64_t i = 0; i < last; i += WIDTH) sum += Load(x + i, WIDTH);
+      const float mean = Sum(sum) / s_.c;
+      const Floats end = (Load(x + last, s_.c - last) - mean) * inside;
+      squares = end * end;
+      for (int64_t i = 0; i < last; i += WIDTH) {
+        const Floats difference = Load(x + i, WIDTH) - mean;
+        squares += difference * difference;
+      }
+      const float factor = 1.0f / std::sqrt(Sum(squares) / s_.c + epsilon_);
+      for (int64_t i = 0; i < s_.c; i += WIDTH) {
+        const Floats scale = factor * Load(norm_scale_[0].at + i, WIDTH);
+        const Floats difference = i < last ? Load(x + i, WIDTH) - mean : end;
+        Store(piece.delta[i / BLOCK * TOKENS + t].at + i % BLOCK,
+              difference * scale + Load(norm_bias_[0].at + i, WIDTH), WIDTH);
+      }
+    }
+    for (int64_t block = 0; block < Blocks(s_.c); ++block)
+      std::fill(&piece.delta[block * TOKENS + tokens], &piece.delta[(block + 1) * TOKENS], Line{});
+  }
+
+  // Puts the tokens before the piece in front of u, and keeps its last ones for the next.
+  void MoveTails(int64_t k) {
+    Piece& piece = At(k);
+    const int64_t tokens = Tokens(k), history = s_.history, b = Sequence(k);
+    if (!IsFirst(k)) Wait(At(k - 1).progress, STAGES * (k - 1) + TAIL);
+    for (int64_t block = 0; block < Blocks(s_.d); ++block) {
+      Line* u = &piece.u[block * (history + TOKENS)];
+      const int64_t channels = std::min(BLOCK, s_.d - block * BLOCK);
+      for (int64_t i = 0; i < history; ++i) {
+        const int64_t at = (b * history + i) * s_.d + block * BLOCK;
+        if (IsFirst(k))
+          std::memcpy(u[i].at, arrays_.previous + at, sizeof(float) * channels);
+        else
+          u[i] = At(k - 1).tail[block * history + i];
+      }
+      for (int64_t i = 0; i < history; ++i) {
+        const int64_t at = (b * history + i) * s_.d + block * BLOCK;
+        piece.tail[block * history + i] = u[tokens + i];
+        if (IsLast(k)) std::memcpy(arrays_.last + at, u[tokens + i].at, sizeof(float) * channels);
+      }
+    }
+    piece.progress.store(STAGES * k + TAIL, std::memory_order_release);
+  }
+
+  // The causal convolution and silu of a vector of channels, in place.
+  void Convolve(Piece& piece, int64_t tokens, int64_t channel) {
+    const Floats bias = Load(conv_bias_[0].at + channel, WIDTH);
+    float* u = piece.u[channel / BLOCK * (s_.history + TOKENS)].at + channel % BLOCK;
+    for (int64_t t = tokens - 1; t >= 0; --t) {  // backwards, as u_t is replaced
+      Floats sum = bias;
+      for (int64_t i = 0; i <= s_.history; ++i)
+        sum += Load(taps_[i * Blocks(s_.d)].at + channel, WIDTH) * Load(u + (t + i) * BLOCK, WIDTH);
+      Store(u + (t + s_.history) * BLOCK, Silu(sum), WIDTH);
+    }
+  }
+
+  void Scan(int64_t k, int64_t block) {
+    Piece& piece = At(k);
+    std::atomic<int64_t>& scanned = scanned_[block].pieces;
+    Wait(piece.progress, STAGES * k + PROJECTED);
+    Wait(scanned, k);
+    Line* states = &states_[block * s_.n];
+    const int64_t channels = std::min(BLOCK, s_.d - block * BLOCK);
+    const int64_t at = (Sequence(k) * s_.d + block * BLOCK) * s_.n;
+    if (IsFirst(k))
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < s_.n; ++i) states[i].at[c] = arrays_.state[at + c * s_.n + i];
+    for (int64_t c = 0; c < channels; c += WIDTH) ScanVector(piece, Tokens(k), block, c);
+    if (IsLast(k))
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < s_.n; ++i) arrays_.end[at + c * s_.n + i] = states[i].at[c];
+    scanned.store(k + 1, std::memory_order_release);
+  }
+
+  void ScanVector(Piece& piece, int64_t tokens, int64_t block, int64_t c) {
+    const Floats D = Load(D_[block].at + c, WIDTH);
+    const Line* A = &A_[block * s_.n];
+    Line *h = &states_[block * s_.n], *u = &piece.u[block * (s_.history + TOKENS) + s_.history];
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* B = piece.BC[t * 2 * Blocks(s_.n)].at;
+      const float* C = B + BLOCK * Blocks(s_.n);
+      const Floats u_t = Load(u[t].at + c, WIDTH);
+      const Floats delta_t = Load(piece.delta[block * TOKENS + t].at + c, WIDTH);
+      const Floats x_t = delta_t * u_t;
+      Floats y_t = D * u_t;
+      for (int64_t i = 0; i < s_.n; ++i) {
+        const Floats h_i = Exp2(delta_t * Load(A[i].at + c, WIDTH)) * Load(h[i].at + c, WIDTH) + x_t * B[i];
+        Store(h[i].at + c, h_i, WIDTH);
+        y_t += h_i * C[i];
+      }
+      y_t *= Load(piece.gate[block * TOKENS + t].at + c, WIDTH);
+      Store(u[t].at + c, y_t, WIDTH);
+    }
+  }
+
+  void Finish(int64_t k) {
+    Piece& piece = At(k);
+    for (Scanned& scanned : scanned_) Wait(scanned.pieces, k + 1);
+    const int64_t tokens = Tokens(k);
+    out_.Multiply(&piece.u[s_.history], s_.history + TOKENS, tokens,
+                  [&](int64_t t, int64_t o, Floats x) {
+                    if (t < tokens)
+                      Store(arrays_.out + piece.positions[t] * s_.c + o, x,
+                            std::min(WIDTH, s_.c - o));
+                  });
+    piece.progress.store(STAGES * k + FINISHED, std::memory_order_release);
+  }
+
+  const Sizes s_;
+  const Arrays arrays_;
+  const Inside inside_;
+  const float epsilon_;
+  const int64_t ahead_;  // pieces that are projected before one is scanned, and so on
+  const int64_t pieces_per_sequence_, count_;
+  Matrix in_u_, in_gate_, to_BC_, to_low_rank_, to_delta_, out_;
+  Lines norm_scale_, norm_bias_, taps_, conv_bias_, dt_bias_, D_;
+  Lines A_, states_;  // (blocks, n); A times log2(e)
+  std::vector<Scanned> scanned_;
+  std::vector<std::unique_ptr<Piece>> pieces_;
+  std::atomic<int64_t> next_{0};
+};
+
+using Buffer = ffi::Buffer<ffi::F32>;
+using Result = ffi::ResultBuffer<ffi::F32>;
+using Integer = ffi::BufferR0<ffi::S32>;
+
+ffi::Error CallViMM(ffi::ThreadPool pool, Buffer tokens, Buffer norm_scale, Buffer norm_bias,
+                    Buffer in_proj, Buffer conv_kernel, Buffer conv_bias, Buffer x_proj,
+                    Buffer dt_proj, Buffer dt_bias, Buffer A, Buffer D, Buffer out_proj,
+                    Buffer previous, Buffer state, Integer first, Integer height, Integer width,
+                    Result out, Result last, Result end, int64_t columns, float epsilon) {
+  const int64_t b = tokens.dimensions()[0];
+  const Sizes s{tokens.dimensions()[1], tokens.dimensions()[2], A.dimensions()[0],
+                A.dimensions()[1],      dt_proj.dimensions()[0], previous.dimensions()[1]};
+  const Arrays arrays{
+      tokens.typed_data(),      norm_scale.typed_data(), norm_bias.typed_data(),
+      in_proj.typed_data(),     conv_kernel.typed_data(), conv_bias.typed_data(),
+      x_proj.typed_data(),      dt_proj.typed_data(),    dt_bias.typed_data(),
+      A.typed_data(),           D.typed_data(),          out_proj.typed_data(),
+      previous.typed_data(),    state.typed_data(),      out->typed_data(),
+      last->typed_data(),       end->typed_data()};
+  const int64_t rows = s.l / columns, place = *first.typed_data();
+  const int64_t begin = std::clamp<int64_t>(-place, 0, rows);
+  const int64_t stop = std::clamp<int64_t>(*height.typed_data() - place, begin, rows);
+  const Inside inside{begin, stop - begin, std::min<int64_t>(*width.typed_data(), columns), columns};
+
+  // Outside the image, u and the gate are zero, so the result is too.
+  for (int64_t row = 0; row < b * rows; ++row) {
+    const bool is_inside = begin <= row % rows && row % rows < stop;
+    const int64_t kept = is_inside ? inside.width : 0;
+    std::fill_n(arrays.out + (row * columns + kept) * s.c, (columns - kept) * s.c, 0.0f);
+  }
+  if (inside.Tokens() == 0) {
+    std::copy_n(arrays.previous, previous.element_count(), arrays.last);
+    std::copy_n(arrays.state, state.element_count(), arrays.end);
+    return ffi::Error::Success();
+  }
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  ViMM vimm(s, arrays, inside, b, epsilon, threads);
+  InParallel(pool, threads, [&](int64_t) { vimm.Help(); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedViMM, CallViMM,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()   // tokens
+                                  .Arg<Buffer>()   // the weights: norm_scale
+                                  .Arg<Buffer>()   // norm_bias
+                                  .Arg<Buffer>()   // in_proj
+                                  .Arg<Buffer>()   // conv_kernel
+                                  .Arg<Buffer>()   // conv_bias
+                                  .Arg<Buffer>()   // x_proj
+                                  .Arg<Buffer>()   // dt_proj
+                                  .Arg<Buffer>()   // dt_bias
+                                  .Arg<Buffer>()   // A
+                                  .Arg<Buffer>()   // D
+                                  .Arg<Buffer>()   // out_proj
+                                  .Arg<Buffer>()   // u of the tokens before, unconvolved
+                                  .Arg<Buffer>()   // the state before the first token
+                                  .Arg<Integer>()  // the place: the first row
+                                  .Arg<Integer>()  // the image's height
+                                  .Arg<Integer>()  // its width
+                                  .Ret<Buffer>()   // the result
+                                  .Ret<Buffer>()   // u of the last tokens, unconvolved
+                                  .Ret<Buffer>()   // the state after the last token
+                                  .Attr<int64_t>("columns")
+                                  .Attr<float>("epsilon"));
