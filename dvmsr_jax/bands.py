@@ -56,7 +56,7 @@ class Whole:
 
     def previous(self, b: int, count: int, d: int) -> Float[Array, "b count d"]:
         """The `count` tokens before the first."""
-        return jnp.zeros((b, count, d))
+        return jnp.zeros((b, count, d), jnp.float32)
 
     def keep_previous(self, tokens: Float[Array, "b _ d"]) -> None:
         """Stores the last tokens of the image so far."""
@@ -73,7 +73,7 @@ class Whole:
 
     def scan_state(self, b: int, d: int, n: int) -> Float[Array, "b d n"]:
         """The state before the first token."""
-        return jnp.zeros((b, d, n))
+        return jnp.zeros((b, d, n), jnp.float32)
 
     def keep_scan_state(self, state: Array) -> None:
         """Stores the state after the last token."""
@@ -164,8 +164,11 @@ class Band:
 
     def place(self, l: int) -> Place:
         """See Whole."""
-        scalars = (self._row.first, self._height, self._width)
-        return Place(*(jnp.asarray(x, jnp.int32) for x in scalars), self._columns)
+        del l
+        first, height, width = (
+            jnp.asarray(x, jnp.int32) for x in (self._row.first, self._height, self._width)
+        )
+        return Place(first, height, width, self._columns)
 
     def scan_state(self, b: int, d: int, n: int) -> Float[Array, "b d n"]:
         """See Whole."""

@@ -131,9 +131,7 @@ class ViMM(nnx.Module):
             return self.fused(tokens, band)
         return _fused_if_not_differentiated(*nnx.split(self), tokens)
 
-    def unfused(
-        self, tokens: Float[Array, "b l c"], band: Whole | Band
-    ) -> Float[Array, "b l c"]:
+    def unfused(self, tokens: Float[Array, "b l c"], band: Whole | Band) -> Float[Array, "b l c"]:
         """The result, in JAX; any configuration, on any platform."""
         tokens = band.masked(self.norm(tokens))
         u, z = jnp.split(self.in_proj(tokens), 2, axis=-1)
@@ -144,6 +142,8 @@ class ViMM(nnx.Module):
 
     def fused(self, tokens: Float[Array, "b l c"], band: Whole | Band) -> Float[Array, "b l c"]:
         """The same result from kernels/vimm, which cannot be differentiated."""
+        assert self.norm.scale is not None
+        assert self.norm.bias is not None
         direction = self.forward
         band = band.at("forward")
         weights = fused.Weights(
