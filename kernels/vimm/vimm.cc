@@ -126,11 +126,7 @@ struct Arrays {
 struct Inside {
   int64_t first, rows, width, columns;
 
-  int64_t Tokens() const { return rows * width; }
-  int64_t Position(int64_t token) const {
-    return (first + token / width) * columns + token % width;
-  }
-};
+  int64_t Tokens() const { return rows * width; }};
 
 // The activations of a piece. Its memory serves one piece after the other.
 struct Piece {
@@ -236,6 +232,11 @@ class ViMM {
 
     const int64_t tokens = Tokens(k), u_stride = s_.history + TOKENS;
     Line *u = piece.u.get(), *x = piece.delta.get();
+    int64_t row = FirstToken(k) / inside_.width, column = FirstToken(k) % inside_.width;
+    for (int64_t t = 0; t < tokens; ++t, ++column) {
+      if (column == inside_.width) column = 0, ++row;
+      piece.positions[t] = Sequence(k) * s_.l + (inside_.first + row) * inside_.columns + column;
+    }
     Normalise(k);
     in_u_.Multiply(x, TOKENS, tokens, Into(u + s_.history, u_stride));
     in_gate_.Multiply(x, TOKENS, tokens, Into(piece.gate.get(), TOKENS));
@@ -266,31 +267,47 @@ class ViMM {
   // LayerNorm; the tokens that round their number up to SUMS are zero.
   void Normalise(int64_t k) {
     Piece& piece = At(k);
-    const int64_t tokens = Tokens(k), last = (s_.c - 1) / WIDTH * WIDTH;
-    Floats inside = {};  // of the last vector
-    for (int64_t i = 0; i < s_.c - last; ++i) inside[i] = 1.0f;
-    for (int64_t t = 0; t < tokens; ++t) {
-      piece.positions[t] = Sequence(k) * s_.l + inside_.Position(FirstToken(k) + t);
-      const float* x = arrays_.tokens + piece.positions[t] * s_.c;
-      Floats sum = Load(x + last, s_.c - last), squares = {};
-      for (int64_t i = 0; i < last; i += WIDTH) sum += Load(x + i, WIDTH);
-      const float mean = Sum(sum) / s_.c;
-      const Floats end = (Load(x + last, s_.c - last) - mean) * inside;
-      squares = end * end;
-      for (int64_t i = 0; i < last; i += WIDTH) {
-        const Floats difference = Load(x + i, WIDTH) - mean;
-        squares += difference * difference;
-      }
-      const float factor = 1.0f / std::sqrt(Sum(squares) / s_.c + epsilon_);
-      for (int64_t i = 0; i < s_.c; i += WIDTH) {
-        const Floats scale = factor * Load(norm_scale_[0].at + i, WIDTH);
-        const Floats difference = i < last ? Load(x + i, WIDTH) - mean : end;
-        Store(piece.delta[i / BLOCK * TOKENS + t].at + i % BLOCK,
-              difference * scale + Load(norm_bias_[0].at + i, WIDTH), WIDTH);
+    const int64_t tokens = Tokens(k), blocks = Blocks(s_.c), vectors = (s_.c + WIDTH - 1) / WIDTH;
+    Line* x = piece.delta.get();
+    const auto at = [x](int64_t t, int64_t v) {
+      return x[v * WIDTH / BLOCK * TOKENS + t].at + v * WIDTH % BLOCK;
+    };
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t channels = std::min(BLOCK, s_.c - block * BLOCK);
+      if (channels < BLOCK || tokens < TOKENS)
+        std::fill_n(x + block * TOKENS, TOKENS, Line{});
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* from = arrays_.tokens + piece.positions[t] * s_.c + block * BLOCK;
+        if (channels == BLOCK)
+          std::memcpy(x[block * TOKENS + t].at, from, sizeof(Line));
+        else
+          std::memcpy(x[block * TOKENS + t].at, from, sizeof(float) * channels);
       }
     }
-    for (int64_t block = 0; block < Blocks(s_.c); ++block)
-      std::fill(&piece.delta[block * TOKENS + tokens], &piece.delta[(block + 1) * TOKENS], Line{});
+    Floats inside = {};  // the lanes of the last vector that hold channels
+    for (int64_t i = 0; i < s_.c - (vectors - 1) * WIDTH; ++i) inside[i] = 1.0f;
+    float mean[TOKENS], factor[TOKENS];
+    for (int64_t t = 0; t < tokens; ++t) {
+      Floats sum = {};
+      for (int64_t v = 0; v < vectors; ++v) sum += Load(at(t, v), WIDTH);
+      mean[t] = Sum(sum) / s_.c;
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      Floats difference = (Load(at(t, vectors - 1), WIDTH) - mean[t]) * inside;
+      Floats squares = difference * difference;
+      for (int64_t v = 0; v < vectors - 1; ++v) {
+        difference = Load(at(t, v), WIDTH) - mean[t];
+        squares += difference * difference;
+      }
+      factor[t] = Sum(squares) / s_.c;
+    }
+    for (int64_t t = 0; t < tokens; ++t) factor[t] = 1.0f / std::sqrt(factor[t] + epsilon_);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Floats scale = Load(norm_scale_[0].at + v * WIDTH, WIDTH);
+      const Floats bias = Load(norm_bias_[0].at + v * WIDTH, WIDTH);
+      for (int64_t t = 0; t < tokens; ++t)
+        Store(at(t, v), (Load(at(t, v), WIDTH) - mean[t]) * (factor[t] * scale) + bias, WIDTH);
+    }
   }
 
   // Puts the tokens before the piece in front of u, and keeps its last ones for the next.
