@@ -8,6 +8,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 namespace kernels {
 
@@ -22,28 +26,70 @@ constexpr int64_t WIDTH = 4;
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 
-inline Floats Load(const float* from, int64_t count) {
-  Floats x = {};
+// Calls function(count). For a whole vector, the count is a constant, so that loads and stores in
+// the function's loops have no branches.
+template <typename Function>
+inline void ForCount(int64_t count, Function function) {
   if (count == WIDTH)
-    std::memcpy(&x, from, sizeof x);
+    function(std::integral_constant<int64_t, WIDTH>());
   else
-    std::memcpy(&x, from, sizeof(float) * count);
+    function(count);
+}
+
+// `count` floats and zeros.
+inline Floats Load(const float* from, int64_t count) {
+  Floats x;
+  if (count == WIDTH) {
+    std::memcpy(&x, from, sizeof x);
+    return x;
+  }
+#ifdef __AVX512F__
+  return (Floats)_mm512_maskz_loadu_ps((1 << count) - 1, from);
+#else
+  float part[WIDTH] = {};
+  std::memcpy(part, from, sizeof(float) * count);
+  std::memcpy(&x, part, sizeof x);
   return x;
+#endif
 }
 
 inline void Store(float* to, Floats x, int64_t count) {
   if (count == WIDTH)
     std::memcpy(to, &x, sizeof x);
   else
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(to, (1 << count) - 1, (__m512)x);
+#else
     std::memcpy(to, &x, sizeof(float) * count);
+#endif
+}
+
+// max(x, bound) and min(x, bound), but NaN for NaN. GCC makes two instructions of the comparison.
+inline Floats AtLeast(float bound, Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+#elif defined(__AVX__)
+  return (Floats)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+  return x < bound ? Floats{} + bound : x;
+#endif
+}
+
+inline Floats AtMost(float bound, Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+#elif defined(__AVX__)
+  return (Floats)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+  return x > bound ? Floats{} + bound : x;
+#endif
 }
 
 constexpr float LOG2_E = 1.44269504f;
+constexpr float MIN_EXPONENT = -126.0f, MAX_EXPONENT = 127.0f;
 
-// 2^t for t up to 127 (delta A is never positive), with a relative error of 2e-7; exact at 0, and
-// 2^-126 below -126.
+// 2^t for t from MIN_EXPONENT to MAX_EXPONENT, with a relative error of 2e-7; exact at 0.
 inline Floats Exp2(Floats t) {
-  t = t < -126.0f ? Floats{} - 126.0f : t;
   const Floats shifted = t + 12582912.0f;  // 1.5 * 2^23: its last bits are now t, rounded
   const Floats f = t - (shifted - 12582912.0f);
   Floats p = Floats{} + 1.326472615e-3f;  // fitted to 2^f for f from -1/2 to 1/2
@@ -55,22 +101,29 @@ inline Floats Exp2(Floats t) {
   return (Floats)((Ints)p + ((Ints)shifted << 23));  // adds to the exponent
 }
 
-// log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), and log(1 + e) = 2 artanh(e / (2 + e)).
+// log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|), and 0 for e < 2^-126.
 inline Floats Softplus(Floats x) {
-  const Floats positive = x > 0.0f ? x : Floats{};
-  const Floats minus_abs = x > 0.0f ? -x : x;
-  const Floats e = minus_abs < -87.0f ? Floats{} : Exp2(LOG2_E * minus_abs);
-  const Floats s = e / (2.0f + e);  // 1/3 at most
-  const Floats s2 = s * s;
-  Floats p = Floats{} + 1.0f / 15;
-  for (int k = 13; k > 0; k -= 2) p = p * s2 + 1.0f / k;
-  return positive + 2.0f * s * p;
+  const Floats t = LOG2_E * (Floats)((Ints)x | INT32_MIN);
+  const Floats e = Exp2(AtLeast(MIN_EXPONENT, t));
+  Floats p = Floats{} + 5.232693703e-3f;  // fitted to log(1 + e) / e for e from 0 to 1
+  p = p * e - 2.950524012e-2f;
+  p = p * e + 7.822596093e-2f;
+  p = p * e - 1.366324728e-1f;
+  p = p * e + 1.910600791e-1f;
+  p = p * e - 2.484298267e-1f;
+  p = p * e + 3.331909690e-1f;
+  p = p * e - 4.999949315e-1f;
+  p = p * e + 9.999999699e-1f;
+  return AtLeast(0.0f, x) + (t < MIN_EXPONENT ? Floats{} : e * p);
 }
 
-inline Floats Sigmoid(Floats x) {
-  const Floats t = -LOG2_E * x;
-  return 1.0f / (1.0f + Exp2(t > 127.0f ? Floats{} + 127.0f : t));
+// exp(-x), at least 2^-126 and at most 2^127
+inline Floats ExpMinus(Floats x) {
+  return Exp2(AtMost(MAX_EXPONENT, AtLeast(MIN_EXPONENT, -LOG2_E * x)));
 }
+
+inline Floats Sigmoid(Floats x) { return 1.0f / (1.0f + ExpMinus(x)); }
+inline Floats Silu(Floats x) { return x / (1.0f + ExpMinus(x)); }
 
 inline float Sum(Floats x) {
   float sum = 0;

@@ -59,7 +59,7 @@ struct Scan : Arrays {
         const Floats x_t = delta_t * u_t;
         Floats y_t = D_c * u_t;
         for (int64_t i = 0; i < n; ++i) {
-          h[i] = Exp2(delta_t * A2[i]) * h[i] + x_t * B[t * n + i];
+          h[i] = Exp2(AtLeast(MIN_EXPONENT, delta_t * A2[i])) * h[i] + x_t * B[t * n + i];
           y_t += h[i] * C[t * n + i];
         }
         if (gated) {
@@ -147,7 +147,7 @@ struct Gradient : Arrays {
       const Floats x_t = delta_t * Load(u + t * d + c, count), delta2 = LOG2_E * delta_t;
       Floats y_t = {};
       for (int64_t i = 0; i < n; ++i) {
-        const Floats decay = Exp2(delta2 * A_c[i]);
+        const Floats decay = Exp2(AtLeast(MIN_EXPONENT, delta2 * A_c[i]));
         h[i] = decay * h[i] + x_t * B[t * n + i];
         y_t += h[i] * C[t * n + i];
         s.decay[q * n + i] = decay;

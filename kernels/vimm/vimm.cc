@@ -19,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/cpp/recurrence.h"
 #include "kernels/cpp/threads.h"
 #include "kernels/cpp/vectors.h"
 #include "xla/ffi/api/ffi.h"
@@ -108,8 +109,6 @@ auto Into(Line* lines, int64_t stride) {
     Store(lines[o / BLOCK * stride + t].at + o % BLOCK, x, WIDTH);
   };
 }
-
-Floats Silu(Floats x) { return x * Sigmoid(x); }
 
 struct Sizes {
   int64_t l, c, d, n, rank;
@@ -364,25 +363,23 @@ class ViMM {
     scanned.store(k + 1, std::memory_order_release);
   }
 
-  void ScanVector(Piece& piece, int64_t tokens, int64_t block, int64_t c) {
-    const Floats D = Load(D_[block].at + c, WIDTH);
-    const Line* A = &A_[block * s_.n];
-    Line *h = &states_[block * s_.n], *u = &piece.u[block * (s_.history + TOKENS) + s_.history];
+  void ScanVector(Piece& piece, int64_t tokens, int64_t block, int64_t channel) {
+    const Floats D = Load(D_[block].at + channel, WIDTH);
+    float* u = piece.u[block * (s_.history + TOKENS) + s_.history].at + channel;
+    float* step = piece.delta[block * TOKENS].at + channel;
+    float* gate = piece.gate[block * TOKENS].at + channel;
+    Line x[TOKENS];
     for (int64_t t = 0; t < tokens; ++t) {
-      const float* B = piece.BC[t * 2 * Blocks(s_.n)].at;
-      const float* C = B + BLOCK * Blocks(s_.n);
-      const Floats u_t = Load(u[t].at + c, WIDTH);
-      const Floats delta_t = Load(piece.delta[block * TOKENS + t].at + c, WIDTH);
-      const Floats x_t = delta_t * u_t;
-      Floats y_t = D * u_t;
-      for (int64_t i = 0; i < s_.n; ++i) {
-        const Floats h_i = Exp2(delta_t * Load(A[i].at + c, WIDTH)) * Load(h[i].at + c, WIDTH) + x_t * B[i];
-        Store(h[i].at + c, h_i, WIDTH);
-        y_t += h_i * C[i];
-      }
-      y_t *= Load(piece.gate[block * TOKENS + t].at + c, WIDTH);
-      Store(u[t].at + c, y_t, WIDTH);
+      const Floats u_t = Load(u + t * BLOCK, WIDTH);
+      Store(x[t].at, Load(step + t * BLOCK, WIDTH) * u_t, WIDTH);
+      Store(u + t * BLOCK, D * u_t, WIDTH);
     }
+    const float* B = piece.BC[0].at;
+    const int64_t padded = BLOCK * Blocks(s_.n);
+    Recur({tokens, step, x[0].at, u, BLOCK, B, B + padded, 2 * padded}, s_.n,
+          A_[block * s_.n].at + channel, states_[block * s_.n].at + channel, BLOCK);
+    for (int64_t t = 0; t < tokens; ++t)
+      Store(u + t * BLOCK, Load(u + t * BLOCK, WIDTH) * Load(gate + t * BLOCK, WIDTH), WIDTH);
   }
 
   void Finish(int64_t k) {
