@@ -1,6 +1,5 @@
 """ViMM, the Vision-Mamba module: the Mamba mixer (arXiv 2312.00752) on an image's tokens."""
 
-import functools
 import math
 
 import jax
@@ -11,7 +10,8 @@ from jaxtyping import Array, Float, Key
 from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
-from kernels import vimm as fused
+from kernels import vimm as kernel
+from kernels.differentiation import unless_differentiated
 from kernels.selective_scan import missing, selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
@@ -125,11 +125,19 @@ class ViMM(nnx.Module):
         """Mixes an image's tokens, given in raster order. With `keys`, drop-path is active."""
         if keys is not None and self.drop_path:
             tokens = drop_samples(tokens, self.drop_path, _fold_in(keys, self.index))
-        if not self.may_be_fused or fused.missing():
+        if not self.may_be_fused or kernel.missing():
             return self.unfused(tokens, band)
         if isinstance(band, Band):
             return self.fused(tokens, band)
-        return _fused_if_not_differentiated(*nnx.split(self), tokens)
+        graph, parameters = nnx.split(self)
+
+        def fused(parameters, tokens):
+            return nnx.merge(graph, parameters).fused(tokens, WHOLE)
+
+        def unfused(parameters, tokens):
+            return nnx.merge(graph, parameters).unfused(tokens, WHOLE)
+
+        return unless_differentiated(fused, unfused)(parameters, tokens)
 
     def unfused(self, tokens: Float[Array, "b l c"], band: Whole | Band) -> Float[Array, "b l c"]:
         """The result, in JAX; any configuration, on any platform."""
@@ -146,7 +154,7 @@ class ViMM(nnx.Module):
         assert self.norm.bias is not None
         direction = self.forward
         band = band.at("forward")
-        weights = fused.Weights(
+        weights = kernel.Weights(
             norm_scale=self.norm.scale[...],
             norm_bias=self.norm.bias[...],
             in_proj=self.in_proj.kernel[...],
@@ -161,33 +169,18 @@ class ViMM(nnx.Module):
         )
         (b, l, _), (d, n) = tokens.shape, weights.A.shape
         *place, columns = band.place(l)
-        out, previous, state = fused.vimm(
+        out, previous, state = kernel.vimm(
             tokens,
             weights,
             band.at("conv").previous(b, len(weights.conv_kernel) - 1, d),
             band.scan_state(b, d, n),
-            fused.Place(*place),
+            kernel.Place(*place),
             columns=columns,
             epsilon=LAYER_NORM_EPSILON,
         )
         band.at("conv").keep_previous(previous)
         band.keep_scan_state(state)
         return out
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused_if_not_differentiated(graph, parameters, tokens):
-    return nnx.merge(graph, parameters).fused(tokens, WHOLE)
-
-
-def _unfused_vjp(graph, parameters, tokens):
-    def unfused(parameters, tokens):
-        return nnx.merge(graph, parameters).unfused(tokens, WHOLE)
-
-    return jax.vjp(unfused, parameters, tokens)
-
-
-_fused_if_not_differentiated.defvjp(_unfused_vjp, lambda graph, vjp, gradient: vjp(gradient))
 
 
 def drop_samples(

@@ -7,8 +7,6 @@
 //   Project  LayerNorm, in_proj, causal convolution, silu, x_proj, dt_proj, softplus
 //   Scan     the recurrence and the gate; one task for each block of channels
 //   Finish   out_proj
-//
-// Activations are blocks of BLOCK channels. A block is an array of lines, one for each token.
 
 #include <algorithm>
 #include <atomic>
@@ -19,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/cpp/matrix.h"
 #include "kernels/cpp/recurrence.h"
 #include "kernels/cpp/threads.h"
 #include "kernels/cpp/vectors.h"
@@ -29,79 +28,14 @@ namespace {
 namespace ffi = xla::ffi;
 using namespace kernels;
 
-constexpr int64_t BLOCK = 16;   // a cache line
-constexpr int64_t SUMS = 12;    // vectors of sums that a product holds in registers
 constexpr int64_t TOKENS = 96;  // a multiple of SUMS
 
-struct alignas(sizeof(float) * BLOCK) Line {
-  float at[BLOCK];
-};
-typedef std::unique_ptr<Line[]> Lines;
-
-int64_t Blocks(int64_t channels) { return (channels + BLOCK - 1) / BLOCK; }
-
-// Rows of (count, channels) as (count, blocks) lines, padded with zeros.
-Lines MakeLines(const float* rows, int64_t count, int64_t channels) {
-  Lines lines(new Line[count * Blocks(channels)]());
-  for (int64_t i = 0; i < count; ++i)
-    std::memcpy(lines[i * Blocks(channels)].at, rows + i * channels, sizeof(float) * channels);
-  return lines;
+// The blocks of these channels, `stride` lines apart.
+std::vector<const Line*> BlocksOf(const Line* lines, int64_t channels, int64_t stride) {
+  std::vector<const Line*> blocks;
+  for (int64_t i = 0; i < Blocks(channels); ++i) blocks.push_back(lines + i * stride);
+  return blocks;
 }
-
-// The weights of a product, (inputs, outputs).
-class Matrix {
- public:
-  Matrix(int64_t inputs, int64_t outputs)
-      : inputs_(inputs), outputs_(outputs), lines_(new Line[inputs * Blocks(outputs)]()) {}
-
-  // Copies `count` columns of an array whose rows are `row` floats long, from output `first` on.
-  Matrix& Set(int64_t first, const float* columns, int64_t count, int64_t row) {
-    for (int64_t i = 0; i < inputs_; ++i)
-      for (int64_t o = first; o < first + count; ++o)
-        lines_[o / BLOCK * inputs_ + i].at[o % BLOCK] = columns[i * row + o - first];
-    return *this;
-  }
-
-  // Multiplies with the inputs of these tokens, whose blocks are `stride` lines apart, and calls
-  // put(token, output, vector of outputs). The number of tokens is rounded up to SUMS.
-  template <typename Put>
-  void Multiply(const Line* x, int64_t stride, int64_t tokens, Put put) const {
-    for (int64_t o = 0; o < outputs_;) {
-      if (2 * WIDTH <= BLOCK && o + WIDTH < outputs_) {
-        Columns<2>(x, stride, tokens, o, put);
-        o += 2 * WIDTH;
-      } else {
-        Columns<1>(x, stride, tokens, o, put);
-        o += WIDTH;
-      }
-    }
-  }
-
- private:
-  template <int VECTORS, typename Put>
-  void Columns(const Line* x, int64_t stride, int64_t tokens, int64_t o, Put put) const {
-    constexpr int ROWS = SUMS / VECTORS;
-    for (int64_t t = 0; t < tokens; t += ROWS) {
-      Floats sums[ROWS][VECTORS] = {};
-      const Line* from = x + t;
-      const float* weights = lines_[o / BLOCK * inputs_].at + o % BLOCK;
-      for (int64_t i = 0; i < inputs_; i += BLOCK, from += stride)
-        for (int64_t k = 0; k < std::min(BLOCK, inputs_ - i); ++k, weights += BLOCK)
-#pragma GCC unroll 12
-          for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v)
-              sums[r][v] += from[r].at[k] * Load(weights + v * WIDTH, WIDTH);
-#pragma GCC unroll 12
-      for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) put(t + r, o + v * WIDTH, sums[r][v]);
-    }
-  }
-
-  int64_t inputs_, outputs_;
-  Lines lines_;  // (blocks of outputs, inputs)
-};
 
 // Puts a product's outputs into blocks that are `stride` lines apart.
 auto Into(Line* lines, int64_t stride) {
@@ -138,7 +72,7 @@ struct Piece {
         tail(new Line[Blocks(s.d) * s.history]) {}
 
   Lines u;         // after the tokens before the piece; in the end y
-  Lines gate;
+  Lines gate;      // in the end the result
   Lines delta;     // at first the normalised tokens
   Lines BC;        // a token's B and C are next to each other
   Lines low_rank;
@@ -237,8 +171,9 @@ class ViMM {
       piece.positions[t] = Sequence(k) * s_.l + (inside_.first + row) * inside_.columns + column;
     }
     Normalise(k);
-    in_u_.Multiply(x, TOKENS, tokens, Into(u + s_.history, u_stride));
-    in_gate_.Multiply(x, TOKENS, tokens, Into(piece.gate.get(), TOKENS));
+    const auto normalised = BlocksOf(x, s_.c, TOKENS);
+    in_u_.Multiply(normalised, tokens, Into(u + s_.history, u_stride));
+    in_gate_.Multiply(normalised, tokens, Into(piece.gate.get(), TOKENS));
     for (int64_t i = 0; i < s_.d; i += WIDTH) {
       float* gate = piece.gate[i / BLOCK * TOKENS].at + i % BLOCK;
       for (int64_t t = 0; t < tokens; ++t, gate += BLOCK)
@@ -248,12 +183,13 @@ class ViMM {
     MoveTails(k);
     for (int64_t i = 0; i < s_.d; i += WIDTH) Convolve(piece, tokens, i);
 
-    u += s_.history;
-    to_BC_.Multiply(u, u_stride, tokens, [&](int64_t t, int64_t o, Floats y) {
+    const auto convolved = BlocksOf(u + s_.history, s_.d, u_stride);
+    to_BC_.Multiply(convolved, tokens, [&](int64_t t, int64_t o, Floats y) {
       Store(piece.BC[t * 2 * Blocks(s_.n)].at + o, y, WIDTH);
     });
-    to_low_rank_.Multiply(u, u_stride, tokens, Into(piece.low_rank.get(), TOKENS));
-    to_delta_.Multiply(piece.low_rank.get(), TOKENS, tokens, Into(piece.delta.get(), TOKENS));
+    to_low_rank_.Multiply(convolved, tokens, Into(piece.low_rank.get(), TOKENS));
+    to_delta_.Multiply(BlocksOf(piece.low_rank.get(), s_.rank, TOKENS), tokens,
+                       Into(piece.delta.get(), TOKENS));
     for (int64_t i = 0; i < s_.d; i += WIDTH) {
       const Floats bias = Load(dt_bias_[0].at + i, WIDTH);
       float* delta = piece.delta[i / BLOCK * TOKENS].at + i % BLOCK;
@@ -277,10 +213,7 @@ class ViMM {
         std::fill_n(x + block * TOKENS, TOKENS, Line{});
       for (int64_t t = 0; t < tokens; ++t) {
         const float* from = arrays_.tokens + piece.positions[t] * s_.c + block * BLOCK;
-        if (channels == BLOCK)
-          std::memcpy(x[block * TOKENS + t].at, from, sizeof(Line));
-        else
-          std::memcpy(x[block * TOKENS + t].at, from, sizeof(float) * channels);
+        Copy(x[block * TOKENS + t].at, from, channels);
       }
     }
     Floats inside = {};  // the lanes of the last vector that hold channels
@@ -386,12 +319,13 @@ class ViMM {
     Piece& piece = At(k);
     for (Scanned& scanned : scanned_) Wait(scanned.pieces, k + 1);
     const int64_t tokens = Tokens(k);
-    out_.Multiply(&piece.u[s_.history], s_.history + TOKENS, tokens,
-                  [&](int64_t t, int64_t o, Floats x) {
-                    if (t < tokens)
-                      Store(arrays_.out + piece.positions[t] * s_.c + o, x,
-                            std::min(WIDTH, s_.c - o));
-                  });
+    Line* out = piece.gate.get();
+    out_.Multiply(BlocksOf(&piece.u[s_.history], s_.d, s_.history + TOKENS), tokens,
+                  Into(out, TOKENS));
+    for (int64_t block = 0; block < Blocks(s_.c); ++block)
+      for (int64_t t = 0; t < tokens; ++t)
+        Copy(arrays_.out + piece.positions[t] * s_.c + block * BLOCK, out[block * TOKENS + t].at,
+             std::min(BLOCK, s_.c - block * BLOCK));
     piece.progress.store(STAGES * k + FINISHED, std::memory_order_release);
   }
 
