@@ -378,7 +378,8 @@ ffi::Error CallViMM(ffi::ThreadPool pool, Buffer tokens, Buffer norm_scale, Buff
     std::copy_n(arrays.state, state.element_count(), arrays.end);
     return ffi::Error::Success();
   }
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t pieces = b * ((inside.Tokens() + TOKENS - 1) / TOKENS);
+  const int64_t threads = std::clamp<int64_t>(pool.num_threads(), 1, 2 * pieces);
   ViMM vimm(s, arrays, inside, b, epsilon, threads);
   InParallel(pool, threads, [&](int64_t) { vimm.Help(); });
   return ffi::Error::Success();
