@@ -27,12 +27,12 @@ class Conv3x3(nnx.Conv):
             precision=compute.products,
             rngs=rngs,
         )
-        self.may_be_native = compute.precision == "float32"
+        self.may_be_native = compute.may_be_native
 
     def __call__(  # type: ignore[override]
         self, x: Float[Array, "b h w _"], band: Whole | Band
     ) -> Float[Array, "b h w _"]:
-        """Convolves. Where it can run, kernels/conv3x3 does so in inference."""
+        """Convolves, in inference with kernels/conv3x3 if it can run."""
         x = band.with_neighbours(x)
         if not self.may_be_native or conv3x3.missing():
             return self.in_jax(x)

@@ -107,8 +107,7 @@ class ViMM(nnx.Module):
         """`index` counts the network's ViMMs from 0."""
         c, d = config.channels, config.inner_channels
         self.index = index
-        automatic = compute.scan == "auto" and compute.precision == "float32"
-        self.may_be_fused = automatic and not config.bidirectional
+        self.may_be_fused = compute.may_be_native and not config.bidirectional
         self.drop_path = config.drop_path * index / max(config.vimms - 1, 1)
         self.norm = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
         self.in_proj = projection(c, 2 * d, dense_init, compute, rngs)

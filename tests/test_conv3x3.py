@@ -66,8 +66,9 @@ def test_gradients_are_those_of_xla():
     assert all(np.any(x) for x in jax.tree.leaves(actual))
 
 
-def test_bfloat16_is_left_to_xla():
-    conv = make_conv(5, 7, Compute(precision="bfloat16"))
+@pytest.mark.parametrize("compute", [Compute(precision="bfloat16"), Compute(scan="native")])
+def test_everything_else_is_left_to_xla(compute):
+    conv = make_conv(5, 7, compute)
     assert not is_native(jax.make_jaxpr(lambda x: conv(x, WHOLE))(make_image(1, 6, 8, 5)))
 
 
