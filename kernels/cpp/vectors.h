@@ -125,6 +125,13 @@ inline Floats ExpMinus(Floats x) {
 inline Floats Sigmoid(Floats x) { return 1.0f / (1.0f + ExpMinus(x)); }
 inline Floats Silu(Floats x) { return x / (1.0f + ExpMinus(x)); }
 
+// Whether any element is not zero.
+inline bool Any(Ints x) {
+  int32_t any = 0;
+  for (int64_t i = 0; i < WIDTH; ++i) any |= x[i];
+  return any;
+}
+
 inline float Sum(Floats x) {
   float sum = 0;
   for (int64_t i = 0; i < WIDTH; ++i) sum += x[i];
