@@ -26,13 +26,13 @@ SMALL = ModelConfig(channels=10, states=4)
 TOLERANCE = 5e-6
 
 
-def make_vimm(config, compute=Compute()):
-    """A ViMM with random weights and a long memory."""
+def make_vimm(config, compute=Compute(), memory=2):
+    """A ViMM with random weights and, by default, a long memory."""
     vimm = nnx.eval_shape(lambda: ViMM(config, 0, compute, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)
 
     def values(path, x):
-        mean = -2 if path[-1] == "A_log" else 0
+        mean = -memory if path[-1] == "A_log" else 0
         return x.replace(jnp.asarray(rng.normal(mean, 0.3, x.shape), jnp.float32))
 
     state = nnx.to_flat_state(nnx.state(vimm, nnx.Param))
@@ -91,6 +91,12 @@ def test_a_convolution_may_be_wider_than_a_piece():
     tokens = make_tokens(2, 250, 10)
     expected = run(make_vimm(config, Compute("native")), tokens)
     assert_close(run(make_vimm(config), tokens), expected)
+
+
+def test_decays_may_vanish():
+    tokens = make_tokens(1, 100, 10)
+    expected = run(make_vimm(SMALL, Compute("sequential"), memory=-6), tokens)
+    assert_close(run(make_vimm(SMALL, memory=-6), tokens), expected)
 
 
 @pytest.mark.parametrize("conv_width", [4, 6])

@@ -18,9 +18,9 @@
 #include <vector>
 
 #include "kernels/cpp/matrix.h"
-#include "kernels/cpp/recurrence.h"
 #include "kernels/cpp/threads.h"
 #include "kernels/cpp/vectors.h"
+#include "kernels/selective_scan/scan.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -49,7 +49,7 @@ struct Sizes {
   int64_t history;  // tokens before each one that the causal convolution reads
 };
 
-struct Arrays {
+struct Buffers {
   const float *tokens, *norm_scale, *norm_bias, *in_proj, *conv_kernel, *conv_bias, *x_proj,
       *dt_proj, *dt_bias, *A, *D, *out_proj, *previous, *state;
   float *out, *last, *end;
@@ -95,7 +95,7 @@ void Wait(const std::atomic<int64_t>& progress, int64_t needed) {
 
 class ViMM {
  public:
-  ViMM(const Sizes& sizes, const Arrays& arrays, const Inside& inside, int64_t sequences,
+  ViMM(const Sizes& sizes, const Buffers& arrays, const Inside& inside, int64_t sequences,
        float epsilon, int64_t threads)
       : s_(sizes),
         arrays_(arrays),
@@ -116,8 +116,8 @@ class ViMM {
         conv_bias_(MakeLines(arrays.conv_bias, 1, s_.d)),
         dt_bias_(MakeLines(arrays.dt_bias, 1, s_.d)),
         D_(MakeLines(arrays.D, 1, s_.d)),
-        A_(new Line[Blocks(s_.d) * s_.n]()),
-        states_(new Line[Blocks(s_.d) * s_.n]()),
+        A2_((s_.d + WIDTH - 1) / WIDTH * s_.n),
+        states_(A2_.size()),
         scanned_(Blocks(s_.d)) {
     const int64_t columns = s_.rank + 2 * s_.n;
     in_u_.Set(0, arrays.in_proj, s_.d, 2 * s_.d);
@@ -129,7 +129,7 @@ class ViMM {
     out_.Set(0, arrays.out_proj, s_.c, s_.c);
     for (int64_t i = 0; i < s_.d; ++i)
       for (int64_t j = 0; j < s_.n; ++j)
-        A_[i / BLOCK * s_.n + j].at[i % BLOCK] = LOG2_E * arrays.A[i * s_.n + j];
+        A2_[i / WIDTH * s_.n + j][i % WIDTH] = LOG2_E * arrays.A[i * s_.n + j];
     for (int64_t i = 0; i < 2 * ahead_ + 1; ++i) pieces_.emplace_back(new Piece(s_));
   }
 
@@ -283,36 +283,42 @@ class ViMM {
     std::atomic<int64_t>& scanned = scanned_[block].pieces;
     Wait(piece.progress, STAGES * k + PROJECTED);
     Wait(scanned, k);
-    Line* states = &states_[block * s_.n];
-    const int64_t channels = std::min(BLOCK, s_.d - block * BLOCK);
-    const int64_t at = (Sequence(k) * s_.d + block * BLOCK) * s_.n;
+    const int64_t first = block * BLOCK, last = std::min(first + BLOCK, s_.d);
+    const int64_t sequence = Sequence(k) * s_.d * s_.n;
     if (IsFirst(k))
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t i = 0; i < s_.n; ++i) states[i].at[c] = arrays_.state[at + c * s_.n + i];
-    for (int64_t c = 0; c < channels; c += WIDTH) ScanVector(piece, Tokens(k), block, c);
+      for (int64_t c = first; c < last; ++c)
+        for (int64_t i = 0; i < s_.n; ++i)
+          states_[c / WIDTH * s_.n + i][c % WIDTH] = arrays_.state[sequence + c * s_.n + i];
+    for (int64_t c = first; c < last; c += WIDTH) ScanVector(piece, Tokens(k), c);
     if (IsLast(k))
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t i = 0; i < s_.n; ++i) arrays_.end[at + c * s_.n + i] = states[i].at[c];
+      for (int64_t c = first; c < last; ++c)
+        for (int64_t i = 0; i < s_.n; ++i)
+          arrays_.end[sequence + c * s_.n + i] = states_[c / WIDTH * s_.n + i][c % WIDTH];
     scanned.store(k + 1, std::memory_order_release);
   }
 
-  void ScanVector(Piece& piece, int64_t tokens, int64_t block, int64_t channel) {
-    const Floats D = Load(D_[block].at + channel, WIDTH);
-    float* u = piece.u[block * (s_.history + TOKENS) + s_.history].at + channel;
-    float* step = piece.delta[block * TOKENS].at + channel;
-    float* gate = piece.gate[block * TOKENS].at + channel;
-    Line x[TOKENS];
+  void ScanVector(Piece& piece, int64_t tokens, int64_t channel) {
+    constexpr int STATES = kernels::Scan::STATES;
+    const int64_t block = channel / BLOCK, lane = channel % BLOCK;
+    const Floats D = Load(D_[block].at + lane, WIDTH);
+    Line* u = &piece.u[block * (s_.history + TOKENS) + s_.history];
+    const Line *step = &piece.delta[block * TOKENS], *gate = &piece.gate[block * TOKENS];
+    kernels::Scan::Token token[TOKENS];
+    Decay decay[TOKENS * STATES];
+    Floats largest = {};
     for (int64_t t = 0; t < tokens; ++t) {
-      const Floats u_t = Load(u + t * BLOCK, WIDTH);
-      Store(x[t].at, Load(step + t * BLOCK, WIDTH) * u_t, WIDTH);
-      Store(u + t * BLOCK, D * u_t, WIDTH);
+      const Floats u_t = Load(u[t].at + lane, WIDTH), step_t = Load(step[t].at + lane, WIDTH);
+      token[t] = {step_t, step_t * u_t, D * u_t};
+      largest = step_t > largest ? step_t : largest;
     }
-    const float* B = piece.BC[0].at;
-    const int64_t padded = BLOCK * Blocks(s_.n);
-    Recur({tokens, step, x[0].at, u, BLOCK, B, B + padded, 2 * padded}, s_.n,
-          A_[block * s_.n].at + channel, states_[block * s_.n].at + channel, BLOCK);
+    const int64_t padded = BLOCK * Blocks(s_.n), first = channel / WIDTH * s_.n;
+    const float *B = piece.BC[0].at, *C = B + padded;
+    ForStates<STATES>(s_.n, [&](auto S, int64_t i) {
+      Decays<S>(tokens, token, largest, &A2_[first + i], decay, B, C, 0);
+      Recur<S>(tokens, 2 * padded, B + i, C + i, &states_[first + i], token, decay);
+    });
     for (int64_t t = 0; t < tokens; ++t)
-      Store(u + t * BLOCK, Load(u + t * BLOCK, WIDTH) * Load(gate + t * BLOCK, WIDTH), WIDTH);
+      Store(u[t].at + lane, token[t].y * Load(gate[t].at + lane, WIDTH), WIDTH);
   }
 
   void Finish(int64_t k) {
@@ -330,14 +336,14 @@ class ViMM {
   }
 
   const Sizes s_;
-  const Arrays arrays_;
+  const Buffers arrays_;
   const Inside inside_;
   const float epsilon_;
   const int64_t ahead_;  // pieces that are projected before one is scanned, and so on
   const int64_t pieces_per_sequence_, count_;
   Matrix in_u_, in_gate_, to_BC_, to_low_rank_, to_delta_, out_;
   Lines norm_scale_, norm_bias_, taps_, conv_bias_, dt_bias_, D_;
-  Lines A_, states_;  // (blocks, n); A times log2(e)
+  std::vector<Floats> A2_, states_;  // of each vector of channels, n; A2 = A log2(e)
   std::vector<Scanned> scanned_;
   std::vector<std::unique_ptr<Piece>> pieces_;
   std::atomic<int64_t> next_{0};
@@ -355,7 +361,7 @@ ffi::Error CallViMM(ffi::ThreadPool pool, Buffer tokens, Buffer norm_scale, Buff
   const int64_t b = tokens.dimensions()[0];
   const Sizes s{tokens.dimensions()[1], tokens.dimensions()[2], A.dimensions()[0],
                 A.dimensions()[1],      dt_proj.dimensions()[0], previous.dimensions()[1]};
-  const Arrays arrays{
+  const Buffers arrays{
       tokens.typed_data(),      norm_scale.typed_data(), norm_bias.typed_data(),
       in_proj.typed_data(),     conv_kernel.typed_data(), conv_bias.typed_data(),
       x_proj.typed_data(),      dt_proj.typed_data(),    dt_bias.typed_data(),
