@@ -39,6 +39,14 @@ from kernels.selective_scan import Implementation, missing
 
 CONFIG = PRESETS["paper"]["student"].model
 BASELINE: Implementation = "associative"
+COMPARED: tuple[Implementation, ...] = (
+    "associative",
+    "sequential",
+    "chunked-carried",
+    "chunked-parallel",
+    "native",
+    "auto",
+)
 # A case is repeated at least once, and then until the repetitions have taken this long.
 CASE_SECONDS = 4.0
 
@@ -165,13 +173,7 @@ def main(
     sizes: tuple[str, ...] = ("64", "128", "256", "512", "1024"),
     modes: tuple[Mode, ...] = ("whole", "streaming"),
     precisions: tuple[Precision, ...] = ("float32", "bfloat16"),
-    scans: tuple[Implementation, ...] = (
-        "associative",
-        "sequential",
-        "chunked-carried",
-        "chunked-parallel",
-        "auto",
-    ),
+    scans: tuple[Implementation, ...] | None = None,
     torch: tuple[str, ...] = (),
     onnx: bool = False,
     smoke: bool = False,
@@ -183,7 +185,8 @@ def main(
         sizes: sizes of the low-resolution picture, WIDTHxHEIGHT or the side of a square.
         modes: the whole picture at once, or in bands.
         precisions: types of convolutions and projections.
-        scans: implementations of the selective scan (auto: native or triton where they run).
+        scans: implementations of the selective scan (auto: the fused ViMM on CPUs and triton on
+            GPUs where they run). None: those in COMPARED that run here.
         torch: other x4 models in PyTorch to measure in float32, as FILE.py:CLASS: classes that are
             built without arguments and take (1, 3, h, w).
         onnx: measure the network on ONNX Runtime too, on the CPU in float32.
@@ -192,9 +195,11 @@ def main(
     """
     if smoke:
         sizes, precisions, scans = ("8", "8x16"), ("float32",), ("auto",)
-    here = apart(find_surroundings, scans)
-    for scan, lack in zip(scans, here.lacks, strict=True):
-        if lack:
+    here = apart(find_surroundings, scans or COMPARED)
+    lacks = dict(zip(scans or COMPARED, here.lacks, strict=True))
+    scans = scans or tuple(scan for scan in COMPARED if not lacks[scan])
+    for scan in scans:
+        if lack := lacks[scan]:
             sys.exit(f"benchmarks.inference: the scan {scan!r} cannot run here: {lack}")
     report = Report(here.machine, json)
     fields = (*How._fields[:-1], "scan or model")

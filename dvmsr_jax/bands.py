@@ -16,9 +16,21 @@ both cases:
 import copy
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+
+class Place(NamedTuple):
+    """The place of a band of rows in an image of this height and width."""
+
+    first: Int[Array, ""]
+    """Index of the first row, at the current layer."""
+    height: Int[Array, ""]
+    width: Int[Array, ""]
+    columns: int
+    """Length of the rows, at least the image's width."""
 
 
 class Whole:
@@ -42,15 +54,26 @@ class Whole:
         """The tokens in runs of equal length, each with the `count` tokens before it prepended."""
         return jnp.pad(u, ((0, 0), (count, 0), (0, 0)))
 
+    def previous(self, b: int, count: int, d: int) -> Float[Array, "b count d"]:
+        """The `count` tokens before the first."""
+        return jnp.zeros((b, count, d), jnp.float32)
+
+    def keep_previous(self, tokens: Float[Array, "b _ d"]) -> None:
+        """Stores the last tokens of the image so far."""
+        del tokens
+
     def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
         """The tokens, with those outside the image replaced by this value."""
         del outside
         return x
 
-    def scan_state(self, *shape: int) -> Array | None:
-        """The state before the first token; None stands for zeros."""
-        del shape
-        return None
+    def place(self, l: int) -> Place:
+        """The place of the rows, which have l tokens."""
+        return Place(jnp.int32(0), jnp.int32(1), jnp.int32(l), l)
+
+    def scan_state(self, b: int, d: int, n: int) -> Float[Array, "b d n"]:
+        """The state before the first token."""
+        return jnp.zeros((b, d, n), jnp.float32)
 
     def keep_scan_state(self, state: Array) -> None:
         """Stores the state after the last token."""
@@ -81,7 +104,7 @@ class Band:
         zeros, above the first band.
         """
         self.left: dict[str, Array] = {}
-        self._place = _Place(first)
+        self._row = _FirstRow(first)
         self._height, self._width, self._columns = height, width, columns
         self._carried = carried
         self._layer = ""
@@ -96,7 +119,7 @@ class Band:
         """See Whole. From here on, the rows are those that lie one higher in the image."""
         b, h, w, c = x.shape
         x = self.masked(x.reshape(b, h * w, c)).reshape(x.shape)
-        self._place.first = self._place.first - 1
+        self._row.first = self._row.first - 1
         x = jnp.concatenate([self._take("rows", (b, 2, w, c), x.dtype), x], axis=1)
         self._leave("rows", x[:, -2:])
         return x
@@ -124,16 +147,32 @@ class Band:
         runs = jnp.concatenate([previous[:, :rows], u.reshape(b, rows, -1, d)], axis=2)
         return runs.reshape(b * rows, -1, d)
 
+    def previous(self, b: int, count: int, d: int) -> Float[Array, "b count d"]:
+        """See Whole."""
+        return self._take("tokens", (b, count, d), jnp.float32)
+
+    def keep_previous(self, tokens: Float[Array, "b _ d"]) -> None:
+        """See Whole."""
+        self._leave("tokens", tokens)
+
     def masked(self, x: Float[Array, "b l d"], outside: float = 0.0) -> Float[Array, "b l d"]:
         """See Whole."""
         row, column = jnp.divmod(jnp.arange(x.shape[1]), self._columns)
-        row += self._place.first
+        row += self._row.first
         inside = (row >= 0) & (row < self._height) & (column < self._width)
         return jnp.where(inside[None, :, None], x, jnp.asarray(outside, x.dtype))
 
-    def scan_state(self, *shape: int) -> Array | None:
+    def place(self, l: int) -> Place:
         """See Whole."""
-        return self._take("state", shape, jnp.float32)
+        del l
+        first, height, width = (
+            jnp.asarray(x, jnp.int32) for x in (self._row.first, self._height, self._width)
+        )
+        return Place(first, height, width, self._columns)
+
+    def scan_state(self, b: int, d: int, n: int) -> Float[Array, "b d n"]:
+        """See Whole."""
+        return self._take("state", (b, d, n), jnp.float32)
 
     def keep_scan_state(self, state: Array) -> None:
         """See Whole."""
@@ -151,7 +190,7 @@ class Band:
 
 
 @dataclasses.dataclass
-class _Place:
+class _FirstRow:
     """The index in the image of a band's first row, at the current layer of the pass."""
 
     first: Int[Array, ""]

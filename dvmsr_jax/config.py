@@ -90,10 +90,16 @@ class Compute:
     """How a network is computed. It affects time and memory, and the result only by rounding."""
 
     scan: Annotated[Implementation, Effect.NOTHING] = "auto"
-    """Implementation of the selective scan; see kernels/selective_scan."""
+    """Implementation of the selective scan; see kernels/selective_scan. With auto, inference on
+    CPUs also uses kernels/vimm and kernels/conv3x3."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of convolutions and projections. Parameters, norms, residuals and the scan's state are
     always float32: activations reach about 1,600, where bfloat16 has steps of 8."""
+
+    @property
+    def may_be_native(self) -> bool:
+        """Whether whole layers may be computed in C++, where that is possible."""
+        return self.scan == "auto" and self.precision == "float32"
 
     @property
     def products(self) -> Literal["highest"] | None:

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
-from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM, torch_uniform
+from dvmsr_jax.convolution import Conv3x3
+from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM
 
 # Mean colour of DIV2K, subtracted before the first convolution and added after the last.
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
@@ -34,30 +35,6 @@ class Features(NamedTuple):
     shallow: Array  # (b, h, w, c), the first convolution's output
     rssbs: tuple[Array, ...]  # (b, h, w, c) each
     body: Array  # (b, h, w, c), the last convolution's output before the long skip
-
-
-class Conv3x3(nnx.Conv):
-    """A 3x3 convolution with zero padding that keeps the size; its result is float32."""
-
-    def __init__(self, c_in: int, c_out: int, compute: Compute, *, rngs: nnx.Rngs):
-        init = torch_uniform(fan_in=9 * c_in)
-        super().__init__(
-            c_in,
-            c_out,
-            (3, 3),
-            padding=((0, 0), (1, 1)),
-            kernel_init=init,
-            bias_init=init,
-            dtype=compute.precision,
-            precision=compute.products,
-            rngs=rngs,
-        )
-
-    def __call__(  # type: ignore[override]
-        self, x: Float[Array, "b h w _"], band: Whole | Band
-    ) -> Float[Array, "b h w _"]:
-        """Convolves."""
-        return super().__call__(band.with_neighbours(x)).astype(jnp.float32)
 
 
 class RSSB(nnx.Module):

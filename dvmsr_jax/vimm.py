@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Key
 from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
+from kernels import vimm as kernel
+from kernels.differentiation import unless_differentiated
 from kernels.selective_scan import missing, selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
@@ -105,6 +107,7 @@ class ViMM(nnx.Module):
         """`index` counts the network's ViMMs from 0."""
         c, d = config.channels, config.inner_channels
         self.index = index
+        self.may_be_fused = compute.may_be_native and not config.bidirectional
         self.drop_path = config.drop_path * index / max(config.vimms - 1, 1)
         self.norm = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
         self.in_proj = projection(c, 2 * d, dense_init, compute, rngs)
@@ -121,12 +124,62 @@ class ViMM(nnx.Module):
         """Mixes an image's tokens, given in raster order. With `keys`, drop-path is active."""
         if keys is not None and self.drop_path:
             tokens = drop_samples(tokens, self.drop_path, _fold_in(keys, self.index))
+        if not self.may_be_fused or kernel.missing():
+            return self.unfused(tokens, band)
+        if isinstance(band, Band):
+            return self.fused(tokens, band)
+        graph, parameters = nnx.split(self)
+
+        def fused(parameters, tokens):
+            return nnx.merge(graph, parameters).fused(tokens, WHOLE)
+
+        def unfused(parameters, tokens):
+            return nnx.merge(graph, parameters).unfused(tokens, WHOLE)
+
+        return unless_differentiated(fused, unfused)(parameters, tokens)
+
+    def unfused(self, tokens: Float[Array, "b l c"], band: Whole | Band) -> Float[Array, "b l c"]:
+        """The result, in JAX; any configuration, on any platform."""
         tokens = band.masked(self.norm(tokens))
         u, z = jnp.split(self.in_proj(tokens), 2, axis=-1)
         y = self.forward(u, z, band.at("forward"))
         if self.backward is not None:
             y = y + self.backward(u[:, ::-1], z[:, ::-1], WHOLE)[:, ::-1]
         return self.out_proj(y).astype(jnp.float32)
+
+    def fused(self, tokens: Float[Array, "b l c"], band: Whole | Band) -> Float[Array, "b l c"]:
+        """The same result from kernels/vimm, which cannot be differentiated."""
+        assert self.norm.scale is not None
+        assert self.norm.bias is not None
+        direction = self.forward
+        band = band.at("forward")
+        weights = kernel.Weights(
+            norm_scale=self.norm.scale[...],
+            norm_bias=self.norm.bias[...],
+            in_proj=self.in_proj.kernel[...],
+            conv_kernel=direction.conv.kernel[...],
+            conv_bias=direction.conv.bias[...],
+            x_proj=direction.x_proj.kernel[...],
+            dt_proj=direction.dt_proj.kernel[...],
+            dt_bias=direction.dt_bias[...],
+            A=-jnp.exp(direction.A_log[...]),
+            D=direction.D[...],
+            out_proj=self.out_proj.kernel[...],
+        )
+        (b, l, _), (d, n) = tokens.shape, weights.A.shape
+        *place, columns = band.place(l)
+        out, previous, state = kernel.vimm(
+            tokens,
+            weights,
+            band.at("conv").previous(b, len(weights.conv_kernel) - 1, d),
+            band.scan_state(b, d, n),
+            kernel.Place(*place),
+            columns=columns,
+            epsilon=LAYER_NORM_EPSILON,
+        )
+        band.at("conv").keep_previous(previous)
+        band.keep_scan_state(state)
+        return out
 
 
 def drop_samples(

@@ -1,0 +1,29 @@
+"""The public function; conv3x3.cc computes it."""
+
+from pathlib import Path
+
+from jaxtyping import Array, Float
+
+from kernels.native_library import NativeLibrary
+
+LIBRARY = NativeLibrary(Path(__file__).with_name("conv3x3.cc"), ("Conv3x3",))
+
+missing = LIBRARY.missing
+
+
+def conv3x3(
+    x: Float[Array, "b rows w c"],
+    kernel: Float[Array, "3 3 c c_out"],
+    bias: Float[Array, " c_out"],
+) -> Float[Array, "b h w c_out"]:
+    """The 3x3 convolution of rows that include those above and below; not differentiable.
+
+    There are h = rows - 2 rows in the result. Beyond the first and last columns, x is zero. All
+    arrays are float32.
+
+    Raises:
+        NativeUnavailableError: it cannot run here; `missing()` gives the reason.
+    """
+    b, rows, w, _ = x.shape
+    (y,) = LIBRARY.function("Conv3x3", (b, rows - 2, w, kernel.shape[-1]))(x, kernel, bias)
+    return y

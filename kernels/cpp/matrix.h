@@ -1,0 +1,107 @@
+// Products of activations with packed weights, for activations that stay in the cache.
+
+#ifndef KERNELS_CPP_MATRIX_H_
+#define KERNELS_CPP_MATRIX_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels/cpp/vectors.h"
+
+namespace kernels {
+
+constexpr int64_t BLOCK = 16;  // channels: a cache line
+constexpr int64_t SUMS = 12;   // vectors of sums that a product holds in registers
+
+// Activations are blocks of BLOCK channels. A block is an array of lines, one for each token.
+struct alignas(sizeof(float) * BLOCK) Line {
+  float at[BLOCK];
+};
+typedef std::unique_ptr<Line[]> Lines;
+
+inline int64_t Blocks(int64_t channels) { return (channels + BLOCK - 1) / BLOCK; }
+
+// Copies up to BLOCK channels.
+inline void Copy(float* to, const float* from, int64_t channels) {
+  if (channels == BLOCK)
+    std::memcpy(to, from, sizeof(Line));
+  else
+    std::memcpy(to, from, sizeof(float) * channels);
+}
+
+// Rows of (count, channels) as (count, blocks) lines, padded with zeros.
+inline Lines MakeLines(const float* rows, int64_t count, int64_t channels) {
+  Lines lines(new Line[count * Blocks(channels)]());
+  for (int64_t i = 0; i < count; ++i)
+    std::memcpy(lines[i * Blocks(channels)].at, rows + i * channels, sizeof(float) * channels);
+  return lines;
+}
+
+// The weights of a product, (groups, inputs, outputs).
+class Matrix {
+ public:
+  Matrix(int64_t inputs, int64_t outputs, int64_t groups = 1)
+      : inputs_(inputs),
+        outputs_(outputs),
+        groups_(groups),
+        lines_(new Line[groups * inputs * Blocks(outputs)]()) {}
+
+  // Copies `count` columns of an array whose rows are `row` floats long, from output `first`
+  // on, which is the first of a block.
+  void Set(int64_t first, const float* columns, int64_t count, int64_t row) {
+    for (int64_t o = 0; o < count; o += BLOCK)
+      for (int64_t i = 0; i < groups_ * inputs_; ++i)
+        Copy(lines_[(first + o) / BLOCK * groups_ * inputs_ + i].at, columns + i * row + o,
+             std::min(BLOCK, count - o));
+  }
+
+  // Multiplies with the inputs of these tokens, and calls put(token, output, vector of outputs).
+  // `x` holds the blocks of inputs of each group. The number of tokens is rounded up to SUMS.
+  template <typename Put>
+  void Multiply(const std::vector<const Line*>& x, int64_t tokens, Put put) const {
+    for (int64_t o = 0; o < outputs_;) {
+      if (2 * WIDTH <= BLOCK && o + WIDTH < outputs_) {
+        Columns<2>(x, tokens, o, put);
+        o += 2 * WIDTH;
+      } else {
+        Columns<1>(x, tokens, o, put);
+        o += WIDTH;
+      }
+    }
+  }
+
+ private:
+  template <int VECTORS, typename Put>
+  void Columns(const std::vector<const Line*>& x, int64_t tokens, int64_t o, Put put) const {
+    constexpr int ROWS = SUMS / VECTORS;
+    for (int64_t t = 0; t < tokens; t += ROWS) {
+      Floats sums[ROWS][VECTORS] = {};
+      const Line* const* from = x.data();
+      const float* weights = lines_[o / BLOCK * groups_ * inputs_].at + o % BLOCK;
+      for (int64_t group = 0; group < groups_; ++group)
+        for (int64_t i = 0; i < inputs_; i += BLOCK) {
+          const Line* block = *from++ + t;
+          for (int64_t k = 0; k < std::min(BLOCK, inputs_ - i); ++k, weights += BLOCK)
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+              for (int v = 0; v < VECTORS; ++v)
+                sums[r][v] += block[r].at[k] * Load(weights + v * WIDTH, WIDTH);
+        }
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) put(t + r, o + v * WIDTH, sums[r][v]);
+    }
+  }
+
+  int64_t inputs_, outputs_, groups_;
+  Lines lines_;  // (blocks of outputs, groups, inputs)
+};
+
+}  // namespace kernels
+
+#endif  // KERNELS_CPP_MATRIX_H_

@@ -1,0 +1,213 @@
+"""Holds the fused ViMM to the same module in JAX, whose scan is the specification."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dvmsr_jax.bands import WHOLE, Band
+from dvmsr_jax.config import Compute, ModelConfig
+from dvmsr_jax.vimm import ViMM
+from kernels import vimm as fused
+from tests.conftest import ROOT
+from tests.jaxprs import equations
+
+pytestmark = pytest.mark.skipif(fused.missing() is not None, reason="needs a C++ compiler")
+
+SMALL = ModelConfig(channels=10, states=4)
+# Of the largest output.
+TOLERANCE = 5e-6
+
+
+def make_vimm(config, compute=Compute(), memory=2):
+    """A ViMM with random weights and, by default, a long memory."""
+    vimm = nnx.eval_shape(lambda: ViMM(config, 0, compute, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(1)
+
+    def values(path, x):
+        mean = -memory if path[-1] == "A_log" else 0
+        return x.replace(jnp.asarray(rng.normal(mean, 0.3, x.shape), jnp.float32))
+
+    state = nnx.to_flat_state(nnx.state(vimm, nnx.Param))
+    nnx.update(vimm, nnx.from_flat_state([(path, values(path, x)) for path, x in state]))
+    return vimm
+
+
+def make_tokens(b, l, c, seed=2):
+    return np.random.default_rng(seed).normal(1, 2, (b, l, c)).astype(np.float32)
+
+
+@nnx.jit
+def run(vimm, tokens):
+    return vimm(tokens)
+
+
+@nnx.jit(static_argnames="columns")
+def run_band(vimm, tokens, first, height, width, carried, *, columns):
+    """(the result, what is left for the band below)."""
+    band = Band(first, height, width, columns, carried)
+    return vimm(tokens, band=band), band.left
+
+
+def assert_close(actual, expected):
+    scale = np.abs(expected).max(initial=1e-30)
+    np.testing.assert_allclose(actual, expected, atol=TOLERANCE * scale, rtol=0)
+
+
+def is_fused(program):
+    """Whether a JAX program calls the fused ViMM."""
+    calls = (e for e in equations(program.jaxpr) if e.primitive.name == "ffi_call")
+    return any("FusedViMM" in call.params["target_name"] for call in calls)
+
+
+@pytest.mark.parametrize(("b", "l"), [(1, 1), (2, 63), (3, 1000)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(),
+        SMALL,
+        ModelConfig(channels=10, states=16, conv_width=1),
+        ModelConfig(channels=96, states=20, expand=1, conv_width=7),
+        ModelConfig(channels=7, states=1, expand=3),
+        ModelConfig(channels=192),
+    ],
+    ids=["student", "small", "no-history", "expand-1", "expand-3", "teacher"],
+)
+def test_equals_the_specification(config, b, l):
+    tokens = make_tokens(b, l, config.channels)
+    expected = run(make_vimm(config, Compute("sequential")), tokens)
+    assert_close(run(make_vimm(config), tokens), expected)
+
+
+def test_a_convolution_may_be_wider_than_a_piece():
+    config = ModelConfig(channels=10, states=1, conv_width=110)
+    tokens = make_tokens(2, 250, 10)
+    expected = run(make_vimm(config, Compute("native")), tokens)
+    assert_close(run(make_vimm(config), tokens), expected)
+
+
+def test_decays_may_vanish():
+    tokens = make_tokens(1, 100, 10)
+    expected = run(make_vimm(SMALL, Compute("sequential"), memory=-6), tokens)
+    assert_close(run(make_vimm(SMALL, memory=-6), tokens), expected)
+
+
+@pytest.mark.parametrize("conv_width", [4, 6])
+@pytest.mark.parametrize(("width", "columns"), [(1, 1), (1, 4), (5, 8), (40, 40)])
+def test_bands_equal_the_specification(width, columns, conv_width):
+    """Outputs everywhere; what is left as long as a next band can read it."""
+    config = ModelConfig(channels=10, states=4, conv_width=conv_width)
+    height, rows = 11, 3
+    ways = [make_vimm(config, Compute("sequential")), make_vimm(config)]
+    carried = [None, None]
+    for first in range(-4, height + 5, rows):
+        tokens = make_tokens(1, rows * columns, config.channels, seed=first + 4)
+        place = jnp.int32(first), jnp.int32(height), jnp.int32(width)
+        results = [
+            run_band(vimm, tokens, *place, left, columns=columns)
+            for vimm, left in zip(ways, carried, strict=True)
+        ]
+        (expected, expected_left), (actual, left) = results
+        assert_close(actual, expected)
+        assert np.any(expected) == (-rows < first < height)
+        assert left.keys() == expected_left.keys()
+        if first + rows <= height:
+            for name, x in left.items():
+                assert_close(x, expected_left[name])
+        carried = [expected_left, left]
+
+
+def test_a_band_continues_the_batch():
+    """Each sequence has its own state and its own last tokens."""
+    vimm, tokens = make_vimm(SMALL), make_tokens(3, 400, 10)
+    whole = run(vimm, tokens)
+    above, left = run_band(vimm, tokens[:, :200], 0, 10, 40, None, columns=40)
+    below, _ = run_band(vimm, tokens[:, 200:], 5, 10, 40, left, columns=40)
+    np.testing.assert_array_equal(np.concatenate([above, below], axis=1), whole)
+
+
+def test_gradients_are_those_of_the_unfused():
+    graph, parameters = nnx.split(make_vimm(SMALL))
+    tokens = make_tokens(2, 30, 10)
+
+    def loss(method, parameters, tokens):
+        return jnp.sum(getattr(nnx.merge(graph, parameters), method)(tokens, band=WHOLE) ** 2)
+
+    def gradients(method):
+        return jax.jit(jax.grad(lambda *arguments: loss(method, *arguments), argnums=(0, 1)))
+
+    assert is_fused(jax.make_jaxpr(lambda *x: loss("__call__", *x))(parameters, tokens))
+    assert not is_fused(jax.make_jaxpr(gradients("__call__"))(parameters, tokens))
+    actual, expected = (gradients(m)(parameters, tokens) for m in ("__call__", "unfused"))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert all(np.any(x) for x in jax.tree.leaves(actual))
+
+
+@pytest.mark.parametrize(
+    ("config", "compute"),
+    [
+        (SMALL, Compute(scan="native")),
+        (SMALL, Compute(precision="bfloat16")),
+        (ModelConfig(channels=10, bidirectional=True), Compute()),
+    ],
+)
+def test_everything_else_stays_unfused(config, compute):
+    vimm, tokens = make_vimm(config, compute), make_tokens(1, 9, 10)
+    assert not is_fused(jax.make_jaxpr(vimm)(tokens))
+
+
+def test_it_is_never_required():
+    vimm, tokens = make_vimm(SMALL), make_tokens(1, 9, 10)
+    assert is_fused(jax.make_jaxpr(vimm)(tokens))
+    with mock.patch("kernels.vimm.missing", return_value="there is no C++ compiler"):
+        assert not is_fused(jax.make_jaxpr(lambda x: vimm(x))(tokens))
+
+
+def test_under_vmap():
+    vimm, tokens = make_vimm(SMALL), make_tokens(6, 50, 10)
+    expected = run(vimm, tokens).reshape(2, 3, 50, 10)
+    graph, parameters = nnx.split(vimm)
+    mapped = jax.vmap(lambda x: nnx.merge(graph, parameters)(x))(tokens.reshape(2, 3, 50, 10))
+    np.testing.assert_array_equal(mapped, expected)
+
+
+def test_among_64_bit_types():
+    vimm, tokens = make_vimm(SMALL), make_tokens(1, 9, 10)
+    expected = run(vimm, tokens)
+    with jax.enable_x64(True):
+        graph, parameters = nnx.split(vimm)
+        actual = jax.jit(lambda x: nnx.merge(graph, parameters)(x))(tokens)
+    assert actual.dtype == jnp.float32
+    assert_close(actual, expected)
+
+
+def test_nan_is_not_hidden():
+    """It spreads to all later tokens and to no earlier one."""
+    tokens = make_tokens(1, 300, 10)
+    tokens[0, 150, 3] = np.nan
+    nan = np.isnan(run(make_vimm(SMALL), tokens))
+    assert nan[0, 150:].all()
+    assert not nan[0, :150].any()
+
+
+def digest():
+    """Identifies the bits of a result that several threads have computed."""
+    result = run(make_vimm(ModelConfig()), make_tokens(2, 2000, 60))
+    return hashlib.sha256(np.asarray(result).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_bits_do_not_depend_on_the_number_of_threads(threads):
+    environment = os.environ | {"NPROC": str(threads)}  # XLA takes it for the number of cores
+    command = [sys.executable, "-c", "from tests.test_vimm_kernel import digest; print(digest())"]
+    other = subprocess.run(
+        command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert other.stdout.strip() == digest()
