@@ -28,14 +28,13 @@ from flax import nnx
 from benchmarks import machine, pytorch
 from benchmarks.pytorch import TorchModel
 from benchmarks.table import print_head, print_row, rounded
-from configs import PRESETS
-from dvmsr_jax.config import Compute
+from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.inference import RgbUpscale, RgbView, make_streamer
 from dvmsr_jax.model import DVMSR
 from kernels.selective_scan import Implementation, missing
 
-CONFIG = PRESETS["paper"]["student"].model
+CONFIG = ModelConfig()
 BASELINE: Implementation = "associative"
 # A case is repeated at least once, and then until the repetitions have taken this long.
 CASE_SECONDS = 4.0

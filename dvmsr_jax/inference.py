@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import DVMSR
+from dvmsr_jax.model import DVMSR, Network
 
 # Approximate number of pixels and largest number of rows of a band. A CPU is fastest if a layer's
 # features fit its cache. The delay of the result (see `DVMSR.rows_late`) can cost up to one more
@@ -101,7 +101,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
     serves images of any height and of many widths (see `_columns`). Raises UserError if the model
     is bidirectional.
     """
-    if model.config.bidirectional:
+    if not model.streams:
         raise UserError("a bidirectional model reads a picture from both ends: upscale it in tiles")
     graph, parameters = nnx.split(model)
     s, late = model.config.scale, model.rows_late
@@ -145,20 +145,23 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
 
 
 def make_upscaler(
-    model: DVMSR, *, self_ensemble: bool = False
+    model: Network, *, self_ensemble: bool = False
 ) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
     """Returns a function that enlarges RGB pictures by the model's scale.
 
-    It streams, so that pictures of many sizes share a program. For bidirectional models, which
-    cannot be streamed, one is compiled per size. With `self_ensemble`, it averages over the eight
-    flips and rotations of the picture.
+    It streams, so that pictures of many sizes share a program. For models that cannot be streamed,
+    such as bidirectional ones, one is compiled per size. With `self_ensemble`, it averages over the
+    eight flips and rotations of the picture.
     """
-    whole = make_whole(model) if model.config.bidirectional else joined(make_streamer(model))
+    if isinstance(model, DVMSR) and model.streams:
+        whole = joined(make_streamer(model))
+    else:
+        whole = make_whole(model)
     return lambda picture: upscale_pixels(whole, picture[None], self_ensemble=self_ensemble)[0]
 
 
 def make_whole(
-    model: DVMSR,
+    model: Network,
 ) -> Callable[[Float[np.ndarray, "b h w 3"]], Float[np.ndarray, "b H W 3"]]:
     """Returns a function that enlarges images whole, compiled once per size."""
     graph, parameters = nnx.split(model)
