@@ -65,11 +65,15 @@ def parse(arguments: Sequence[str]) -> Arguments:
 def place_of(arguments: Arguments) -> Place:
     """The folders of a budget's tasks."""
     work = arguments.folder.expanduser() / arguments.budget
+    hr_dirs, data_dir = arguments.hr_dirs, arguments.data_dir
+    if arguments.budget == "smoke" and not (hr_dirs or arguments.prepared):
+        hr_dirs, data_dir = (work / "photos",), work / "data"
     data = DataConfig(
-        hr_dirs=arguments.hr_dirs, prepared=arguments.prepared, data_dir=arguments.data_dir
+        hr_dirs=hr_dirs,
+        prepared=arguments.prepared,
+        data_dir=data_dir,
+        val_images=BUDGETS[arguments.budget].base.data.val_images,
     )
-    if arguments.budget == "smoke" and not (arguments.hr_dirs or arguments.prepared):
-        data = DataConfig(hr_dirs=(work / "photos",), data_dir=work / "data", val_images=1)
     results = arguments.results.expanduser() / arguments.budget
     return Place(results, work, data, arguments.benchmarks)
 

@@ -99,9 +99,9 @@ BUDGETS = {
                 optim=OptimConfig(
                     learning_rate=2e-3, schedule="cosine", warmup=0.05, ema_decay=0.99
                 ),
-                steps=1_000,
+                steps=700,
                 log_every=25,
-                val_every=250,
+                val_every=175,
                 checkpoint_every=50,
                 keep_checkpoints=1,
             ),

@@ -27,5 +27,5 @@ def _count_one(equation: Any) -> int:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
         return equation.outvars[0].aval.size * math.prod(kernel) // outputs
-    inner = sum(_count(sub) for sub in jax.core.jaxprs_in_params(parameters))
+    inner = sum(_count(sub) for sub in core.jaxprs_in_params(parameters))
     return inner * parameters["length"] if name == "scan" else inner

@@ -1,6 +1,7 @@
 """Tasks: pieces of work that end in a small JSON file, and the folders that they use."""
 
 import abc
+import dataclasses
 import functools
 import hashlib
 import json
@@ -70,6 +71,22 @@ class Task(abc.ABC):
 
     def __str__(self) -> str:
         return self.name
+
+
+def described(config: Any) -> Facts:
+    """The fields of a configuration that differ from their defaults.
+
+    A field that is added later therefore leaves identifiers as they are. The kind of a network is
+    always among them.
+    """
+    default, found = type(config)(), {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = described(value)
+        elif value != getattr(default, field.name) or field.name == "network":
+            found[field.name] = value
+    return json.loads(json.dumps(found, default=str))
 
 
 def result_path(task: Task, place: Place) -> Path:

@@ -1,6 +1,5 @@
 """Time and memory of upscaling as tasks."""
 
-import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from dvmsr_jax.cost import cost
 from dvmsr_jax.inference import make_streamer
 from dvmsr_jax.model import DVMSR, build, parameter_count
 from dvmsr_jax.training.step import memory_of
-from experiments.tasks import Facts, Place, Task
+from experiments.tasks import Facts, Place, Task, described
 from experiments.training import RATE, flops
 
 # Repetitions go on until they have taken this long, and there are at least MIN_REPEATS.
@@ -41,9 +40,9 @@ class Timing(Task):
     @property
     def facts(self) -> Facts:
         """See Task."""
-        fields = dataclasses.asdict(self)
-        del fields["name"]
-        return fields
+        networks = {"model": described(self.model), "compute": described(self.compute)}
+        size = {"side": self.side, "batch": self.batch}
+        return networks | size | {"mode": self.mode, "platform": self.platform}
 
     @property
     def possible(self) -> bool:

@@ -16,7 +16,7 @@ from dvmsr_jax.pretrained import load_weights
 from dvmsr_jax.training import report
 from dvmsr_jax.training.loop import TrainingError, train
 from experiments import networks  # also lets all of its networks be trained
-from experiments.tasks import Facts, Place, Task, read_result
+from experiments.tasks import Facts, Place, Task, described, read_result
 
 # Floating-point operations a second of a training step on two cores of an AMD EPYC with AVX2, for
 # estimates.
@@ -50,7 +50,7 @@ class Training(Task):
     @property
     def facts(self) -> Facts:
         """See Task."""
-        fields = checkpoint.flat(checkpoint.to_json(self.config)) | {"seed": self.seed}
+        fields = checkpoint.flat(described(self.config)) | {"seed": self.seed}
         named = self.config.distill.teacher
         facts = {"teacher": str(named)} if named else {}
         return {"config": fields} | facts | {"needs": [task.id for task in self.needs]}
@@ -79,10 +79,10 @@ class Training(Task):
         model = weights.model()
         costs = cost(weights.config, COST_SIZE, COST_SIZE)
         facts = checkpoint.load_facts(directory)
+        source = facts.pop("sources")["data"]
         return {
-            "step": facts["step"],
-            "learning_rate": config.optim.learning_rate,
-            "data": facts["sources"]["data"],
+            "config": checkpoint.flat(facts),
+            "data": source,
             "scores": _last(lines, "val_psnr_y", directory) | score(model, place),
             "curve": [[x["step"], round(x["val_psnr_y"], 4)] for x in lines if "val_psnr_y" in x],
             "parameters": parameter_count(model),

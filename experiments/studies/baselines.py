@@ -67,8 +67,8 @@ def report(results: Results) -> Section:
                 name,
                 f"{facts['parameters']:,}",
                 f"{facts['macs'] / 1e9:.1f}",
-                f"{facts['step']:,}",
-                f"{facts['learning_rate']:g}",
+                f"{facts['config']['steps']:,}",
+                f"{facts['config']['optim.learning_rate']:g}",
                 f"{facts['training_seconds'] / 60:.1f} min",
                 *(str(results.score(name, on) or "") for on in benchmarks),
             ]

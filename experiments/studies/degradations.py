@@ -16,47 +16,46 @@ from experiments.study import Results, Section, Study, legend, markdown
 from experiments.tasks import Facts, Place, Task
 
 STRENGTHS: dict[str, tuple[float, ...]] = {
-    "blur": (0, 0.5, 1, 1.5, 2, 3),
-    "noise": (0, 2, 5, 10, 20, 30),
+    "blur": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
+    "noise": (0.0, 2.0, 5.0, 10.0, 20.0, 30.0),
     "jpeg": (100, 90, 75, 50, 30, 10),
 }
 UNITS = {"blur": "sigma, LR pixels", "noise": "sigma, levels of 255", "jpeg": "quality"}
 WEIGHTS = ("x4", "x4-real")
 # The picture that is shown, its part in HR pixels, and the degradations that it is shown with.
 SHOWN, PART = "chelsea", (slice(64, 192), slice(144, 304))
-CELLS: tuple[dict[str, Any], ...] = ({}, {"blur": 1}, {"noise": 10}, {"jpeg": 50})
+CELLS: tuple[dict[str, Any], ...] = ({}, {"blur": 1.0}, {"noise": 10.0}, {"jpeg": 50})
 
 
-@dataclass(frozen=True)
-class Curve(Probe):
+class Curves(Probe):
     """The scores of weights on pictures that are degraded more and more."""
 
-    degradation: str
-
-    kind = "curve"
+    kind = "curves"
 
     @property
     def facts(self) -> Facts:
         """See Task."""
-        return {**super().facts, self.degradation: list(STRENGTHS[self.degradation])}
+        return {**super().facts, "strengths": {name: list(x) for name, x in STRENGTHS.items()}}
 
     def seconds(self) -> float:
         """See Task."""
-        return 120.0
+        return 300.0
 
     def run(self, place: Place) -> Facts:
-        """PSNR-Y for each benchmark and strength, of the weights and of bicubic."""
+        """PSNR-Y for each degradation, benchmark and strength, of the weights and of bicubic."""
         model = self.load(place)
         upscale, scale = make_upscaler(model), model.config.scale
-        found: Facts = {}
-        for name, benchmark in pictures(place, scale).items():
-            found[name] = {"psnr_y": [], "bicubic": []}
-            for strength in STRENGTHS[self.degradation]:
-                degraded = evaluation.Degraded(benchmark, {self.degradation: strength})
-                label = f"{name} {self.degradation}={strength:g}"
-                scores, _ = evaluation.evaluate(upscale, degraded, scale, name=label)
-                found[name]["psnr_y"].append(round(scores["psnr_y"], 4))
-                found[name]["bicubic"].append(round(scores["bicubic"]["psnr_y"], 4))
+        found: Facts = {degradation: {} for degradation in STRENGTHS}
+        for degradation, strengths in STRENGTHS.items():
+            for name, benchmark in pictures(place, scale).items():
+                curve: dict[str, list[float]] = {"psnr_y": [], "bicubic": []}
+                for strength in strengths:
+                    degraded = evaluation.Degraded(benchmark, {degradation: strength})
+                    label = f"{name} {degradation}={strength:g}"
+                    scores, _ = evaluation.evaluate(upscale, degraded, scale, name=label)
+                    curve["psnr_y"].append(round(scores["psnr_y"], 4))
+                    curve["bicubic"].append(round(scores["bicubic"]["psnr_y"], 4))
+                found[degradation][name] = curve
         return found
 
 
@@ -95,11 +94,7 @@ def tasks(budget: Budget) -> list[Task]:
     cnn, _ = tuned(budget, CNN, OTHERS[CNN])
     named: dict[str, Source] = {name: name for name in WEIGHTS}
     sources = budget.some({**named, CNN: cnn})
-    curves = [
-        Curve(f"{name}, {degradation}", source, degradation)
-        for name, source in sources.items()
-        for degradation in STRENGTHS
-    ]
+    curves = (Curves(name, source) for name, source in sources.items())
     return [*curves, *(Crops(f"{name}, crops", source) for name, source in sources.items())]
 
 
@@ -113,10 +108,10 @@ def report(results: Results) -> Section:
     ):
         curves = {}
         for name in names:
-            for found in results.of(f"{name}, {degradation}"):
-                on = next(iter(found))  # the first benchmark
-                curves["bicubic"] = found[on]["bicubic"]
-                curves[name] = found[on]["psnr_y"]
+            for found in results.of(name):
+                on = next(iter(found[degradation]))  # the first benchmark
+                curves["bicubic"] = found[degradation][on]["bicubic"]
+                curves[name] = found[degradation][on]["psnr_y"]
                 axes.set_title(on)
         for name, values in curves.items():
             axes.plot(range(len(strengths)), values, ":" if name == "bicubic" else "-", label=name)

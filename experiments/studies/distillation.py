@@ -71,7 +71,7 @@ def report(results: Results) -> Section:
     for name in scores:
         gain = results.compare(name, ALONE) if ALONE in scores and name != ALONE else ""
         values = (str(results.score(name, on) or "") for on in benchmarks)
-        rows.append([name, f"{results.of(name)[0]['step']:,}", *values, gain])
+        rows.append([name, f"{results.of(name)[0]['config']['steps']:,}", *values, gain])
     table = markdown(["student", "steps", *benchmarks, "gain, validation"], rows)
 
     students = [name for name in STUDENTS if name in scores]
