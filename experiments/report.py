@@ -13,9 +13,15 @@ from experiments.tasks import Place, Task, in_order, is_done, read_origin, read_
 HEAD = """\
 # Studies
 
-Questions that the paper leaves open, answered by runs with the budget `{budget}`: {purpose}. This
-document is written by `python -m experiments report`, from the files in `experiments/results/`.
-[experiments](../experiments/__init__.py) describes how to repeat the runs and how to add some.
+Questions that the paper leaves open, answered by short runs: budget `{budget}`, {steps:,} steps of
+{crops} crops of {side}x{side}. This document is written by `python -m experiments report`, from the
+files in `experiments/results/` alone.
+
+    python -m experiments                    # the studies, their cost, what has been run
+    python -m experiments depth              # run what is missing of a study
+    python -m experiments depth --dry-run    # its runs and their cost
+
+[experiments](../experiments/__init__.py) describes how to share the work and how to add to it.
 
 Scores are PSNR-Y in dB: a mean ± the standard deviation over seeds. A difference is called none if
 it is below twice its standard deviation, which follows from the spread of all variants' seeds.
@@ -28,7 +34,8 @@ def write(studies: dict[str, Study], budget: Budget, place: Place, document: Pat
     Raises:
         UserError: a result is damaged.
     """
-    parts = [HEAD.format(budget=budget.name, purpose=budget.purpose)]
+    steps, data = budget.base.steps, budget.base.data
+    parts = [HEAD.format(budget=budget.name, steps=steps, crops=data.batch_size, side=data.lr_crop)]
     for name, study in studies.items():
         parts.append(_section(name, study, study.tasks(budget), place, document))
     with files.replacing(document) as unfinished:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvmsr_jax import checkpoint, evaluation
+from dvmsr_jax import checkpoint, evaluation, registry
 from dvmsr_jax.config import NetworkConfig, TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import UserError
@@ -36,7 +36,7 @@ class Training(Task):
     """Everything but the folders, the seed, and what the following fields decide."""
     seed: int = 0
     teacher: "Training | None" = None
-    """The run whose outcome is the teacher, unless `config` names weights."""
+    """The run whose outcome is the teacher, unless `config` has weights with a name for it."""
     tuned_by: "Best | None" = None
     """Its learning rate is used."""
 
@@ -52,11 +52,17 @@ class Training(Task):
         """See Task."""
         fields = checkpoint.flat(described(self.config)) | {"seed": self.seed}
         named = self.config.distill.teacher
-        facts = {"teacher": str(named)} if named else {}
-        return {"config": fields} | facts | {"needs": [task.id for task in self.needs]}
+        facts = {"config": fields, "needs": [task.id for task in self.needs]}
+        if named is not None:
+            facts["teacher"] = registry.NAMED[str(named)].sha256
+        return facts
 
     def seconds(self) -> float:
-        """See Task. A step takes three forward passes, and those of its teacher."""
+        """See Task."""
+        return OVERHEAD + self.operations() / RATE
+
+    def operations(self) -> int:
+        """Floating-point operations: of three forward passes a step, and of its teacher's."""
         config, crop = self.config, self.config.data.lr_crop
         operations = 3 * flops(config.model, crop)
         if self.teacher is not None:
@@ -65,7 +71,7 @@ class Training(Task):
             passes = 8 if config.distill.self_ensemble else 1
             # All weights with a name belong to the paper's student, or to one for another scale.
             operations += passes * flops(TrainConfig().model, crop)
-        return OVERHEAD + config.steps * config.data.batch_size * operations / RATE
+        return config.steps * config.data.batch_size * operations
 
     def run(self, place: Place) -> Facts:
         """Trains and scores. A run that diverges has no scores."""

@@ -57,8 +57,9 @@ def longer(budget: Budget, students: list[Training]) -> list[Training]:
     """The base, trained for as long as these students and their teacher take together."""
     alone = Training(LONGER, budget.of(budget.base.model))
     assert students[0].teacher is not None
-    ratio = (students[0].seconds() + students[0].teacher.seconds()) / alone.seconds()
-    config = dataclasses.replace(alone.config, steps=round(ratio * budget.base.steps))
+    total = students[0].operations() + students[0].teacher.operations()
+    steps = round(total * budget.base.steps / alone.operations())
+    config = dataclasses.replace(alone.config, steps=steps)
     return [Training(LONGER, config, seed) for seed in range(len(students))]
 
 
