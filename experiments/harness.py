@@ -15,6 +15,8 @@ from dvmsr_jax import files
 from experiments.tasks import Facts, Place, Task, in_order, is_done, write_result
 from experiments.training import Training
 
+# Tasks after which compiled programs are dropped, which would fill the memory.
+KEPT = 8
 # Seconds between looks at the tasks of other processes.
 POLL = 5.0
 
@@ -60,6 +62,9 @@ def run(tasks: Sequence[Task], place: Place) -> None:
                 print(f"[{number}/{len(tasks)}, {time_left} left] {task}", flush=True)
                 with pace.measuring(task):
                     _run_one(task, place)
+            if number % KEPT == 0:
+                jax.clear_caches()
+                gc.collect()
             waiting = False
             break
         else:
@@ -81,8 +86,6 @@ def _run_one(task: Task, place: Place) -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     write_result(task, place, result, origin)
-    jax.clear_caches()  # or else the programs of all tasks would stay in memory
-    gc.collect()
 
 
 @contextlib.contextmanager

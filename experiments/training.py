@@ -79,7 +79,7 @@ class Training(Task):
         try:
             directory = train(config)
         except TrainingError as error:
-            return {"diverged": str(error)}
+            return {"diverged": str(error).partition(";")[0]}  # the rest names local files
         lines = report.read_metrics(directory / "metrics.jsonl")
         weights = load_weights(directory)
         model = weights.model()

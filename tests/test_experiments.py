@@ -270,6 +270,20 @@ def test_learning_rates_are_chosen_by_validation(finished, shared_place):
     assert read_result(best, shared_place)["config"]["optim.learning_rate"] == rate
 
 
+def test_a_rate_that_diverges_is_not_chosen(finished, shared_place, tmp_path):
+    good = next(task for task in finished("baselines") if isinstance(task, Training))
+    optim = dataclasses.replace(good.config.optim, learning_rate=1e30, clip=0.0)
+    bad = Training("too fast", dataclasses.replace(good.config, optim=optim))
+    best = BestRate("tuned", (bad, good))
+    harness.run([bad, best], shared_place)
+    diverged = read_result(bad, shared_place)
+    assert re.fullmatch(r"the (loss|norm of the weights) is \w+ at step \d", diverged["diverged"])
+    assert best.choice(shared_place) == good
+    with pytest.raises(UserError, match="every learning rate diverged"):
+        BestRate("hopeless", (bad,)).choice(shared_place)
+    assert Results([bad, good], shared_place).names() == [good.name]
+
+
 def test_students_have_their_teacher(finished, shared_place):
     students = [task for task in finished("distillation") if getattr(task, "teacher", None)]
     assert students

@@ -119,7 +119,7 @@ def summary(maps: list[np.ndarray]) -> Facts:
         "pixels": {f"{share:g}": int(np.searchsorted(order, share) + 1) for share in SHARES},
         "above": round(float(mean[: half - PATCH // 2].sum()), 4),
         "below": round(float(mean[half + PATCH // 2 :].sum()), 4),
-        "tenths": np.rint(-10 * decades).astype(int).tolist(),
+        "tenths": [" ".join(map(str, row)) for row in np.rint(-10 * decades).astype(int)],
     }
 
 
@@ -148,7 +148,8 @@ def report(results: Results) -> Section:
     grid = figure.subplots(2, len(found), squeeze=False)
     for axes, (name, maps) in zip(grid.T, found.items(), strict=True):
         for ax, kind in zip(axes, ("gradient", "attribution"), strict=True):
-            ax.imshow(-np.array(maps[kind]["tenths"]) / 10, vmin=-5, vmax=0, cmap="magma")
+            tenths = np.array([row.split() for row in maps[kind]["tenths"]], int)
+            ax.imshow(-tenths / 10, vmin=-5, vmax=0, cmap="magma")
             ax.set(xticks=[], yticks=[])
             ax.set_title(f"{name}: {kind}", size=8)
     areas = {name: maps["gradient"]["pixels"]["0.99"] for name, maps in found.items()}
