@@ -42,9 +42,9 @@ class Budget:
             return config
         small: dict[str, Any] = {
             "channels": 12,
-            "rssbs": 2,
+            "rssbs": 1,
             "vimms_per_rssb": 1,
-            "depth": 2,
+            "depth": 1,
             "states": 2,
         }
         fields = {field.name for field in dataclasses.fields(config)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import gc
 import subprocess
 import time
@@ -49,6 +50,7 @@ def run(tasks: Sequence[Task], place: Place) -> None:
         StoppedError: a signal stopped a training run.
         UserError: a task cannot be run.
     """
+    _version()
     pace, waiting = _Pace(), False
     while left := [task for task in tasks if not is_done(task, place)]:
         for task in left:
@@ -130,8 +132,12 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+@functools.cache
 def _version() -> str:
-    """The commit of the code, with a + if it was changed; "unknown" outside a repository."""
+    """The commit of the code, with a + if it was changed; "unknown" outside a repository.
+
+    That of the first call, at the start: files may change while a process runs.
+    """
     command = ["git", "describe", "--always", "--abbrev=10", "--dirty=+"]
     try:
         found = subprocess.run(

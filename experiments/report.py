@@ -63,7 +63,7 @@ def _section(name: str, study: Study, tasks: Sequence[Task], place: Place, docum
     if done:
         lines.append(_provenance(done, len(every), place))
     lines.append(f"What this does not show: {limits}")
-    return "\n\n".join(lines) + "\n"
+    return "\n\n".join(line for line in lines if line) + "\n"
 
 
 def _provenance(done: Sequence[Task], total: int, place: Place) -> str:

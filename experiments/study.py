@@ -132,6 +132,9 @@ def legend(axes: matplotlib.axes.Axes) -> None:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
-    """A table whose first `text` columns are words, and the others numbers."""
+    """A table whose first `text` columns are words, and the others numbers; empty without rows."""
+    rows = list(rows)
+    if not rows:
+        return ""
     head = ["---"] * text + ["---:"] * (len(columns) - text)
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, head, *rows))

@@ -101,10 +101,14 @@ def report(results: Results) -> Section:
             found = results.of(name)[0]
             ratio = 10 * np.log10(np.divide(found["begin"], found["end"]))
             axes.plot(np.arange(len(ratio)), ratio, label=name.removeprefix("border of "))
-            mean = 10 * np.log10(np.sum(found["begin"]) / np.sum(found["end"]))
+            first, rest = (
+                10 * np.log10(np.sum(found["begin"][rows]) / np.sum(found["end"][rows]))
+                for rows in (slice(0, 1), slice(1, None))
+            )
             sentences.append(
-                f"{name.removeprefix('border of ')} errs by {mean:+.2f} dB in its first "
-                f"{len(ratio)} rows, compared with the same rows when they come last"
+                f"in {name.removeprefix('border of ')}, the error of the row that is read first is "
+                f"{first:+.2f} dB from that of the same row read last, and {rest:+.2f} dB in the "
+                f"{len(ratio) - 1} rows after it"
             )
     axes.axhline(0, color="gray", lw=0.5)
     axes.set(

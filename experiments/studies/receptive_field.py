@@ -154,10 +154,10 @@ def report(results: Results) -> Section:
             ax.set_title(f"{name}: {kind}", size=8)
     areas = {name: maps["gradient"]["pixels"]["0.99"] for name, maps in found.items()}
     wide, narrow = (choose(areas, key=areas.__getitem__) for choose in (max, min))
-    answer = (
-        f"99% of the gradient lies in {areas[wide]:,} of the pixels for {wide}, and in "
-        f"{areas[narrow]:,} for {narrow}."
-    )
+    answer = f"99% of the gradient lies in {areas[wide]:,} of the pixels for {wide}"
+    if narrow != wide:
+        answer += f", and in {areas[narrow]:,} for {narrow}"
+    answer += "."
     return Section(answer, table, figure)
 
 
