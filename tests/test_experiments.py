@@ -182,6 +182,9 @@ def test_checkpoints_of_other_networks(tmp_path):
     assert weights.config == config.model
     with pytest.raises(PretrainedError, match="holds a Cnn, not a DVMSR"):
         load_model(phase_directory(config))
+    same = Checkpoints(config)
+    assert same.restore(state.ema, state._replace(ema={})).step == 1
+    same.close()
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=3))
     again = Checkpoints(other, allow_changes=True)
     with pytest.raises(CheckpointError, match=r"model.depth: 1 there, 3 now"):
