@@ -8,6 +8,7 @@ pixels on one side and 512 to 1,020 on the other.
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import tyro
@@ -15,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from benchmarks import machine
-from benchmarks.table import print_head, print_row, rounded
+from benchmarks.table import Measured, Report
 from dvmsr_jax import bicubic, images
 from dvmsr_jax.evaluation import Example, evaluate
 from dvmsr_jax.inference import make_upscaler, make_whole, upscale_pixels
@@ -23,11 +24,12 @@ from dvmsr_jax.model import DVMSR
 from dvmsr_jax.registry import DEFAULT
 
 
-def main(pictures: int = 12) -> None:
+def main(pictures: int = 12, json: Path | None = None) -> None:
     """Prints both times.
 
     Args:
         pictures: number of pictures; Urban100 has 100.
+        json: also write the tables to this file.
     """
     model = DVMSR.from_pretrained(DEFAULT)
     scale = model.config.scale
@@ -38,12 +40,13 @@ def main(pictures: int = 12) -> None:
         hr = np.asarray(photo.resize(sides if number % 4 else sides[::-1]))
         examples.append(Example(f"{number}", bicubic.downscale(hr, scale), hr))
 
-    print(f"{pictures} pictures, {machine.describe()}")
-    print_head(("", "seconds", "PSNR-Y"))
+    report = Report(machine.describe(), json)
+    report.table(("", "time", "PSNR-Y"), text=("",), title=f"{pictures} pictures")
     for name, make in (("whole", _whole), ("streamed", make_upscaler)):
         start = time.perf_counter()
         scores, _ = evaluate(make(model), examples, scale, name=name)
-        print_row((name, rounded(time.perf_counter() - start), f"{scores['psnr_y']:.5f}"))
+        seconds = Measured(time.perf_counter() - start, "s")
+        report.row((name, seconds, f"{scores['psnr_y']:.5f}"))
 
 
 def _whole(

@@ -12,6 +12,7 @@ import math
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.programs import Program, forward, forward_backward, make_inputs
-from benchmarks.table import print_head, print_row, rounded
+from benchmarks.table import Cell, Measured, Report
 from kernels.selective_scan import Implementation
 
 TYPES = (jnp.float32, jnp.bfloat16)
@@ -37,26 +38,33 @@ SPECIAL_FUNCTIONS_A_CLOCK = 16  # per multiprocessor, for compute capabilities 8
 DEFAULT_CLOCK = 1.98e9  # Hz, the maximum of H100 and H200
 
 
-def print_times(
+def report_times(
+    report: Report,
+    implementations: tuple[Implementation, ...],
     sizes: Iterable[tuple[int, int]],
     channels: Iterable[int],
-    implementations: tuple[Implementation, ...],
+    smoke: bool = False,
 ) -> None:
-    """Prints the time for each size (b, l), d, type and pass, and its ratio to floor and others."""
-    bandwidth, clock = copy_bandwidth(), highest_clock()
-    exponentials = jax.devices()[0].core_count * SPECIAL_FUNCTIONS_A_CLOCK * clock
-    print(
-        f"floors from {bandwidth / 1e12:.2f} TB/s (a copy, measured) and "
-        f"{exponentials / 1e12:.2f} T special functions/s (at {clock / 1e9:.2f} GHz); "
-        "*: the GPU may have waited for the host\n"
+    """Reports the first implementation's time for each size (b, l), d, type and pass, and its
+    ratio to the floor and to the others. `smoke`: also where there is no GPU."""
+    bandwidth, clock = copy_bandwidth(2**16 if smoke else 2**29), highest_clock()
+    processors = getattr(jax.devices()[0], "core_count", 1)  # CPUs have no such number
+    exponentials = processors * SPECIAL_FUNCTIONS_A_CLOCK * clock
+    others: list[str] = [*implementations[1:]]
+    if importlib.util.find_spec("mamba_ssm"):
+        others.append("mamba_ssm")
+    report.table(
+        [*COLUMNS, *(f"vs {name}" for name in others)],
+        text=["type", "pass"],
+        title=f"{implementations[0]}; floors from {bandwidth / 1e12:.2f} TB/s (a copy, measured) "
+        f"and {exponentials / 1e12:.2f} T special functions/s (at {clock / 1e9:.2f} GHz); "
+        "*: the GPU may have waited for the host",
     )
-    others = [*implementations, *(["mamba_ssm"] if importlib.util.find_spec("mamba_ssm") else [])]
-    print_head([*COLUMNS, *(f"vs {name}" for name in others)])
     for b, l in sizes:
         for d in channels:
-            for dtype in TYPES:
+            for dtype in TYPES[:1] if smoke else TYPES:
                 for row in compare(implementations, b, l, d, dtype, bandwidth, exponentials):
-                    print_row(row)
+                    report.row(row)
 
 
 def compare(
@@ -67,7 +75,7 @@ def compare(
     dtype: jnp.dtype,
     bandwidth: float,
     exponentials: float,
-) -> Iterator[list[str]]:
+) -> Iterator[list[Cell]]:
     """Yields the table's rows for inputs of these sizes and this type."""
     inputs = make_inputs(l, d, b=b, dtype=dtype)
     arrays, weights = inputs
@@ -80,33 +88,32 @@ def compare(
     }
     for name, (function, scans, moved) in passes.items():
         seconds: dict[str, float | str] = {}
-        names: tuple[Implementation, ...] = ("triton", *implementations)
-        for implementation in names:
+        for implementation in implementations:
             program = Program(functools.partial(function, implementation), *inputs)
             seconds[implementation] = program.obstacle or queued_seconds(
                 lambda program=program: program.compiled(*inputs), jax.block_until_ready
             )
         if importlib.util.find_spec("mamba_ssm"):
             seconds["mamba_ssm"] = mamba_ssm_seconds(inputs, backward=scans == 2)
-        triton = seconds.pop("triton")
-        size = [f"{b}", f"{l:,}", f"{d}", jnp.dtype(dtype).name, name]
-        if isinstance(triton, str):
-            yield [*size, triton, *["-"] * (3 + len(seconds))]
+        first = seconds.pop(implementations[0])
+        size: list[Cell] = [b, l, d, jnp.dtype(dtype).name, name]
+        if isinstance(first, str):
+            yield [*size, first, *["-"] * (3 + len(seconds))]
             continue
 
-        def ratio(seconds: float | str, triton: float = triton) -> str:
+        def ratio(seconds: float | str, first: float = first) -> Cell:
             if isinstance(seconds, str):
                 return seconds
-            return f"{rounded(seconds / triton)}x" + "*" * isinstance(seconds, HostBound)
+            return Measured(seconds / first, "x", remark=mark(seconds))
 
         evaluated = scans * b * l * d * n
         floor = max(moved / bandwidth, evaluated / exponentials)
         yield [
             *size,
-            f"{rounded(triton * 1e3)} ms" + "*" * isinstance(triton, HostBound),
-            f"{moved / triton / 1e12:.2f}",
-            f"{evaluated / triton / 1e12:.2f}",
-            f"{triton / floor:.2f}x",
+            Measured(first * 1e3, "ms", remark=mark(first)),
+            Measured(moved / first / 1e12),
+            Measured(evaluated / first / 1e12),
+            Measured(first / floor, "x"),
             *map(ratio, seconds.values()),
         ]
 
@@ -128,6 +135,11 @@ def noting_lack_of_memory(measure: Callable) -> Callable:
 
 class HostBound(float):
     """Seconds of a call during which the GPU may have waited for the host."""
+
+
+def mark(seconds: float) -> str:
+    """The remark on such seconds."""
+    return "*" if isinstance(seconds, HostBound) else ""
 
 
 @noting_lack_of_memory
@@ -156,9 +168,9 @@ def queued_seconds(call: Callable, wait: Callable) -> float | str:
     return HostBound(seconds) if host > HOST_BOUND * seconds else seconds
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second that the GPU reads and writes in an elementwise operation on 2 GiB."""
-    x = jnp.zeros(2**29, jnp.float32)
+def copy_bandwidth(numbers: int) -> float:
+    """Bytes per second read and written in an elementwise operation on float32 numbers."""
+    x = jnp.zeros(numbers, jnp.float32)
     seconds = queued_seconds(functools.partial(jax.jit(lambda x: x + 1), x), jax.block_until_ready)
     assert isinstance(seconds, float), seconds
     return 2 * x.nbytes / seconds
@@ -175,9 +187,16 @@ def highest_clock() -> float:
 
 @noting_lack_of_memory
 def mamba_ssm_seconds(inputs, *, backward: bool) -> float | str:
-    """Seconds per call of Mamba's CUDA scan on the same arrays, with channels before tokens."""
-    import torch
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    """Seconds per call of Mamba's CUDA scan on the same arrays, with channels before tokens.
+
+    Returns "cannot be imported" where its compiled part or PyTorch cannot.
+    """
+    try:
+        import torch
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError as error:
+        print(f"benchmarks.scan: mamba_ssm: {error}", file=sys.stderr)
+        return "cannot be imported"
 
     arrays, weights = inputs
     per_token = {"u", "delta", "B", "C", "z"}

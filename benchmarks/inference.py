@@ -11,14 +11,13 @@ JAX chooses the device; `JAX_PLATFORMS=cpu python -m benchmarks.inference` overr
 
 import functools
 import itertools
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Literal, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -26,8 +25,9 @@ import tyro
 from flax import nnx
 
 from benchmarks import machine, pytorch
+from benchmarks.machine import apart
 from benchmarks.pytorch import TorchModel
-from benchmarks.table import print_head, print_row, rounded
+from benchmarks.table import Cell, Measured, Report
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.inference import RgbUpscale, RgbView, make_streamer
@@ -39,7 +39,6 @@ BASELINE: Implementation = "associative"
 # A case is repeated at least once, and then until the repetitions have taken this long.
 CASE_SECONDS = 4.0
 
-Answer = TypeVar("Answer")
 Mode = Literal["whole", "streaming"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -113,13 +112,6 @@ def find_surroundings(scans: tuple[Implementation, ...]) -> Surroundings:
     return Surroundings(machine.describe(), jax.default_backend(), lacks)
 
 
-def apart(function: Callable[..., Answer], *arguments: object) -> Answer:
-    """Calls the function in a new process, as a TPU admits only one process at a time."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def measure_apart(width: int, height: int, how: How | TorchModel) -> Result | None:
     """Calls `measure` in a new process; returns None if it ran out of memory."""
     try:
@@ -151,6 +143,7 @@ def main(
     ),
     torch: tuple[str, ...] = (),
     smoke: bool = False,
+    json: Path | None = None,
 ) -> None:
     """Prints time, memory, and how time grows with the size of the picture, as Markdown tables.
 
@@ -162,6 +155,7 @@ def main(
         torch: other x4 models in PyTorch to measure in float32, as FILE.py:CLASS: classes that are
             built without arguments and take (1, 3, h, w).
         smoke: a quick run to check that everything works.
+        json: also write the tables to this file.
     """
     if smoke:
         sizes, precisions, scans = ("8", "8x16"), ("float32",), ("auto",)
@@ -169,10 +163,10 @@ def main(
     for scan, lack in zip(scans, here.lacks, strict=True):
         if lack:
             sys.exit(f"benchmarks.inference: the scan {scan!r} cannot run here: {lack}")
-    print(f"{here.machine}\n")
+    report = Report(here.machine, json)
     fields = (*How._fields[:-1], "scan or model")
     numbers = ("first", "seconds", "MP/s", "memory")
-    print_head((f"size, {here.platform}", *fields, *numbers), text=fields)
+    report.table((f"size, {here.platform}", *fields, *numbers), text=fields)
     ways: list[How | TorchModel] = [
         *itertools.starmap(How, itertools.product(modes, precisions, scans))
     ]
@@ -195,13 +189,13 @@ def main(
         baseline = None
         if isinstance(how, How):
             baseline = times.get(how._replace(scan=BASELINE), {}).get(pixels)
-        print_row([f"{width} x {height}", *_names(how), *_cells(pixels, result, baseline)])
+        report.row([f"{width} x {height}", *_names(how), *_cells(pixels, result, baseline)])
 
-    print("\nSeconds grow like a power of the number of pixels:\n")
-    print_head((*fields, "exponent"), text=fields)
+    title = "Seconds grow like a power of the number of pixels:"
+    report.table((*fields, "exponent"), text=fields, title=title)
     for how, seconds in times.items():
         if len(seconds) > 1:
-            print_row([*_names(how), f"{growth(seconds):.2f}"])
+            report.row([*_names(how), Measured(growth(seconds))])
 
 
 def _names(how: How | TorchModel) -> tuple[str, str, str]:
@@ -210,15 +204,13 @@ def _names(how: How | TorchModel) -> tuple[str, str, str]:
     return "whole", "float32", f"{how.place.rpartition(':')[2]} in PyTorch"
 
 
-def _cells(pixels: int, result: Result | None, baseline: float | None) -> list[str]:
+def _cells(pixels: int, result: Result | None, baseline: float | None) -> list[Cell]:
     if result is None:
         return ["out of memory", "", "", ""]
-    times = f"{result.seconds:.3g} s"
-    if baseline:
-        times += f" ({rounded(baseline / result.seconds)}x)"
-    speed = rounded(pixels * CONFIG.scale**2 / 1e6 / result.seconds)
-    memory = "unknown" if result.memory is None else f"{rounded(result.memory / 2**20)} MiB"
-    return [f"{result.first:.3g} s", times, speed, memory]
+    seconds = Measured(result.seconds, "s", baseline and baseline / result.seconds)
+    speed = Measured(pixels * CONFIG.scale**2 / 1e6 / result.seconds)
+    memory = "unknown" if result.memory is None else Measured(result.memory / 2**20, "MiB")
+    return [Measured(result.first, "s"), seconds, speed, memory]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import tyro
 from flax import nnx
 
 from benchmarks import machine
-from benchmarks.table import print_head, print_row, rounded
+from benchmarks.table import Cell, Measured, Report
 from configs import PRESETS
 from dvmsr_jax import data
 from dvmsr_jax.config import DataConfig, ModelConfig, NetworkConfig
@@ -49,7 +49,7 @@ def make_records(folder: Path, pictures: int) -> None:
     prepare({"train": train, "val": [picture(pictures)]}, SCALE, folder)
 
 
-def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) -> list[str]:
+def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) -> list[Cell]:
     """Measures a row of the table, ignoring the first `warm_up` batches."""
     count = 0
     for i, batch in enumerate(batches):
@@ -58,9 +58,13 @@ def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) ->
         jax.block_until_ready(batch)
         count += batch_size
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    rates = [count / seconds, count / cpu_seconds]
-    cores = f"{cpu_seconds / seconds:.1f}"
-    return [name, *map(rounded, rates), f"{1000 * cpu_seconds / count:.2f}", cores]
+    numbers = (
+        count / seconds,
+        count / cpu_seconds,
+        1000 * cpu_seconds / count,
+        cpu_seconds / seconds,
+    )
+    return [name, *map(Measured, numbers)]
 
 
 def make_step(config: NetworkConfig) -> Callable[[dict[str, jax.Array]], Any]:
@@ -83,6 +87,7 @@ def main(
     step_batch_size: int = 8,
     batches: int = 60,
     smoke: bool = False,
+    json: Path | None = None,
 ) -> None:
     """Prints how fast crops are cut, and how fast training consumes them, as a Markdown table.
 
@@ -95,6 +100,7 @@ def main(
         step_batch_size: crops in a step of the models, and in a batch of degraded crops.
         batches: batches to measure.
         smoke: a quick run to check that everything works.
+        json: also write the tables to this file.
     """
     models = {
         f"the {phase}'s step": PRESETS["paper"][phase].model for phase in ("student", "teacher")
@@ -104,11 +110,9 @@ def main(
         models = {"a small step": ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1)}
         pictures, warm_up, steps, workers = 1, 1, 1, workers[:1]
         lr_crop, batch_size, step_batch_size, batches = 16, 8, 2, 2
-    print(
-        f"{machine.describe()}; crops of {lr_crop}x{lr_crop} and {lr_crop * SCALE}x"
-        f"{lr_crop * SCALE} pixels, batches of {batch_size}\n"
-    )
-    print_head(COLUMNS, text=COLUMNS[:1])
+    report = Report(machine.describe(), json)
+    title = f"crops of {lr_crop}x{lr_crop} and {lr_crop * SCALE}x{lr_crop * SCALE} pixels, batches "
+    report.table(COLUMNS, text=COLUMNS[:1], title=f"{title}of {batch_size}")
     with tempfile.TemporaryDirectory() as temporary:
         if records is None:
             records = Path(temporary) / "records"
@@ -117,7 +121,7 @@ def main(
         span: dict[str, Any] = {"seed": 0, "start": 0, "stop": warm_up + batches}
 
         def show(name: str, batches: Iterable[Any], size: int = batch_size, skip: int = warm_up):
-            print_row(measure(name, batches, size, skip))
+            report.row(measure(name, batches, size, skip))
 
         for threads in workers:
             config = DataConfig(lr_crop=lr_crop, batch_size=batch_size, workers=threads)

@@ -1,12 +1,25 @@
 """The machine on which a benchmark runs."""
 
+import multiprocessing
 import os
 import platform
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
 GIB = 2**30
+
+Answer = TypeVar("Answer")
+
+
+def apart(function: Callable[..., Answer], *arguments: object) -> Answer:
+    """Calls the function in a new process, as a TPU admits only one process at a time."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def describe() -> str:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import machine
-from benchmarks.table import rounded
+from benchmarks.table import Measured
 from dvmsr_jax.errors import is_out_of_memory
 from kernels.selective_scan import Implementation, selective_scan
 
@@ -94,21 +94,21 @@ class Program:
                 raise
             self.obstacle = "out of memory"
 
-    def time_cell(self, baseline: "Program | None") -> str:
+    def time_cell(self, baseline: "Program | None") -> Measured | str:
         """The median time and its ratio to the baseline's, for the table."""
         if self.obstacle:
             return self.obstacle
         seconds = statistics.median(self.seconds)
-        cell = f"{rounded(seconds * 1e3)} ms"
+        ratio = None
         if baseline and not baseline.obstacle:
-            cell += f" ({rounded(statistics.median(baseline.seconds) / seconds)}x)"
-        return cell
+            ratio = statistics.median(baseline.seconds) / seconds
+        return Measured(seconds * 1e3, "ms", ratio)
 
-    def memory_cell(self, baseline: "Program | None") -> str:
+    def memory_cell(self, baseline: "Program | None") -> Measured | str:
         """The temporary memory and its ratio to the baseline's, for the table."""
         if self.temp_bytes is None:
             return self.obstacle
-        cell = f"{rounded(self.temp_bytes / 2**20)} MiB"
+        ratio = None
         if baseline and baseline.temp_bytes and self.temp_bytes:
-            cell += f" ({rounded(baseline.temp_bytes / self.temp_bytes)}x)"
-        return cell
+            ratio = baseline.temp_bytes / self.temp_bytes
+        return Measured(self.temp_bytes / 2**20, "MiB", ratio)

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.table import print_head, print_row
+from benchmarks.table import Report
 from kernels.selective_scan import triton_kernels, triton_scan
 
 KERNELS = ("chunk_ends", "chunk_start_gradients", "chunk_borders", "outputs", "gradients")
@@ -17,16 +17,17 @@ SIZES = ("l", "chunk", "chunks", "sharing")
 TOKENS = ("u", "delta", "z", "dout", "y", "du", "ddelta", "dz")
 
 
-def print_table() -> None:
-    """Prints each kernel's registers per thread for each target, and the bytes spilt, if any."""
-    print_head(["kernel", "type", *(f"sm_{target}" for target in TARGETS)], text=["kernel", "type"])
+def report_registers(report: Report) -> None:
+    """Reports each kernel's registers per thread for each target, and the bytes spilt, if any."""
+    text = ["kernel", "type"]
+    report.table([*text, *(f"sm_{target}" for target in TARGETS)], text)
     for kernel in KERNELS:
         for dtype in ("fp32", "bf16"):
             cells = []
             for target in TARGETS:
                 used, stack = registers_and_stack(kernel, target, dtype)
                 cells.append(f"{used}" + (f" + {stack} B" if stack else ""))
-            print_row([kernel, dtype, *cells])
+            report.row([kernel, dtype, *cells])
 
 
 def registers_and_stack(

@@ -24,11 +24,12 @@ import tyro
 from flax import nnx
 
 from benchmarks import machine
-from benchmarks.table import print_head, print_row
+from benchmarks.table import Cell, Measured, Report
 from configs import PRESETS
 from dvmsr_jax import data, images
 from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
 from dvmsr_jax.cost import cost
+from dvmsr_jax.errors import is_out_of_memory
 from dvmsr_jax.model import build
 from dvmsr_jax.pretrained import save_safetensors
 from dvmsr_jax.training.run import Run
@@ -82,18 +83,18 @@ class Runner:
             total += 2 * teachers.macs + teachers.scan_flops
         return total * self.config.data.batch_size
 
-    def cells(self, first: "Runner") -> list[str]:
+    def cells(self, first: "Runner") -> list[Cell]:
         """The row's cells, with the time relative to the first row's."""
         seconds, batch = statistics.median(self._seconds), self.config.data.batch_size
         return [
             self.label,
-            f"{batch} x {self.config.data.lr_crop}²",
-            f"{1 / seconds:.3g}",
-            f"{batch / seconds:.3g}",
-            f"{seconds / statistics.median(first._seconds):.2f}",
-            f"{sum(self._waited) / sum(self._seconds):.1%}",
-            f"{self.flops() / seconds / 1e12:.3g}",
-            f"{self._memory / 2**20:,.0f} MiB",
+            size_of_batch(self.config),
+            Measured(1 / seconds),
+            Measured(batch / seconds),
+            Measured(seconds / statistics.median(first._seconds)),
+            Measured(100 * sum(self._waited) / sum(self._seconds), "%"),
+            Measured(self.flops() / seconds / 1e12),
+            Measured(self._memory / 2**20, "MiB"),
         ]
 
 
@@ -128,17 +129,33 @@ def savers(student: TrainConfig) -> Iterator[Row]:
     yield Row("--data.cache device", dataclasses.replace(plain, data=cached))
 
 
-def measure(rows: Iterator[Row], steps: int) -> None:
-    """Measures the rows and prints their table."""
-    runners = [Runner(row) for row in rows]
-    for runner in runners:
-        runner.step()
+def measure(report: Report, title: str, rows: Iterator[Row], steps: int) -> None:
+    """Measures the rows and reports their table."""
+    runners, too_large = [], []
+    for row in rows:
+        try:
+            runner = Runner(row)
+            runner.step()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            too_large.append(row)
+            continue
         runner.forget()
+        runners.append(runner)
     for _, runner in itertools.product(range(steps), runners):
         runner.step()
-    print_head(COLUMNS, text=COLUMNS[:1])
+    report.table(COLUMNS, text=COLUMNS[:1], title=title)
     for runner in runners:
-        print_row(runner.cells(runners[0]))
+        report.row(runner.cells(runners[0]))
+    for label, config in too_large:
+        size = size_of_batch(config)
+        report.row([label, size, "out of memory", *["-"] * (len(COLUMNS) - 3)])
+
+
+def size_of_batch(config: TrainConfig) -> str:
+    """The crops of a step, and their size."""
+    return f"{config.data.batch_size} x {config.data.lr_crop}²"
 
 
 def make_pictures(folder: Path, count: int) -> None:
@@ -154,6 +171,7 @@ def main(
     batch_size: int | None = None,
     steps: int = 5,
     smoke: bool = False,
+    json: Path | None = None,
 ) -> None:
     """Prints speed and memory of training steps as Markdown tables.
 
@@ -167,6 +185,7 @@ def main(
             devices. None: the preset's, or 4 on a CPU.
         steps: steps to time for each row, after a first one that is not timed.
         smoke: a quick run of tiny models to check that everything works.
+        json: also write the tables to this file.
     """
     tiny = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=2)
     if smoke:
@@ -176,7 +195,7 @@ def main(
         presets, steps, batch_size = ("demo",), 1, 4
     if batch_size is None and jax.default_backend() == "cpu":
         batch_size = 4
-    print(machine.describe())
+    report = Report(machine.describe(), json)
     with tempfile.TemporaryDirectory(prefix="dvmsr-benchmark-") as temporary:
         folder = Path(temporary)
         # Rows share programs, above all the initial weights; compile these once.
@@ -199,15 +218,15 @@ def main(
                 configs.append(dataclasses.replace(config, model=model, data=crops, steps=10_000))
             teacher, student = configs
             for table in tables:
-                print(f"\n{preset}, {table}\n")
+                title = f"{preset}, {table}"
                 if table == "savers":
-                    measure(savers(student), steps)
+                    measure(report, title, savers(student), steps)
                     continue
                 weights = folder / f"{preset}.safetensors"
                 save_safetensors(build(teacher.model, rngs=nnx.Rngs(0)), weights)
                 records = data.load_records(student.data, student.model.scale)
                 distill(weights, records.folder, self_ensemble=False, batch_size=1)
-                measure(phases(student, teacher, weights), steps)
+                measure(report, title, phases(student, teacher, weights), steps)
 
 
 if __name__ == "__main__":

@@ -147,13 +147,34 @@ class DataConfig:
     """Threads that load and augment crops ahead of the training step."""
     cache: Annotated[Literal["none", "device"], Effect.NOTHING] = "none"
     """none: stream crops from disk. device: keep all sub-images in device memory and crop there.
-    Either way, degraded crops are made by the host, from disk."""
+    Either way, degraded and zoomed crops are made by the host, from disk."""
     degradation: Literal["clean", "mild", "real"] = "clean"
     """How LR crops are made. clean: bicubic. mild: most with slight blur, noise or JPEG. real:
     more and stronger, as in Real-ESRGAN and DASR. Validation pictures are degraded, too."""
+    zoom_in: Annotated[float, Within(0, 1)] = 0.0
+    """For --phase=student: the share of crops zoomed in on. These are cut from the HR picture as if
+    it were LR. Zoomed crops are not degraded, and only distilled, because they have no HR."""
+    zoom_out: Annotated[float, Within(0, 1)] = 0.0
+    """For --phase=student: the share of crops zoomed out. These are whole sub-images, reduced to a
+    crop's size. Smaller crops zoom out further."""
 
     def __post_init__(self) -> None:
         check_fields(self, "--data.")
+        if self.zoom_in + self.zoom_out > 1:
+            raise UserError(
+                f"--data.zoom-in {self.zoom_in} and --data.zoom-out {self.zoom_out} are shares of "
+                "the same crops; their sum must be at most 1"
+            )
+
+    @property
+    def zooms(self) -> bool:
+        """Whether some crops are zoomed."""
+        return self.zoom_in > 0 or self.zoom_out > 0
+
+    @property
+    def lr_is_stored(self) -> bool:
+        """Whether every LR crop is a part of the record's LR."""
+        return self.degradation == "clean" and not self.zooms
 
 
 @dataclass(frozen=True)
@@ -275,6 +296,11 @@ class TrainConfig:
             raise UserError(
                 "--distill.targets=precomputed is for clean crops only; with "
                 f"--data.degradation={self.data.degradation}, use --distill.targets=online"
+            )
+        if self.data.zooms and (self.phase == "teacher" or self.distill.targets == "precomputed"):
+            raise UserError(
+                "--data.zoom-in and --data.zoom-out are for --phase=student with "
+                "--distill.targets=online only, because zoomed crops have no other target"
             )
 
 

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,15 +177,17 @@ def evaluate(
     images: dict[str, dict[str, float]] = {}
     baseline: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    for picture, lr, hr in tqdm(examples, desc=printable(name), unit="picture", disable=None):
-        sr, seconds[picture] = _timed(upscale, lr)
-        if save_dir is not None:
-            write_png(save_dir / name / f"{picture}.png", sr)
-        try:
-            images[picture] = _score(sr, hr, scale)
-            baseline[picture] = _score(bicubic.upscale(lr, scale), hr, scale)
-        except ValueError as error:
-            raise UserError(f"{name}/{picture}: {error}") from error
+    with ThreadPoolExecutor(1) as beside:
+        for picture, lr, hr in tqdm(examples, desc=printable(name), unit="picture", disable=None):
+            sr, seconds[picture] = _timed(upscale, lr)
+            reference = beside.submit(_score_bicubic, lr, hr, scale)
+            if save_dir is not None:
+                write_png(save_dir / name / f"{picture}.png", sr)
+            try:
+                images[picture] = _score(sr, hr, scale)
+                baseline[picture] = reference.result()
+            except ValueError as error:
+                raise UserError(f"{name}/{picture}: {error}") from error
     if not images:
         raise UserError(f"{name}: no pictures to score")
     return {**_mean(images), "bicubic": _mean(baseline), "images": images}, seconds
@@ -222,6 +225,10 @@ def _timed(upscale: Callable[[np.ndarray], np.ndarray], lr: np.ndarray) -> tuple
 
 def _score(sr: np.ndarray, hr: np.ndarray, border: int) -> dict[str, float]:
     return {name: metric(sr, hr, border) for name, metric in _METRICS.items()}
+
+
+def _score_bicubic(lr: np.ndarray, hr: np.ndarray, scale: int) -> dict[str, float]:
+    return _score(bicubic.upscale(lr, scale), hr, scale)
 
 
 def _mean(scores: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -94,12 +94,12 @@ def average_over_symmetries(
     return functools.reduce(operator.add, outputs()) / 8
 
 
-def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
+def make_streamer(model: DVMSR, *, band_rows: int | None = None, width_bits: int = 4) -> RgbUpscale:
     """Upscales in bands of rows, in memory that does not grow with the image's height.
 
     The result equals the model's output for the whole image up to float rounding. One compiled step
-    serves images of any height and of many widths (see `_columns`). Raises UserError if the model
-    is bidirectional.
+    serves images of any height and of all widths that agree when rounded up to `width_bits`
+    significant bits. Raises UserError if the model is bidirectional.
     """
     if not model.streams:
         raise UserError("a bidirectional model reads a picture from both ends: upscale it in tiles")
@@ -123,7 +123,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None) -> RgbUpscale:
         image: Float[np.ndarray, "h w 3"] | Float[RgbView, "h w 3"],
     ) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
         h, w, _ = image.shape
-        columns = _columns(w)
+        columns = _columns(w, width_bits)
         count = band_rows or _band_rows(columns)
 
         def outputs() -> Iterator[tuple[int, Array]]:
@@ -149,12 +149,13 @@ def make_upscaler(
 ) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
     """Returns a function that enlarges RGB pictures by the model's scale.
 
-    It streams, so that pictures of many sizes share a program. For models that cannot be streamed,
-    such as bidirectional ones, one is compiled per size. With `self_ensemble`, it averages over the
-    eight flips and rotations of the picture.
+    It streams, so that pictures of many sizes share a program. Widths are rounded up coarsely: for
+    a benchmark, compiling more programs takes longer than computing more columns. For models that
+    cannot be streamed, such as bidirectional ones, one program is compiled per size. With
+    `self_ensemble`, it averages over the eight flips and rotations of the picture.
     """
     if isinstance(model, DVMSR) and model.streams:
-        whole = joined(make_streamer(model))
+        whole = joined(make_streamer(model, width_bits=2))
     else:
         whole = make_whole(model)
     return lambda picture: upscale_pixels(whole, picture[None], self_ensemble=self_ensemble)[0]
@@ -251,10 +252,11 @@ def _band_rows(columns: int) -> int:
     return min(most, max(1, pixels // columns))
 
 
-def _columns(width: int) -> int:
-    """The width rounded up to four significant bits, which adds 5% on average.
+def _columns(width: int, bits: int) -> int:
+    """The width rounded up to this many significant bits.
 
-    At most eight programs are thus compiled for each doubling of the width.
+    Four bits add 4% on average, and at most eight programs are compiled for each doubling of the
+    width. Two bits add 18%, and at most two are compiled.
     """
-    unit = 1 << max(width.bit_length() - 4, 0)
+    unit = 1 << max(width.bit_length() - bits, 0)
     return -(-width // unit) * unit

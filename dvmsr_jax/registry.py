@@ -58,8 +58,8 @@ NAMED: Mapping[str, Named] = {
     "x4-real": Named(
         scale=4,
         purpose="blurred, noisy or compressed photographs; x4, fine-tuned on mild degradations",
-        sha256="4ff6217b2baf37861cb1429272335b981e291f7ec9cbaacd2b7a034ceff6d386",
-        scores={"Set5": (31.729, 0.8895), "Set14": (28.312, 0.7698)},
+        sha256="964c5b4c45a3f7d3ee963bb33b2c324b8f9e88dfc82f09a322c3371daf6a87f6",
+        scores={"Set5": (31.625, 0.8876), "Set14": (28.215, 0.7654)},
     ),
     "x4-scratch": Named(
         scale=4,

@@ -21,7 +21,6 @@ import evaluate
 import train
 import upscale
 from benchmarks import inference as inference_benchmark
-from benchmarks import loader
 from configs import PRESETS
 from dvmsr_jax import images, parallel
 from dvmsr_jax.config import ModelConfig
@@ -273,23 +272,6 @@ def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(training_commands, monkeypatch, "check", tmp_path)
     assert re.match(r"error: .*: holds no prepared records", stop.value.code)
-
-
-def test_loader_benchmark_runs(capsys):
-    loader.main(smoke=True)
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 4 + 2
-
-
-def test_inference_benchmark_runs(monkeypatch, capsys):
-    """In this process, with a small model."""
-    config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
-    monkeypatch.setattr(inference_benchmark, "CONFIG", config)
-    monkeypatch.setattr(inference_benchmark, "CASE_SECONDS", 0.0)
-    monkeypatch.setattr(inference_benchmark, "apart", lambda function, *given: function(*given))
-    inference_benchmark.main(smoke=True)
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 2 * 2 + 2 + 2  # two sizes in two modes; the growth of each mode
 
 
 TORCH_MODEL = """

@@ -1,5 +1,6 @@
 """Streaming and tiles against inference of whole images."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -19,6 +20,8 @@ from dvmsr_jax.inference import (
     _columns,
     make_streamer,
     make_tiler,
+    make_upscaler,
+    make_whole,
     upscale_pixels,
 )
 from dvmsr_jax.model import DVMSR, Weights, named_parameters
@@ -108,10 +111,9 @@ def test_a_band_is_requested_before_the_one_above_is_used():
     assert sum(asked) == 63
 
 
-def test_one_program_serves_all_heights(monkeypatch):
-    """Its memory therefore cannot depend on the height."""
-    stream = streamer(TINY, 8)
-    list(stream(random_image(1, 5)))
+@contextlib.contextmanager
+def compilations():
+    """Yields a list of JAX's events of tracing, lowering or compiling inside."""
     events = []
 
     def listen(event, *_, **__):
@@ -119,20 +121,49 @@ def test_one_program_serves_all_heights(monkeypatch):
 
     monitoring.register_event_duration_secs_listener(listen)
     try:
-        for h in (2, 9, 100):
-            list(stream(random_image(h, 5)))
-        assert not events  # of tracing, lowering or compiling
-        list(stream(random_image(1, 6)))
-        assert events
+        yield events
     finally:
         monitoring.unregister_event_duration_listener(listen)
 
 
-def test_numbers_of_columns_are_few_and_sufficient():
-    columns = [_columns(w) for w in range(1, 4097)]
-    assert all(w <= c <= 1.125 * w for w, c in enumerate(columns, start=1))
-    assert _columns(PADDED) > PADDED
-    assert len(set(columns)) == 16 + 8 * 8  # 1 to 16, and eight in each doubling up to 4,096
+def test_one_program_serves_all_heights():
+    """Its memory therefore cannot depend on the height."""
+    stream = streamer(TINY, 8)
+    list(stream(random_image(1, 5)))
+    with compilations() as events:
+        for h in (2, 9, 100):
+            list(stream(random_image(h, 5)))
+        assert not events
+        list(stream(random_image(1, 6)))
+        assert events
+
+
+def test_pictures_of_similar_widths_share_a_program():
+    """With the result of a program of their own, up to rounding."""
+    model = random_model(TINY)
+    upscale, whole = make_upscaler(model), make_whole(model)
+    picture = np.random.default_rng(0).integers(0, 256, (9, 48, 3), np.uint8)
+    upscale(picture)
+    with compilations() as events:
+        results = {w: upscale(picture[:, :w]) for w in (33, 47)}
+        assert not events
+        upscale(picture[:, :32])
+        assert events
+    for w, result in results.items():
+        expected = upscale_pixels(whole, picture[None, :, :w], self_ensemble=False)[0]
+        assert expected.std() > 10
+        np.testing.assert_allclose(result.astype(int), expected, atol=1)
+
+
+@pytest.mark.parametrize(("bits", "most", "mean"), [(4, 1.125, 1.044), (2, 1.5, 1.183)])
+def test_numbers_of_columns_are_few_and_sufficient(bits, most, mean):
+    columns = np.array([_columns(w, bits) for w in range(1, 4097)])
+    widths = np.arange(1, 4097)
+    assert ((widths <= columns) & (columns <= most * widths)).all()
+    assert (columns / widths)[2048:].mean() == pytest.approx(mean, abs=1e-3)
+    # 1 to 2^bits, and so many in each doubling up to 4,096.
+    assert len(set(columns)) == 2**bits + 2 ** (bits - 1) * (12 - bits)
+    assert _columns(PADDED, bits) > PADDED
 
 
 def test_compiled_programs_are_kept_in_the_folder_of_choice(monkeypatch, tmp_path):

@@ -145,7 +145,8 @@ def test_two_processes_equal_one(start, tmp_path):
     assert "step/s" not in second  # only the first one prints
     assert_same_run(tmp_path / "one/teacher", tmp_path / "two/teacher", rtol=1e-5, atol=1e-5)
 
-    options = "--distill.teacher", tmp_path / "one/teacher", "--data.degradation=mild"
+    options = ["--distill.teacher", tmp_path / "one/teacher", "--data.degradation=mild"]
+    options += ["--data.zoom-in=0.3", "--data.zoom-out=0.2"]
     finish(start("student", "one", 4, *options))
     both = pair(start, "student", "two", *options)
     while not read_metrics(tmp_path / "two/student/metrics.jsonl"):

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from kernels import user_cache
+from kernels import native_library, user_cache
+from kernels.native_library import NativeLibrary, NativeUnavailableError, checksum
 from kernels.selective_scan import native, selective_scan
 from tests.jaxprs import equations
 
@@ -352,8 +353,8 @@ def test_native_is_never_required(compiler, empty_cache, monkeypatch, tmp_path):
     if compiler:
         (tmp_path / "c++").write_text(compiler)
         (tmp_path / "c++").chmod(0o755)
-    native.register.cache_clear()
-    native.missing.cache_clear()
+    NativeLibrary.register.cache_clear()
+    NativeLibrary.missing.cache_clear()
     try:
         arrays, flags, expected = case(20, ALL_OPTIONS)
         actual = outputs(arrays, flags, "auto")
@@ -362,14 +363,14 @@ def test_native_is_never_required(compiler, empty_cache, monkeypatch, tmp_path):
             selective_scan(**arrays, **flags, implementation="native")
         assert not list(empty_cache.glob("*"))
     finally:
-        native.register.cache_clear()
-        native.missing.cache_clear()
+        NativeLibrary.register.cache_clear()
+        NativeLibrary.missing.cache_clear()
 
 
 @pytest.fixture
 def compilations(request, monkeypatch, tmp_path):
     """Counts the runs of a compiler that only copies an existing library."""
-    name, _ = native.load_library()
+    name, _ = native.LIBRARY.load()
     library = user_cache.folder() / f"{name}.so"
     request.getfixturevalue("empty_cache")
     calls = tmp_path / "calls"
@@ -389,8 +390,8 @@ exec {shutil.which("cp")} {library} "$output"
 @pytest.mark.parametrize("damage", ["truncated", "not loadable", "no symbol", "of others", "newer"])
 def test_a_library_is_used_only_if_intact_and_private(damage, compilations, tmp_path):
     cache = user_cache.folder()
-    name, _ = native.load_library()
-    assert native.load_library()[0] == name
+    name, _ = native.LIBRARY.load()
+    assert native.LIBRARY.load()[0] == name
     assert compilations() == 1
     (library,) = cache.glob("*.so")
     assert library.stat().st_mode & 0o077 == cache.stat().st_mode & 0o077 == 0
@@ -409,21 +410,32 @@ def test_a_library_is_used_only_if_intact_and_private(damage, compilations, tmp_
             stem = library.stem.rpartition("_")[0]
             unknown = data.replace(b"\0SelectiveScan\0", b"\0SelectiveNone\0")
             data = b"no library" if damage == "not loadable" else unknown
-            library = library.with_name(f"{stem}_{native._checksum(data)}.so")
+            library = library.with_name(f"{stem}_{checksum(data)}.so")
         library.write_bytes(data)
-    native.load_library()
+    native.LIBRARY.load()
     assert compilations() == 2
     (whole,) = set(cache.glob("*.so")) - ({library} if damage == "newer" else set())
     assert whole.stat().st_mode & 0o077 == 0
-    native.load_library()
+    native.LIBRARY.load()
     assert compilations() == 2
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
+def test_a_changed_header_is_compiled(compilations, monkeypatch, tmp_path):
+    header = tmp_path / "kernels" / "cpp" / "vectors.h"
+    shutil.copytree(native_library.KERNELS / "cpp", header.parent)
+    monkeypatch.setattr(native_library, "KERNELS", tmp_path / "kernels")
+    native.LIBRARY.load()
+    header.write_text(header.read_text() + "// changed\n")
+    names = {native.LIBRARY.load()[0] for _ in range(2)}
+    assert (len(names), compilations()) == (1, 2)
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
 def test_a_compiler_may_write_nonsense(compilations, tmp_path):
     (tmp_path / "c++").write_text(f"#!{shutil.which('sh')}\nfor out; do :; done\necho > $out\n")
-    with pytest.raises(native.NativeUnavailableError, match="cannot compile and load"):
-        native.load_library()
+    with pytest.raises(NativeUnavailableError, match="cannot compile and load"):
+        native.LIBRARY.load()
 
 
 @pytest.mark.parametrize("implementation", [NATIVE])

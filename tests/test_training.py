@@ -499,6 +499,16 @@ def test_bfloat16_learns_as_well(config):
     assert 0 < abs(narrow[-10:].mean() / wide[-10:].mean() - 1) < 0.02
 
 
+@pytest.mark.parametrize(
+    "model", [TEACHER, pytest.param(ModelConfig(), marks=pytest.mark.gpu)], ids=["small", "paper"]
+)
+def test_the_same_bits_twice(config, model):
+    config = dataclasses.replace(config, model=model)
+    first, second = (jax.device_get(step_repeatedly(config, None, 3)) for _ in range(2))
+    for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_remat_saves_memory(config):
     """Only the activations of a single RSSB remain."""
     model = dataclasses.replace(TEACHER, rssbs=4)
@@ -511,6 +521,25 @@ def test_remat_saves_memory(config):
         state = parallel.replicate(step.init_state(changed, None), mesh)
         batch = parallel.shard_batch({"lr": lr, "hr": lr.repeat(4, 1).repeat(4, 2)}, mesh)
         memory.append(step.memory_of(step.TrainStep(changed, mesh).compile(state, batch)))
+    assert memory[1] < 0.7 * memory[0]
+
+
+def test_accumulation_saves_memory_and_keeps_convolutions_fast(config):
+    """XLA has fast code on CPUs for convolutions in this form only, and loops keep them from it."""
+    data = dataclasses.replace(config.data, batch_size=8, lr_crop=24)
+    lr = np.zeros((8, 24, 24, 3), np.uint8)
+    memory = []
+    for parts in (1, 2):
+        optim = dataclasses.replace(config.optim, accumulate=parts)
+        changed = dataclasses.replace(config, model=STUDENT, data=data, optim=optim)
+        mesh = parallel.make_mesh(8, parts)
+        state = parallel.replicate(step.init_state(changed, None), mesh)
+        batch = parallel.shard_batch({"lr": lr, "hr": lr.repeat(4, 1).repeat(4, 2)}, mesh)
+        program = step.TrainStep(changed, mesh).compile(state, batch)
+        memory.append(step.memory_of(program))
+        if jax.default_backend() == "cpu":
+            forms = re.findall(r" convolution\(.*dim_labels=(\w+->\w+)", program.as_text())
+            assert set(forms) == {"b01f_01io->b01f"}
     assert memory[1] < 0.7 * memory[0]
 
 

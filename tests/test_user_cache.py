@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from kernels import user_cache
+from kernels import native_library, user_cache
 from kernels.selective_scan import native
 
 
@@ -68,14 +68,14 @@ def test_no_home(monkeypatch):
 @pytest.mark.skipif(native.missing() is not None, reason="needs a C++ compiler")
 def test_on_a_noexec_home_the_scan_is_compiled_once(noexec_cache, monkeypatch):
     compiled = []
-    compile_ = native._compile
+    compile_ = native_library._compile
 
     def counted(*arguments):
         compiled.append(compile_(*arguments))
         return compiled[-1]
 
-    monkeypatch.setattr(native, "_compile", counted)
-    names = {native.load_library()[0] for _ in range(2)}
+    monkeypatch.setattr(native_library, "_compile", counted)
+    names = {native.LIBRARY.load()[0] for _ in range(2)}
     (library,) = compiled
     assert names == {library.stem}
     assert noexec_cache not in library.parents

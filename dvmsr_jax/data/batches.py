@@ -1,8 +1,11 @@
 """Batches of aligned crops, cut by the host, or by the device from its copy of all records.
 
 Either way, a batch follows a plan: for each crop, the record, the position, and one of the eight
-combinations of flips and rotations. Degraded LR crops are always made by the host, from the HR
-around the crop, before flips and rotations.
+combinations of flips and rotations. Degraded and zoomed LR crops are always made by the host,
+before flips and rotations.
+
+Zooming, from DUKD (arXiv 2309.14162), makes further inputs for distillation, without an HR picture:
+a part of HR taken as LR (zoomed in), or LR reduced once more (zoomed out).
 """
 
 import functools
@@ -14,16 +17,20 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, Int64, UInt8
+from jaxtyping import Array, Bool, Int32, Int64, UInt8
 from tqdm import tqdm
 
+from dvmsr_jax import bicubic
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data.degradations import degrade, degrade_crop
 
 Plan = dict[str, Int32[np.ndarray, " b"] | Int64[np.ndarray, " b"]]
 """The crops of a batch: "index" of the record, "top" and "left" in LR pixels, and "symmetry" from 0
 to 7: symmetry % 4 quarter turns, followed by a left-right flip if it is at least 4. With
-degradation, also "key", the seed of each crop's."""
+degradation, also "key", the seed of each crop's. With zooming, also "zoom" (`_NONE`, `_IN` or
+`_OUT`) and, in HR pixels, "zoom_top" and "zoom_left", the position of an LR crop zoomed in on."""
+
+_NONE, _IN, _OUT = 0, 1, 2
 
 
 def batches(
@@ -36,12 +43,13 @@ def batches(
     stop: int,
     shard: tuple[int, int] = (0, 1),
     targets: Sequence[UInt8[np.ndarray, "H W 3"]] | None = None,
-) -> Iterator[dict[str, UInt8[np.ndarray, "b _ _ 3"]]]:
+) -> Iterator[dict[str, UInt8[np.ndarray, "b _ _ 3"] | Bool[np.ndarray, " b"]]]:
     """Batches `start` to `stop - 1` of the endless shuffled sequence: {"lr", "hr"} crops.
 
     Every epoch visits each sub-image once, in a new order, and takes one random crop of it, flipped
     and rotated at random. With `targets`, pictures of HR's size, batches also contain their crops,
-    as "target". `config.workers` threads read and degrade ahead.
+    as "target". With zooming, "zoomed" marks the crops whose LR is not that of "hr".
+    `config.workers` threads read and degrade ahead.
 
     Process i of n passes `shard` = (i, n) and gets the i-th block of each batch's rows.
     """
@@ -51,7 +59,7 @@ def batches(
     return _ahead(_plans(records, config, seed, shard)[start:stop].map(load), config)
 
 
-def degraded_plans(
+def plans_with_lr(
     records: Sequence[dict[str, Any]],
     config: DataConfig,
     *,
@@ -61,7 +69,7 @@ def degraded_plans(
     stop: int,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The plans of the batches that `batches` yields, with their degraded crops, "lr"."""
+    """The plans of the batches that `batches` yields, with "lr" and, with zooming, "zoomed"."""
     load = _loader(records, config, scale, ("lr",), None)
 
     def add_crops(plan: Plan) -> dict[str, np.ndarray]:
@@ -102,8 +110,8 @@ def load_cache(
     config: DataConfig,
     targets: Sequence[UInt8[np.ndarray, "H W 3"]] | None = None,
 ) -> dict[str, UInt8[np.ndarray, "n _ _ 3"]]:
-    """All records as arrays: "hr", "lr" if it is clean, and "target" if there are targets."""
-    names = ("lr", "hr") if config.degradation == "clean" else ("hr",)
+    """All records as arrays: "hr", "lr" if crops are cut from it, and the targets as "target"."""
+    names = ("lr", "hr") if config.lr_is_stored else ("hr",)
 
     def load(i: int) -> dict[str, np.ndarray]:
         stored = records[i]
@@ -124,10 +132,10 @@ def cut(
     plan: Mapping[str, Int32[Array, " b"]],
     lr_crop: int,
     scale: int,
-) -> dict[str, UInt8[Array, "b _ _ 3"]]:
+) -> dict[str, UInt8[Array, "b _ _ 3"] | Bool[Array, " b"]]:
     """Cuts a plan's batch from the arrays of `load_cache`; traced as part of the step.
 
-    Crops that the plan already contains are kept.
+    "lr" and "zoomed" are kept if the plan already contains them.
     """
 
     def crops(name: str, pictures: Array) -> Array:
@@ -148,7 +156,7 @@ def cut(
         squares = where(turns >= 2, squares[:, ::-1, ::-1], squares)
         return where(flip == 1, squares[:, :, ::-1], squares)
 
-    made = {"lr": plan["lr"]} if "lr" in plan else {}
+    made = {name: plan[name] for name in ("lr", "zoomed") if name in plan}
     return made | {name: crops(name, pictures) for name, pictures in cache.items()}
 
 
@@ -159,33 +167,38 @@ def _loader(
     names: tuple[str, ...],
     targets: Sequence[UInt8[np.ndarray, "H W 3"]] | None,
 ) -> Callable[[Plan], dict[str, np.ndarray]]:
-    """Returns a function that cuts the crops `names` of a plan."""
+    """Returns a function that makes the crops `names` of a plan, and "zoomed"."""
     sides = {name: config.lr_crop * _factor(name, scale) for name in names}
 
+    def square(name: str, record: dict[str, Any], crop: dict[str, int]) -> np.ndarray:
+        side, factor = sides[name], _factor(name, scale)
+        top, left = crop["top"], crop["left"]
+        if name == "lr":
+            if crop.get("zoom") == _IN:
+                y, x = crop["zoom_top"], crop["zoom_left"]
+                return record["hr"][y : y + side, x : x + side]
+            if crop.get("zoom") == _OUT:
+                return bicubic.resize(record["lr"], side, side)
+            if config.degradation != "clean":
+                key, preset = crop["key"], config.degradation
+                return degrade_crop(record["hr"], top, left, side, key, preset, scale)
+        y, x = top * factor, left * factor
+        return record[name][y : y + side, x : x + side]
+
     def load(plan: Plan) -> dict[str, np.ndarray]:
-        batch = {
-            name: np.empty((len(plan["index"]), side, side, 3), np.uint8)
-            for name, side in sides.items()
-        }
-        for row, (index, top, left, symmetry) in enumerate(
-            zip(*(plan[name].tolist() for name in _FIELDS), strict=True)
-        ):
-            record = records[index]
+        count = len(plan["index"])
+        batch = {name: np.empty((count, s, s, 3), np.uint8) for name, s in sides.items()}
+        for row in range(count):
+            crop = {name: int(x[row]) for name, x in plan.items()}
+            record = records[crop["index"]]
             if targets is not None:
-                record = record | {"target": targets[index]}
-            for name, side in sides.items():
-                if name == "lr" and config.degradation != "clean":
-                    key = int(plan["key"][row])
-                    hr, preset = record["hr"], config.degradation
-                    square = degrade_crop(hr, top, left, side, key, preset, scale)
-                else:
-                    y, x = (offset * _factor(name, scale) for offset in (top, left))
-                    square = record[name][y : y + side, x : x + side]
-                square = np.rot90(square, symmetry % 4)
-                square = square[:, ::-1] if symmetry >= 4 else square
+                record = record | {"target": targets[crop["index"]]}
+            for name, crops in batch.items():
+                turned = np.rot90(square(name, record, crop), crop["symmetry"] % 4)
+                turned = turned[:, ::-1] if crop["symmetry"] >= 4 else turned
                 for colour in range(3):  # several times faster for rotated crops
-                    batch[name][row, ..., colour] = square[..., colour]
-        return batch
+                    crops[row, ..., colour] = turned[..., colour]
+        return batch | ({"zoomed": plan["zoom"] != _NONE} if "zoom" in plan else {})
 
     return load
 
@@ -203,7 +216,8 @@ def _plans(
     records: Sequence[dict[str, Any]], config: DataConfig, seed: int, shard: tuple[int, int]
 ) -> grain.MapDataset:
     n, b = len(records), config.batch_size
-    height, width = records[0]["lr"].shape[:2]
+    first = records[0]  # all have its shape
+    height, width = first["lr"].shape[:2]
     part, parts = shard
     rows = slice(b * part // parts, b * (part + 1) // parts)
 
@@ -227,13 +241,22 @@ def _plans(
         if config.degradation != "clean":
             keys = np.random.default_rng((seed, _DEGRADATIONS, i)).integers(2**63, size=b)
             found["key"] = keys[rows]
+        if config.zooms:
+            rng = np.random.default_rng((seed, _ZOOMS, i))
+            chance = rng.random(b)
+            zoom = np.where(chance < config.zoom_in + config.zoom_out, _OUT, _NONE)
+            zoom[chance < config.zoom_in] = _IN
+            found["zoom"] = zoom[rows].astype(np.int32)
+            for name, size in zip(("zoom_top", "zoom_left"), first["hr"].shape[:2], strict=True):
+                offsets = rng.integers(size - config.lr_crop + 1, size=b)
+                found[name] = offsets[rows].astype(np.int32)
         return found
 
     return grain.MapDataset.range(sys.maxsize).map(plan)
 
 
 # Seeds of separate streams of random numbers, by purpose.
-_ORDER, _CROPS, _DEGRADATIONS = 0, 1, 2
+_ORDER, _CROPS, _DEGRADATIONS, _ZOOMS = 0, 1, 2, 3
 
 
 def _factor(name: str, scale: int) -> int:

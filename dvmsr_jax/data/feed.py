@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Bool, UInt8
 
 from dvmsr_jax.config import DataConfig
-from dvmsr_jax.data.batches import batches, cut, degraded_plans, load_cache, plans
+from dvmsr_jax.data.batches import batches, cut, load_cache, plans, plans_with_lr
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Feed(abc.ABC):
     @abc.abstractmethod
     def crops(
         self, cache: Mapping[str, Array], step_input: Mapping[str, Array]
-    ) -> Mapping[str, UInt8[Array, "b _ _ 3"]]:
-        """The crops {"lr", "hr"[, "target"]} of an input; traced as part of the step."""
+    ) -> Mapping[str, UInt8[Array, "b _ _ 3"] | Bool[Array, " b"]]:
+        """The crops {"lr", "hr"[, "target", "zoomed"]} of an input; traced as part of the step."""
 
 
 class _HostFeed(Feed):
@@ -66,14 +66,14 @@ class _HostFeed(Feed):
 class _DeviceFeed(Feed):
     """Each device cuts from its copy of all sub-images: an input is a plan.
 
-    Degraded LR crops come from the host, with the plan.
+    Degraded and zoomed LR crops come from the host, with the plan.
     """
 
     def inputs(self, *, seed, start, stop, shard=(0, 1)):
         span = {"seed": seed, "start": start, "stop": stop, "shard": shard}
-        if self.config.degradation == "clean":
+        if self.config.lr_is_stored:
             return plans(self.records, self.config, **span)
-        return degraded_plans(self.records, self.config, scale=self.scale, **span)
+        return plans_with_lr(self.records, self.config, scale=self.scale, **span)
 
     def load_cache(self):
         return load_cache(self.records, self.config, self.targets)

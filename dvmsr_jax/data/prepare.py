@@ -41,6 +41,11 @@ def load_records(config: DataConfig, scale: int) -> Records:
         raise DataError(
             f"data.lr_crop is {config.lr_crop}, at most {side // scale} fit the prepared sub-images"
         )
+    if config.zoom_out and config.lr_crop == side // scale:
+        raise DataError(
+            f"--data.zoom-out reduces sub-images to crops, so --data.lr-crop must be less than "
+            f"their side of {side // scale} LR pixels"
+        )
     if config.prepared is None:
         splits = find_sources(config)
         parent = config.data_dir.expanduser() / records.NAME

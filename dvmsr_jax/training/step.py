@@ -124,14 +124,18 @@ def loss_function(
     """(loss, its parts) on crops in [0, 1], "lr" and "hr", with a drop-path key for each.
 
     Distils if there is a `teacher`, whose answers are computed here unless they are in the batch as
-    "target".
+    "target". Crops marked in "zoomed" are only distilled: in the means of the other losses, they
+    count as reproduced exactly.
     """
     model = Weights(config.model, params["model"]).model(config.compute)
     output, features = model.with_features(batch["lr"], keys=keys, remat=config.remat)
-    loss = losses.PIXEL[config.loss.pixel](output, batch["hr"])
+    hr = batch["hr"]
+    if "zoomed" in batch:
+        hr = jnp.where(batch["zoomed"][:, None, None, None], output, hr)
+    loss = losses.PIXEL[config.loss.pixel](output, hr)
     parts = {"pixel_loss": loss}
     if config.loss.fft_weight:
-        parts["fft_loss"] = losses.fourier(output, batch["hr"])
+        parts["fft_loss"] = losses.fourier(output, hr)
         loss += config.loss.fft_weight * parts["fft_loss"]
     if teacher is None:
         return loss, {"loss": loss, **parts}
@@ -158,7 +162,7 @@ def loss_function(
 class TrainStep:
     """step(state, batch) -> (state, metrics), compiled once; donates the state.
 
-    A batch is an input of `feed` or, without one, uint8 crops {"lr", "hr"[, "target"]}; it is
+    A batch is an input of `feed` or, without one, crops as `Feed.crops` returns them; it is
     sharded over the mesh, all else replicated.
 
     Loss and gradients are computed under `shard_map`, each device on its share of the batch, so
@@ -198,7 +202,10 @@ class TrainStep:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
             def one_part(batch, keys):
-                crops = {name: x.astype(jnp.float32) / 255 for name, x in batch.items()}
+                crops = {
+                    name: x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+                    for name, x in batch.items()
+                }
                 loss = functools.partial(loss_function, config)
                 return jax.grad(loss, has_aux=True)(params, frozen, crops, keys)
 
@@ -263,7 +270,11 @@ def _on_cpus(options):
 
 
 def _mean_over_parts(function, parts, *inputs):
-    """The mean of `function` over equal parts of the inputs, one after the other."""
+    """The mean of `function` over equal parts of the inputs, one after the other.
+
+    On CPUs, this is not a loop in the program: XLA brings convolutions into the form for which it
+    has fast code in a program's entry computation only, and those of a backward pass need it.
+    """
     if parts == 1:
         return function(*inputs)
     inputs = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), inputs)
@@ -271,7 +282,8 @@ def _mean_over_parts(function, parts, *inputs):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def add(total, part):
+        total, part = jax.lax.optimization_barrier((total, part))  # not all parts at once
         return jax.tree.map(jnp.add, total, function(*part)), None
 
-    total, _ = jax.lax.scan(add, zeros, inputs)
+    total, _ = jax.lax.scan(add, zeros, inputs, unroll=jax.default_backend() == "cpu")
     return jax.tree.map(lambda x: x / parts, total)
