@@ -26,8 +26,8 @@ import tyro
 
 from configs import PRESETS
 from dvmsr_jax import parallel
-from dvmsr_jax.config import Cluster, TrainConfig, Within, check_fields
-from dvmsr_jax.pretrained import load_weights
+from dvmsr_jax.config import Cluster, ModelConfig, TrainConfig, Within, check_fields
+from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.program import one_line_errors
 from dvmsr_jax.training.loop import dry_run, train
 
@@ -65,8 +65,9 @@ def parse(arguments: Sequence[str]) -> Arguments:
     chosen, rest = choose.parse_known_args(arguments)
     config = PRESETS[chosen.preset][chosen.phase]
     if chosen.init is not None:
+        assert isinstance(config.model, ModelConfig)  # like every preset's
         model = dataclasses.replace(
-            load_weights(chosen.init).config, drop_path=config.model.drop_path
+            load_model(chosen.init).config, drop_path=config.model.drop_path
         )
         config = dataclasses.replace(config, init=chosen.init, model=model)
     return tyro.cli(

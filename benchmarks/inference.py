@@ -29,15 +29,14 @@ from benchmarks import machine, pytorch
 from benchmarks.machine import apart
 from benchmarks.pytorch import TorchModel
 from benchmarks.table import Cell, Measured, Report
-from configs import PRESETS
-from dvmsr_jax.config import Compute
+from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.inference import make_streamer
-from dvmsr_jax.model import DVMSR, Weights
+from dvmsr_jax.model import DVMSR
 from dvmsr_jax.rgb import RgbUpscale, RgbView
 from kernels.selective_scan import Implementation, missing
 
-CONFIG = PRESETS["paper"]["student"].model
+CONFIG = ModelConfig()
 BASELINE: Implementation = "associative"
 COMPARED: tuple[Implementation, ...] = (
     "associative",
@@ -133,8 +132,8 @@ def write_onnx(path: str) -> None:
     """Exports a network with random weights."""
     from dvmsr_jax.onnx import network  # needs the package onnx
 
-    weights = Weights.of(nnx.jit(lambda: DVMSR(CONFIG, rngs=nnx.Rngs(0)))())
-    Path(path).write_bytes(network.streaming_model(weights).SerializeToString())
+    model = nnx.jit(lambda: DVMSR(CONFIG, rngs=nnx.Rngs(0)))()
+    Path(path).write_bytes(network.streaming_model(model).SerializeToString())
 
 
 class Surroundings(NamedTuple):

@@ -25,10 +25,10 @@ from benchmarks import machine
 from benchmarks.table import Cell, Measured, Report
 from configs import PRESETS
 from dvmsr_jax import data
-from dvmsr_jax.config import DataConfig, ModelConfig
+from dvmsr_jax.config import DataConfig, ModelConfig, NetworkConfig
 from dvmsr_jax.data.prepare import prepare
 from dvmsr_jax.data.sources import Source
-from dvmsr_jax.model import DVMSR, Weights, named_parameters
+from dvmsr_jax.model import Weights, build, named_parameters
 from dvmsr_jax.training import losses
 
 SCALE = 4
@@ -67,14 +67,14 @@ def measure(name: str, batches: Iterable[Any], batch_size: int, warm_up: int) ->
     return [name, *map(Measured, numbers)]
 
 
-def make_step(config: ModelConfig) -> Callable[[dict[str, jax.Array]], Any]:
+def make_step(config: NetworkConfig) -> Callable[[dict[str, jax.Array]], Any]:
     """Returns a function of a batch: the gradients of L1 by a new model's weights."""
 
     def loss(parameters, batch):
         lr, hr = (batch[name].astype(jnp.float32) / 255 for name in ("lr", "hr"))
         return losses.l1(Weights(config, parameters).model()(lr), hr)
 
-    parameters = named_parameters(DVMSR(config, rngs=nnx.Rngs(0)))
+    parameters = named_parameters(build(config, rngs=nnx.Rngs(0)))
     gradients = jax.jit(jax.grad(loss))
     return lambda batch: gradients(parameters, batch)
 

@@ -30,7 +30,7 @@ from dvmsr_jax import data, images
 from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import is_out_of_memory
-from dvmsr_jax.model import DVMSR
+from dvmsr_jax.model import build
 from dvmsr_jax.pretrained import save_safetensors
 from dvmsr_jax.training.run import Run
 from dvmsr_jax.training.step import memory_of
@@ -223,7 +223,7 @@ def main(
                     measure(report, title, savers(student), steps)
                     continue
                 weights = folder / f"{preset}.safetensors"
-                save_safetensors(DVMSR(teacher.model, rngs=nnx.Rngs(0)), weights)
+                save_safetensors(build(teacher.model, rngs=nnx.Rngs(0)), weights)
                 records = data.load_records(student.data, student.model.scale)
                 distill(weights, records.folder, self_ensemble=False, batch_size=1)
                 measure(report, title, phases(student, teacher, weights), steps)

@@ -33,11 +33,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dvmsr_jax import files, parallel
-from dvmsr_jax.config import Effect, ModelConfig, TrainConfig, effects
+from dvmsr_jax.config import Effect, TrainConfig, effects
 from dvmsr_jax.errors import UserError, is_out_of_memory
-from dvmsr_jax.model import Weights, check_finite
+from dvmsr_jax.model import Weights, check_finite, read_config
 
-_EFFECTS = effects(TrainConfig)
+_EFFECTS = effects(TrainConfig())
 # Besides the weights and the scale, validation scores depend on these: scores from before and after
 # a change of one cannot be compared.
 _VALIDATED_ON = ("sources.data", "data.degradation", "compute.precision")
@@ -229,7 +229,7 @@ class Checkpoints:
         """The fields that differ. Raises CheckpointError if they must not."""
         current = flat(self._description)
         # A field that an older version did not have behaved as its default does now.
-        defaults = to_json(TrainConfig()) | {
+        defaults = to_json(TrainConfig(model=type(self.config.model)())) | {
             "sources": self._description["sources"] | {"init": None}
         }
         stored = flat(defaults) | flat(stored)
@@ -244,7 +244,8 @@ class Checkpoints:
         lines = "\n".join(f"  {n}: {stored.get(n)} there, {current.get(n)} now" for n in differing)
         if "sources.data" in differing and stored.get("sources.data") is not None:
             lines += f"\n  ({self._describe_data(stored['sources.data'])})"
-        shaping = {name for name, effect in _EFFECTS.items() if effect is Effect.SHAPES}
+        fields = effects(self.config)
+        shaping = {name for name, effect in fields.items() if effect is Effect.SHAPES}
         if self.config.distill.level == "mid":
             shaping.add("sources.teacher")
         fixed = not shaping.isdisjoint(differing)
@@ -295,7 +296,7 @@ def load_weights(path: Path) -> Weights:
     """
     step = find_step(path)
     with _reading(step, ("config", "ema")):
-        config = ModelConfig(**_read_json(step, "config")["model"])
+        config = read_config(_read_json(step, "config")["model"])
         parameters = read_arrays(step / "ema")
     try:
         return Weights.from_file(config, parameters)

@@ -42,13 +42,32 @@ class Effect(enum.Enum):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The network that weights belong to. The defaults are the paper's student."""
+class NetworkConfig:
+    """The network that weights belong to, of any kind; `model.NETWORKS` lists the kinds.
+
+    Each kind but DVMSR has a field `network`, its name in files.
+    """
 
     scale: Literal[2, 3, 4] = 4
     """Upscaling factor."""
     channels: Annotated[int, Within(1)] = 60
     """Width c of the residual stream."""
+
+    def __post_init__(self) -> None:
+        # From a file, the values may be of any type.
+        if problems := list(_problems(self)):
+            raise UserError("there is no such model: " + "; ".join(problems))
+
+    @property
+    def blocks(self) -> int:
+        """Number of residual blocks, whose outputs are among the network's features."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ModelConfig(NetworkConfig):
+    """A DVMSR. The defaults are the paper's student."""
+
     rssbs: Annotated[int, Within(1)] = 4
     """Number of RSSBs (residual state-space blocks)."""
     vimms_per_rssb: Annotated[int, Within(1)] = 2
@@ -64,10 +83,10 @@ class ModelConfig:
     drop_path: Annotated[float, Within(0, 1), Effect.RESULT] = 0.1
     """Chance of dropping the last ViMM's input in training; it grows linearly from 0 over depth."""
 
-    def __post_init__(self) -> None:
-        # From a file, the values may be of any type.
-        if problems := list(_problems(self)):
-            raise UserError("there is no such model: " + "; ".join(problems))
+    @property
+    def blocks(self) -> int:
+        """See NetworkConfig."""
+        return self.rssbs
 
     @property
     def inner_channels(self) -> int:
@@ -246,7 +265,7 @@ class TrainConfig:
     """teacher: the loss against the HR pictures. student: the same plus distillation."""
     workdir: Annotated[Path, Effect.NOTHING] = Path("runs/dvmsr")
     """Folder for checkpoints, metrics and samples, which go to WORKDIR/PHASE."""
-    model: Annotated[ModelConfig, Effect.SHAPES] = field(default_factory=ModelConfig)
+    model: Annotated[NetworkConfig, Effect.SHAPES] = field(default_factory=ModelConfig)
     # Checkpoints identify the weights by their content, under "sources"; paths do not matter.
     init: Annotated[Path | None, Effect.NOTHING] = None
     """Weights to start from instead of random ones: a name, a checkpoint directory, a .safetensors
@@ -315,13 +334,14 @@ def check_fields(config: Any, prefix: str) -> None:
         raise UserError("; ".join(problems))
 
 
-def effects(config: type, inherited: Effect = Effect.RESULT, prefix: str = "") -> dict[str, Effect]:
-    """What depends on each field, by names like "optim.schedule"."""
+def effects(config: Any, inherited: Effect = Effect.RESULT, prefix: str = "") -> dict[str, Effect]:
+    """What depends on each field of a configuration, by names like "optim.schedule"."""
     found: dict[str, Effect] = {}
-    for name, (kind, *marks) in _annotations(config).items():
+    for name, (_, *marks) in _annotations(config.__class__).items():
         effect = next((mark for mark in marks if isinstance(mark, Effect)), inherited)
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            found |= effects(kind, effect, f"{prefix}{name}.")
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            found |= effects(value, effect, f"{prefix}{name}.")
         else:
             found[prefix + name] = effect
     return found

@@ -1,8 +1,9 @@
 """The cost of a model, counted from its configuration."""
 
+import functools
 from typing import NamedTuple
 
-from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.config import ModelConfig, NetworkConfig
 
 
 class Cost(NamedTuple):
@@ -18,8 +19,14 @@ class Cost(NamedTuple):
     a LayerNorm."""
 
 
-def cost(config: ModelConfig, height: int, width: int) -> Cost:
+@functools.singledispatch
+def cost(config: NetworkConfig, height: int, width: int) -> Cost:
     """The cost of upscaling a `height` x `width` low-resolution image."""
+    raise NotImplementedError(f"the cost of {config}, {height} x {width}")
+
+
+@cost.register
+def _(config: ModelConfig, height: int, width: int) -> Cost:
     c, d, n = config.channels, config.inner_channels, config.states
     rank, vimms = config.delta_rank, config.vimms
     directions = 2 if config.bidirectional else 1

@@ -12,7 +12,7 @@ import tyro
 from dvmsr_jax import files, stablehlo
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.onnx import protocol
-from dvmsr_jax.pretrained import load_weights
+from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.program import one_line_errors
 
 
@@ -53,7 +53,7 @@ def export(
 
 
 def to_onnx(source: str | os.PathLike[str], *, plain: bool = False) -> bytes:
-    """The contents of an ONNX file with the weights of `load_weights`; see `onnx.network`.
+    """The contents of an ONNX file with the weights of `load_model`; see `onnx.network`.
 
     Raises:
         UserError: the package onnx is not installed, the weights cannot be read, or they are of a
@@ -63,9 +63,8 @@ def to_onnx(source: str | os.PathLike[str], *, plain: bool = False) -> bytes:
         from dvmsr_jax.onnx import network
     except ImportError as error:
         raise UserError("the package onnx is not installed: pip install onnx") from error
-    weights = load_weights(source)
-    model = network.plain_model(weights) if plain else network.streaming_model(weights)
-    return model.SerializeToString()
+    convert = network.plain_model if plain else network.streaming_model
+    return convert(load_model(source)).SerializeToString()
 
 
 def to_stablehlo(source: str | os.PathLike[str], *, rows: int, columns: int) -> bytes:
@@ -74,9 +73,7 @@ def to_stablehlo(source: str | os.PathLike[str], *, rows: int, columns: int) -> 
     Raises:
         UserError: the weights cannot be read, or as `export_band`.
     """
-    return bytes(
-        stablehlo.export_band(load_weights(source), rows=rows, columns=columns).serialize()
-    )
+    return bytes(stablehlo.export_band(source, rows=rows, columns=columns).serialize())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import DVMSR
+from dvmsr_jax.model import DVMSR, Network
 from dvmsr_jax.rgb import RgbUpscale, RgbView, average_over_symmetries, joined
 
 # Approximate number of pixels and largest number of rows of a band. A CPU is fastest if a layer's
@@ -57,7 +57,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None, width_bits: int
     serves images of any height and of all widths that agree when rounded up to `width_bits`
     significant bits. Raises UserError if the model is bidirectional.
     """
-    if model.config.bidirectional:
+    if not model.streams:
         raise UserError("a bidirectional model reads a picture from both ends: upscale it in tiles")
     graph, parameters = nnx.split(model)
     s, late = model.config.scale, model.rows_late
@@ -116,24 +116,24 @@ def band_step(
 
 
 def make_upscaler(
-    model: DVMSR, *, self_ensemble: bool = False
+    model: Network, *, self_ensemble: bool = False
 ) -> Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "H W 3"]]:
     """Returns a function that enlarges RGB pictures by the model's scale.
 
     It streams, so that pictures of many sizes share a program. Widths are rounded up coarsely: for
-    a benchmark, compiling more programs takes longer than computing more columns. For bidirectional
-    models, which cannot be streamed, one program is compiled per size. With `self_ensemble`, it
-    averages over the eight flips and rotations of the picture.
+    a benchmark, compiling more programs takes longer than computing more columns. For models that
+    cannot be streamed, such as bidirectional ones, one program is compiled per size. With
+    `self_ensemble`, it averages over the eight flips and rotations of the picture.
     """
-    if model.config.bidirectional:
-        whole = make_whole(model)
-    else:
+    if isinstance(model, DVMSR) and model.streams:
         whole = joined(make_streamer(model, width_bits=2))
+    else:
+        whole = make_whole(model)
     return lambda picture: upscale_pixels(whole, picture[None], self_ensemble=self_ensemble)[0]
 
 
 def make_whole(
-    model: DVMSR,
+    model: Network,
 ) -> Callable[[Float[np.ndarray, "b h w 3"]], Float[np.ndarray, "b H W 3"]]:
     """Returns a function that enlarges images whole, compiled once per size."""
     graph, parameters = nnx.split(model)

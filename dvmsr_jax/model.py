@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.bands import WHOLE, Band, Whole
-from dvmsr_jax.config import Compute, ModelConfig
+from dvmsr_jax.config import Compute, ModelConfig, NetworkConfig
 from dvmsr_jax.convolution import Conv3x3
+from dvmsr_jax.errors import UserError
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON, ViMM
 
 # Mean colour of DIV2K, subtracted before the first convolution and added after the last.
@@ -33,7 +34,7 @@ class Features(NamedTuple):
     """Intermediate results, after each block's skip connection."""
 
     shallow: Array  # (b, h, w, c), the first convolution's output
-    rssbs: tuple[Array, ...]  # (b, h, w, c) each
+    rssbs: tuple[Array, ...]  # (b, h, w, c) each; in other networks, the residual blocks
     body: Array  # (b, h, w, c), the last convolution's output before the long skip
 
 
@@ -61,8 +62,35 @@ class RSSB(nnx.Module):
         return refined + band.delayed(features, 1)
 
 
-class DVMSR(nnx.Module):
-    """The network."""
+class Network(nnx.Module):
+    """Any network, as training and scoring use it."""
+
+    config: NetworkConfig
+
+    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b hs ws 3"]:
+        """Upscales RGB images in [0, 1]; the result may leave that range slightly."""
+        return self.with_features(image)[0]
+
+    def with_features(
+        self,
+        image: Float[Array, "b h w 3"],
+        *,
+        keys: Key[Array, " b"] | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "b hs ws 3"], Features]:
+        """The upscaled images and the intermediate features.
+
+        With `keys`, one for each image, the network behaves as in training, where parts of it may
+        be dropped at random. With `remat`, the backward pass recomputes activations inside blocks
+        instead of storing them.
+        """
+        raise NotImplementedError
+
+
+class DVMSR(Network):
+    """The network of the paper."""
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs):
         c, s = config.channels, config.scale
@@ -84,6 +112,11 @@ class DVMSR(nnx.Module):
         return load_model(source, compute=compute)
 
     @property
+    def streams(self) -> bool:
+        """Whether pictures can pass through it in bands, from top to bottom."""
+        return not self.config.bidirectional
+
+    @property
     def rows_late(self) -> int:
         """Rows by which results for bands are delayed: one for each 3x3 convolution."""
         return len(self.rssbs) + 3
@@ -91,10 +124,7 @@ class DVMSR(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], band: Whole | Band = WHOLE
     ) -> Float[Array, "b hs ws 3"]:
-        """Upscales RGB images in [0, 1]; the result may leave that range slightly.
-
-        For a `Band`, the result begins `rows_late` rows above the band.
-        """
+        """See Network. For a `Band`, the result begins `rows_late` rows above the band."""
         return self.with_features(image, band=band)[0]
 
     def with_features(
@@ -105,11 +135,7 @@ class DVMSR(nnx.Module):
         remat: bool = False,
         band: Whole | Band = WHOLE,
     ) -> tuple[Float[Array, "b hs ws 3"], Features]:
-        """The upscaled images and the intermediate features.
-
-        With `keys`, one for each image, drop-path is active, as in training. With `remat`, the
-        backward pass recomputes activations inside RSSBs instead of storing them.
-        """
+        """See Network; with `keys`, drop-path is active."""
         mean = jnp.asarray(RGB_MEAN, image.dtype).reshape(1, 1, 1, 3)
         shallow = self.conv_first(image - mean, band.at("conv_first"))
         features = self.norm_first(shallow)
@@ -132,6 +158,29 @@ def pixel_shuffle(x: Float[Array, "b h w c"], scale: int) -> Float[Array, "b hs 
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * scale, w * scale, -1)
 
 
+NETWORKS: dict[type[NetworkConfig], Callable[..., Network]] = {ModelConfig: DVMSR}
+"""What builds the network of each kind of configuration, as `build` calls it."""
+
+
+def build(config: NetworkConfig, *, compute: Compute = Compute(), rngs: nnx.Rngs) -> Network:
+    """A network with random weights."""
+    return NETWORKS[type(config)](config, compute=compute, rngs=rngs)
+
+
+def read_config(fields: Mapping[str, Any]) -> NetworkConfig:
+    """The configuration that a file describes by its fields.
+
+    Raises:
+        UserError: there is no such network here.
+        TypeError: it does not have these fields.
+    """
+    name = fields.get("network")
+    for kind in NETWORKS:
+        if getattr(kind, "network", None) == name:
+            return kind(**fields)
+    raise UserError(f"there is no network {name!r} here")
+
+
 def parameter_count(model: nnx.Module) -> int:
     """Number of trainable scalars."""
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -145,13 +194,14 @@ class Weights:
     passed to compiled functions and moved to devices.
     """
 
-    config: ModelConfig
+    config: NetworkConfig
     parameters: Mapping[str, Array | np.ndarray]
 
     def __post_init__(self) -> None:
         """Raises ValueError if parameters are missing, left over or of other shapes."""
         config, parameters = self.config, self.parameters
-        if config.vimms > len(parameters):  # building an absurdly deep network would take ages
+        # Building an absurdly deep network would take ages.
+        if isinstance(config, ModelConfig) and config.vimms > len(parameters):
             raise ValueError(
                 f"the weights do not fit the model: {len(parameters)} of them for {config.rssbs} "
                 f"RSSBs of {config.vimms_per_rssb} ViMMs"
@@ -171,12 +221,12 @@ class Weights:
             raise ValueError("the weights do not fit the model: " + "; ".join(problems[:3]) + more)
 
     @classmethod
-    def of(cls, model: DVMSR) -> "Weights":
+    def of(cls, model: Network) -> "Weights":
         """The weights of a model."""
         return cls(model.config, named_parameters(model))
 
     @classmethod
-    def from_file(cls, config: ModelConfig, parameters: Mapping[str, np.ndarray]) -> "Weights":
+    def from_file(cls, config: NetworkConfig, parameters: Mapping[str, np.ndarray]) -> "Weights":
         """Weights with parameters of any floating-point type, converted to float32.
 
         Raises:
@@ -197,10 +247,10 @@ class Weights:
             digest.update(np.asarray(x, np.float32).tobytes())
         return digest.hexdigest()[:12]
 
-    def model(self, compute: Compute = Compute()) -> DVMSR:
+    def model(self, compute: Compute = Compute()) -> Network:
         """The network with these weights."""
         # eval_shape builds the structure without initialising weights that would be discarded.
-        model = nnx.eval_shape(lambda: DVMSR(self.config, compute=compute, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: build(self.config, compute=compute, rngs=nnx.Rngs(0)))
         leaves = [
             (path, variable.replace(jnp.asarray(self.parameters[_name(path)], jnp.float32)))
             for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -209,7 +259,7 @@ class Weights:
         return model
 
 
-def _unflatten_weights(config: ModelConfig, children: tuple[Any]) -> Weights:
+def _unflatten_weights(config: NetworkConfig, children: tuple[Any]) -> Weights:
     weights = object.__new__(Weights)  # unchecked: JAX also builds trees of other objects
     object.__setattr__(weights, "config", config)
     object.__setattr__(weights, "parameters", children[0])
@@ -222,9 +272,9 @@ jax.tree_util.register_pytree_node(
 
 
 @functools.lru_cache
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's parameters, by name."""
-    model = nnx.eval_shape(lambda: DVMSR(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {_name(path): variable.shape for path, variable in state}
 

@@ -18,7 +18,7 @@ import tyro
 from dvmsr_jax import checkpoint, files, pth, registry
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import DVMSR, Weights, named_parameters
+from dvmsr_jax.model import DVMSR, Network, Weights, named_parameters, read_config
 from dvmsr_jax.program import one_line_errors
 
 
@@ -30,10 +30,13 @@ def load_model(source: str | os.PathLike[str], *, compute: Compute = Compute()) 
     """The network with the weights of `load_weights`.
 
     Raises:
-        PretrainedError: as `load_weights`.
+        PretrainedError: as `load_weights`, or they belong to another network.
         ScanError: the scan that `compute` names cannot run here.
     """
-    return load_weights(source).model(compute)
+    model = load_weights(source).model(compute)
+    if not isinstance(model, DVMSR):
+        raise PretrainedError(f"{source}: holds a {type(model).__name__}, not a DVMSR")
+    return model
 
 
 def load_weights(source: str | os.PathLike[str]) -> Weights:
@@ -42,7 +45,7 @@ def load_weights(source: str | os.PathLike[str]) -> Weights:
 
     Raises:
         PretrainedError: the path does not exist, is none of the three, is damaged or unsafe, or its
-            weights do not fit a DVMSR or are not finite.
+            weights do not fit their network or are not finite.
         UserError: as `registry.find`.
     """
     path = registry.find(source)
@@ -61,7 +64,7 @@ def load_weights(source: str | os.PathLike[str]) -> Weights:
         raise PretrainedError(reason if str(path) in reason else f"{path}: {reason}") from error
 
 
-def save_safetensors(model: DVMSR, path: Path, training: dict[str, Any] | None = None) -> None:
+def save_safetensors(model: Network, path: Path, training: dict[str, Any] | None = None) -> None:
     """Writes the weights as float32, with the configuration in the metadata.
 
     `training`, a description of how they were trained, is added to the metadata.
@@ -128,7 +131,7 @@ def _read_safetensors(path: Path) -> Weights:
             if kind not in ("F64", "F32", "F16", "BF16"):
                 raise PretrainedError(f"{path}: {name} holds numbers of type {kind}")
             parameters[name] = file.get_tensor(name)
-    return Weights.from_file(ModelConfig(**json.loads(metadata["config"])), parameters)
+    return Weights.from_file(read_config(json.loads(metadata["config"])), parameters)
 
 
 # The published code's names -> ours. PyTorch has output channels first, Flax last: the order of all

@@ -6,6 +6,7 @@ chunked forms: carried for CPUs, parallel for the others.
 """
 
 import functools
+import os
 from collections.abc import Mapping
 
 import jax
@@ -15,13 +16,14 @@ from jaxtyping import Array, Float, Int
 from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import band_step
-from dvmsr_jax.model import DVMSR, Weights
+from dvmsr_jax.model import DVMSR
+from dvmsr_jax.pretrained import load_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export_band(weights: Weights, *, rows: int, columns: int) -> jax.export.Exported:
-    """Exports the program for bands of this size.
+def export_band(source: str | os.PathLike[str], *, rows: int, columns: int) -> jax.export.Exported:
+    """Exports the program for bands of this size, with the weights of `load_model`.
 
     Its arguments, in this order:
 
@@ -36,24 +38,26 @@ def export_band(weights: Weights, *, rows: int, columns: int) -> jax.export.Expo
     Its results: what the next band's `carried` is; the upscaled rows, (rows s, columns s, 3); and
     the index in the picture of the row with which they begin, which lies some rows above the band.
 
-    Raises UserError if the model is bidirectional, or the size is not positive.
+    Raises UserError if the weights cannot be read, the model is bidirectional, or the size is not
+    positive.
     """
-    if weights.config.bidirectional:
+    on_cpus = load_model(source, compute=Compute(scan="chunked-carried"))
+    elsewhere = load_model(source, compute=Compute(scan="chunked-parallel"))
+    if on_cpus.config.bidirectional:
         raise UserError(
             "a bidirectional model reads a picture from both ends, so it cannot be exported for "
             "bands"
         )
     if rows < 1 or columns < 1:
         raise UserError(f"a band has at least one row and one column, not {rows} and {columns}")
-    carried_scan = functools.partial(_step, weights.model(Compute(scan="chunked-carried")))
-    parallel_scan = functools.partial(_step, weights.model(Compute(scan="chunked-parallel")))
+    cpu, default = functools.partial(_step, on_cpus), functools.partial(_step, elsewhere)
 
     def dvmsr(*arguments):
-        return jax.lax.platform_dependent(*arguments, cpu=carried_scan, default=parallel_scan)
+        return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default)
 
     band = jax.ShapeDtypeStruct((rows, columns, 3), jnp.float32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    carried, _, _ = jax.eval_shape(carried_scan, None, band, number, number, number)
+    carried, _, _ = jax.eval_shape(cpu, None, band, number, number, number)
     program = jax.export.export(jax.jit(dvmsr), platforms=PLATFORMS)
     return program(carried, band, number, number, number)
 

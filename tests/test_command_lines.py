@@ -28,6 +28,7 @@ from dvmsr_jax.data import __main__ as data_commands
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
 from dvmsr_jax.training import __main__ as training_commands
+from experiments import __main__ as study_commands
 from kernels.selective_scan import native, triton_scan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +60,8 @@ def test_documented_commands_parse(command, monkeypatch):
         assert upscale.parse(inputs).inputs
     elif program == "evaluate.py":
         assert evaluate.parse(arguments).ckpt
+    elif program == "experiments":
+        assert study_commands.parse(arguments).budget
     elif program.startswith("benchmarks."):
         main = importlib.import_module(program).main
         assert tyro.cli(parse_only(main), args=arguments)
@@ -111,7 +114,7 @@ def test_mistakes_get_an_answer(arguments, answer, capsys):
     assert answer in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [train, evaluate, upscale, data_commands])
+@pytest.mark.parametrize("program", [train, evaluate, upscale, data_commands, study_commands])
 def test_help_keeps_the_layout_of_examples(program, monkeypatch, capsys):
     examples = re.findall(r"^ +python .*", program.__doc__, re.MULTILINE)
     assert examples

@@ -72,12 +72,12 @@ def session_of(model):
 
 @functools.cache
 def plain(config):
-    return session_of(network.plain_model(random_weights(config)))
+    return session_of(network.plain_model(random_weights(config).model()))
 
 
 @functools.cache
 def streaming(config):
-    return session_of(network.streaming_model(random_weights(config)))
+    return session_of(network.streaming_model(random_weights(config).model()))
 
 
 def run_plain(session, image):
@@ -154,7 +154,7 @@ def test_bidirectional_models_are_plain(h, w):
     upscaled = run_plain(plain(config), random_image(h, w))
     np.testing.assert_allclose(upscaled, expected(config, h, w), atol=1e-5, rtol=0)
     with pytest.raises(UserError, match=r"bidirectional .* add --plain"):
-        network.streaming_model(random_weights(config))
+        network.streaming_model(random_weights(config).model())
 
 
 @pytest.mark.parametrize("weights", ["x2", "x3", "x4"])
@@ -167,7 +167,7 @@ def test_the_projects_own_weights(weights):
 
 @pytest.mark.parametrize("make", [network.plain_model, network.streaming_model])
 def test_only_standard_operators(make):
-    model = make(random_weights(TINY))
+    model = make(random_weights(TINY).model())
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 17)]
     assert {node.domain for node in model.graph.node} == {""}
 
@@ -175,7 +175,7 @@ def test_only_standard_operators(make):
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_shape_inference_finds_the_scale(scale):
     """Programs such as chaiNNer infer it from the output's size for a given input's."""
-    model = network.plain_model(random_weights(dataclasses.replace(TINY, scale=scale)))
+    model = network.plain_model(random_weights(dataclasses.replace(TINY, scale=scale)).model())
     for axis, size in ((2, 16), (3, 32)):
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
@@ -193,7 +193,7 @@ def test_carried_arrays_are_those_of_the_model():
     }
     assert sizes == {name: x.size for name, x in band.left.items()}
     assert [f"{x.name}.next" for x in inputs[3:]] == [x.name for x in outputs if "." in x.name]
-    student = network.streaming_model(random_weights(ModelConfig()))
+    student = network.streaming_model(random_weights(ModelConfig()).model())
     assert len(student.graph.input) == 3 + 28
 
 

@@ -17,28 +17,28 @@ import onnx
 
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.model import RGB_MEAN, Weights
+from dvmsr_jax.model import DVMSR, RGB_MEAN, named_parameters
 from dvmsr_jax.onnx import protocol
 from dvmsr_jax.onnx.bands import Band, Whole
 from dvmsr_jax.onnx.graph import Graph, Value
 from dvmsr_jax.vimm import LAYER_NORM_EPSILON
 
 
-def plain_model(weights: Weights) -> onnx.ModelProto:
+def plain_model(model: DVMSR) -> onnx.ModelProto:
     """A graph from a picture to the upscaled one."""
     graph = Graph()
     image = graph.input("image", np.float32, (1, 3, "height", "width"))
-    network = _Network(weights, graph, Whole(graph), image.op("Shape", start=2))
-    _output(graph, network(image), weights.config.scale, "height")
-    return graph.model("DVMSR", protocol.WHOLE, _metadata(weights.config, "plain"))
+    network = _Network(model, graph, Whole(graph), image.op("Shape", start=2))
+    _output(graph, network(image), model.config.scale, "height")
+    return graph.model("DVMSR", protocol.WHOLE, _metadata(model.config, "plain"))
 
 
-def streaming_model(weights: Weights) -> onnx.ModelProto:
+def streaming_model(model: DVMSR) -> onnx.ModelProto:
     """A graph from a band of rows, and what the band above has left, to the upscaled rows.
 
     Raises UserError if the model is bidirectional.
     """
-    if weights.config.bidirectional:
+    if model.config.bidirectional:
         raise UserError(
             "a bidirectional model reads a picture from both ends, so it cannot be exported for "
             "bands: add --plain"
@@ -49,10 +49,10 @@ def streaming_model(weights: Weights) -> onnx.ModelProto:
     height = graph.input("height", np.int64, (1,))
     sizes = rows.op("Shape", start=2)
     band = Band(graph, first, height, sizes)
-    _output(graph, _Network(weights, graph, band, sizes)(rows), weights.config.scale, "rows")
+    _output(graph, _Network(model, graph, band, sizes)(rows), model.config.scale, "rows")
     for name, (value, shape) in band.left.items():
         graph.output(name + protocol.NEXT, value, np.float32, shape)
-    metadata = _metadata(weights.config, "streaming") | {"rows_late": str(band.late)}
+    metadata = _metadata(model.config, "streaming") | {"rows_late": str(band.late)}
     return graph.model("DVMSR", protocol.BANDS, metadata)
 
 
@@ -72,11 +72,11 @@ def _metadata(config: ModelConfig, graph: str) -> dict[str, str]:
 class _Network:
     """Adds the network's layers to a graph. Layers are named by their parameters."""
 
-    def __init__(self, weights: Weights, graph: Graph, band: Whole, sizes: Value):
+    def __init__(self, model: DVMSR, graph: Graph, band: Whole, sizes: Value):
         """`sizes` is the (h, w) of the image."""
-        self._config, self._graph, self._band, self._sizes = weights.config, graph, band, sizes
+        self._config, self._graph, self._band, self._sizes = model.config, graph, band, sizes
         self._parameters = {
-            name: np.asarray(x, np.float32) for name, x in weights.parameters.items()
+            name: np.asarray(x, np.float32) for name, x in named_parameters(model).items()
         }
 
     def __call__(self, image: Value) -> Value:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array
 
-from dvmsr_jax.config import ModelConfig, TrainConfig
+from dvmsr_jax.config import NetworkConfig, TrainConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import Weights, parameter_shapes
 from dvmsr_jax.pretrained import load_weights, training_facts
@@ -59,7 +59,7 @@ def load_initial(config: TrainConfig) -> Initial | None:
     )
 
 
-def take(model: ModelConfig, weights: Weights, *, partial: bool) -> dict[str, Array | np.ndarray]:
+def take(model: NetworkConfig, weights: Weights, *, partial: bool) -> dict[str, Array | np.ndarray]:
     """The parameters, by name, that a network with the configuration `model` takes from `weights`.
 
     These are all parameters or, if the scales differ, all but the last convolution, "reconstruct".
@@ -70,9 +70,11 @@ def take(model: ModelConfig, weights: Weights, *, partial: bool) -> dict[str, Ar
             parameter fits.
     """
     theirs, ours = dataclasses.asdict(weights.config), dataclasses.asdict(model)
-    differing = [name for name in ours if name != _FREE and theirs[name] != ours[name]]
+    differing = [name for name in ours if name != _FREE and theirs.get(name) != ours[name]]
     if differing not in ([], ["scale"]) and not partial:
-        differences = ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in differing)
+        differences = ", ".join(
+            f"{name} {theirs.get(name)}, not {ours[name]}" for name in differing
+        )
         raise ValueError(
             f"the weights belong to another network ({differences}); --init-partial takes the "
             "parameters that fit"

@@ -19,10 +19,10 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Key
 
 from dvmsr_jax import data, parallel
-from dvmsr_jax.config import ModelConfig, OptimConfig, TrainConfig
+from dvmsr_jax.config import NetworkConfig, OptimConfig, TrainConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import upscale_batch
-from dvmsr_jax.model import DVMSR, Weights, named_parameters
+from dvmsr_jax.model import Weights, build, named_parameters
 from dvmsr_jax.training import losses
 
 # For the step, on CPUs. XLA's own order of operations favours concurrency, which takes half as much
@@ -72,20 +72,20 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     )
 
 
-def rssb_pairs(config: TrainConfig, teacher: ModelConfig) -> tuple[tuple[int, int], ...]:
+def rssb_pairs(config: TrainConfig, teacher: NetworkConfig) -> tuple[tuple[int, int], ...]:
     """Which RSSB's features are compared with which of the teacher's, in mid-level distillation.
 
     By default every one of the student's, with the one that ends at or just after the same share of
     the teacher's depth. Raises UserError if the configuration names one that is not there.
     """
     if not config.distill.rssbs:
-        count = config.model.rssbs
-        return tuple((i, math.ceil((i + 1) * teacher.rssbs / count) - 1) for i in range(count))
+        count = config.model.blocks
+        return tuple((i, math.ceil((i + 1) * teacher.blocks / count) - 1) for i in range(count))
     for student_rssb, teacher_rssb in config.distill.rssbs:
-        if not (0 <= student_rssb < config.model.rssbs and 0 <= teacher_rssb < teacher.rssbs):
+        if not (0 <= student_rssb < config.model.blocks and 0 <= teacher_rssb < teacher.blocks):
             raise UserError(
                 f"distill.rssbs names ({student_rssb}, {teacher_rssb}), but the student has "
-                f"{config.model.rssbs} RSSBs and the teacher {teacher.rssbs}, counted from 0"
+                f"{config.model.blocks} RSSBs and the teacher {teacher.blocks}, counted from 0"
             )
     return config.distill.rssbs
 
@@ -102,7 +102,7 @@ def init_state(
     @functools.partial(jax.jit, compiler_options=_on_cpus(_HASTY))
     def init(initial):
         key = jax.random.key(config.seed)
-        model = named_parameters(DVMSR(config.model, rngs=nnx.Rngs(key))) | initial
+        model = named_parameters(build(config.model, rngs=nnx.Rngs(key))) | initial
         params = {"model": model, "projections": {}}
         if teacher is not None and config.distill.level == "mid":
             shape = (config.model.channels, teacher.config.channels)
