@@ -43,7 +43,7 @@ def write(studies: dict[str, Study], budget: Budget, place: Place, document: Pat
 
 
 def _section(name: str, study: Study, tasks: Sequence[Task], place: Place, document: Path) -> str:
-    how, limits = (" ".join(text.split()) for text in (study.how, study.limits))
+    paper, how, limits = (" ".join(text.split()) for text in (study.paper, study.how, study.limits))
     lines = [f"## {name}", f"**{study.question}**"]
     every = in_order(tasks)
     done = [task for task in every if is_done(task, place)]
@@ -59,7 +59,7 @@ def _section(name: str, study: Study, tasks: Sequence[Task], place: Place, docum
         lines += [section.answer or "Not yet complete.", table, picture]
     else:
         lines.append("Not yet run.")
-    lines += [f"The paper: {study.paper}", f"How it was done: {how}"]
+    lines += [f"The paper: {paper}", f"How it was done: {how}"]
     if done:
         lines.append(_provenance(done, len(every), place))
     lines.append(f"What this does not show: {limits}")
