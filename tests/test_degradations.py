@@ -103,7 +103,7 @@ def test_levels_of_damage(photo):
     mild, real = (
         [apart(degrade(photo, key, preset, 4), clean) for key in range(120)] for preset in DEGRADING
     )
-    assert 12 < sum(damage == 0 for damage in mild) < 40
+    assert 4 < sum(damage == 0 for damage in mild) < 24  # a tenth
     assert np.mean(mild) < 0.9 * np.mean(real)
     assert max(mild) < np.percentile(real, 95)
 
