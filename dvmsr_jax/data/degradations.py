@@ -2,8 +2,8 @@
 
 A network trained only on bicubic LR sharpens the noise and JPEG blocks of other pictures. The
 operations and ranges of "real" are those of Real-ESRGAN (arXiv 2107.10833) and DASR (arXiv
-2203.14672), taken from the options published with their code. "mild" is for nearly clean pictures,
-where the network should keep as much detail as possible.
+2203.14672), taken from the options published with their code. "mild" is for slight blur,
+noise and JPEG, where the network should keep as much detail as possible.
 
 LR stays aligned with HR: kernels are symmetric and of odd size, and each resizing maps the whole
 picture onto the whole picture.
