@@ -172,8 +172,10 @@ def read_config(fields: Mapping[str, Any]) -> NetworkConfig:
 
     Raises:
         UserError: there is no such network here.
-        TypeError: it does not have these fields.
+        TypeError: it does not have these fields, or they are not a mapping.
     """
+    if not isinstance(fields, Mapping):
+        raise TypeError("a configuration must be a mapping")
     name = fields.get("network")
     for kind in NETWORKS:
         if getattr(kind, "network", None) == name:
