@@ -16,6 +16,7 @@ from dvmsr_jax import data, inference, parallel
 from dvmsr_jax.config import Compute, DataConfig, DistillConfig, LossConfig, OptimConfig
 from dvmsr_jax.model import Weights, parameter_shapes
 from dvmsr_jax.training import step
+from kernels.native_library import NativeLibrary
 
 pytestmark = pytest.mark.usefixtures("optax_promotes_dtypes")
 
@@ -50,7 +51,15 @@ def lowered(monkeypatch):
 
     monkeypatch.setattr(jax, "jit", lowering_jit)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    return texts
+    forget_native_libraries()
+    yield texts
+    forget_native_libraries()
+
+
+def forget_native_libraries():
+    """Whether the C++ code can run is decided once, by the platform of that moment."""
+    NativeLibrary.register.cache_clear()
+    NativeLibrary.missing.cache_clear()
 
 
 def assert_no_foreign_code(programs, count):
