@@ -23,7 +23,6 @@ _TEST = re.compile(r"tests/(\S.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 def main(
     tests: tuple[str, ...] = ("tests",),
     select: str = "",
-    smoke: bool = False,
     json: Path | None = None,
 ) -> None:
     """Runs the tests, with a row for each. The exit status is pytest's.
@@ -31,10 +30,8 @@ def main(
     Args:
         tests: files or folders of tests.
         select: an expression as for pytest's -k. Empty: all tests that need a GPU.
-        smoke: changes nothing; where there is no GPU, all of these tests are skipped anyway.
         json: also write the table to this file.
     """
-    del smoke
     report = Report(machine.apart(machine.describe), json)
     report.table(("test", "outcome", "time"), text=("test", "outcome"))
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-k", select, *tests]

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float, Int
 
 
@@ -54,9 +55,9 @@ class Whole:
         """The tokens in runs of equal length, each with the `count` tokens before it prepended."""
         return jnp.pad(u, ((0, 0), (count, 0), (0, 0)))
 
-    def previous(self, b: int, count: int, d: int) -> Float[Array, "b count d"]:
+    def previous(self, b: int, count: int, d: int, dtype: DType) -> Float[Array, "b count d"]:
         """The `count` tokens before the first."""
-        return jnp.zeros((b, count, d), jnp.float32)
+        return jnp.zeros((b, count, d), dtype)
 
     def keep_previous(self, tokens: Float[Array, "b _ d"]) -> None:
         """Stores the last tokens of the image so far."""
@@ -135,7 +136,7 @@ class Band:
         """See Whole. Each row is a run."""
         b, l, d = u.shape
         rows = l // self._columns
-        known = jnp.concatenate([self._take("tokens", (b, count, d), u.dtype), u], axis=1)
+        known = jnp.concatenate([self.previous(b, count, d, u.dtype), u], axis=1)
         # Positions in the image, counted from the band's first token, of the tokens just before
         # each row and of the band's last ones; then their indices in `known`, after the `count`
         # carried.
@@ -143,13 +144,13 @@ class Band:
         row, column = jnp.divmod(places, self._width)
         known_at = count + jnp.where(places < 0, places, row * self._columns + column)
         previous = known[:, known_at]  # (b, rows + 1, count, d)
-        self._leave("tokens", previous[:, rows])
+        self.keep_previous(previous[:, rows])
         runs = jnp.concatenate([previous[:, :rows], u.reshape(b, rows, -1, d)], axis=2)
         return runs.reshape(b * rows, -1, d)
 
-    def previous(self, b: int, count: int, d: int) -> Float[Array, "b count d"]:
+    def previous(self, b: int, count: int, d: int, dtype: DType) -> Float[Array, "b count d"]:
         """See Whole."""
-        return self._take("tokens", (b, count, d), jnp.float32)
+        return self._take("tokens", (b, count, d), dtype)
 
     def keep_previous(self, tokens: Float[Array, "b _ d"]) -> None:
         """See Whole."""

@@ -6,9 +6,9 @@ from jaxtyping import Array, Float
 
 from dvmsr_jax.bands import Band, Whole
 from dvmsr_jax.config import Compute
+from dvmsr_jax.differentiation import unless_differentiated
 from dvmsr_jax.vimm import torch_uniform
 from kernels import conv3x3
-from kernels.differentiation import unless_differentiated
 
 
 class Conv3x3(nnx.Conv):
@@ -36,15 +36,7 @@ class Conv3x3(nnx.Conv):
         x = band.with_neighbours(x)
         if not self.may_be_native or conv3x3.missing():
             return self.in_jax(x)
-        graph, parameters = nnx.split(self)
-
-        def native(parameters, x):
-            return nnx.merge(graph, parameters).native(x)
-
-        def in_jax(parameters, x):
-            return nnx.merge(graph, parameters).in_jax(x)
-
-        return unless_differentiated(native, in_jax)(parameters, x)
+        return unless_differentiated(Conv3x3.native, Conv3x3.in_jax, self, x)
 
     def in_jax(self, x: Float[Array, "b rows w _"]) -> Float[Array, "b h w _"]:
         """The convolution of rows that include those above and below."""

@@ -14,13 +14,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from dvmsr_jax.bands import Band
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, Network
-from dvmsr_jax.rgb import RgbUpscale, RgbView, average_over_symmetries, joined
+from dvmsr_jax.rgb import RgbUpscale, RgbView, average_over_symmetries, joined, rows_of_band
 
-# Approximate number of pixels and largest number of rows of a band. A CPU is fastest if a layer's
-# features fit its cache. The delay of the result (see `DVMSR.rows_late`) can cost up to one more
-# band, which matters for small pictures. An accelerator takes as long for a small band as for a
+# As `rgb.BAND_PIXELS` and `MAX_BAND_ROWS`: an accelerator takes as long for a small band as for a
 # somewhat larger one (these two values are guesses, not measured).
-BAND_PIXELS, MAX_BAND_ROWS = 8_192, 16
 ACCELERATOR_BAND_PIXELS, ACCELERATOR_MAX_BAND_ROWS = 131_072, 128
 
 Item = TypeVar("Item")
@@ -78,7 +75,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None, width_bits: int
     ) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
         h, w, _ = image.shape
         columns = _columns(w, width_bits)
-        count = band_rows or _band_rows(columns)
+        count = band_rows or _rows_of_band(columns)
 
         def outputs() -> Iterator[tuple[int, Array]]:
             """(position of the first row, the upscaled rows); JAX may still be computing them."""
@@ -87,7 +84,7 @@ def make_streamer(model: DVMSR, *, band_rows: int | None = None, width_bits: int
             for first in range(0, h + late, count):
                 rows = image[first : first + count]
                 rows = np.pad(rows, ((0, count - len(rows)), (0, columns - w), (0, 0)))
-                carried, upscaled = compiled_step(parameters, carried, rows, first, h, w)
+                carried, upscaled, _ = compiled_step(parameters, carried, rows, first, h, w)
                 yield first - late, upscaled
 
         for place, upscaled in _one_ahead(outputs()):
@@ -105,14 +102,14 @@ def band_step(
     first: Int[Array, ""],
     height: Int[Array, ""],
     width: Int[Array, ""],
-) -> tuple[dict[str, Array], Float[Array, "_ _ 3"]]:
-    """The arrays for the next band, and the upscaled rows, which are `rows_late` rows late.
+) -> tuple[dict[str, Array], Float[Array, "_ _ 3"], Int[Array, ""]]:
+    """The arrays for the next band, the upscaled rows, and the index of the row they begin with.
 
     See `Band` for the arguments.
     """
     band = Band(first, height, width, rows.shape[1], carried)
     upscaled = model(rows[None], band=band)[0]
-    return band.left, upscaled
+    return band.left, upscaled, first - model.rows_late
 
 
 def make_upscaler(
@@ -208,12 +205,10 @@ def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
     yield ahead
 
 
-def _band_rows(columns: int) -> int:
+def _rows_of_band(columns: int) -> int:
     if jax.default_backend() == "cpu":
-        pixels, most = BAND_PIXELS, MAX_BAND_ROWS
-    else:
-        pixels, most = ACCELERATOR_BAND_PIXELS, ACCELERATOR_MAX_BAND_ROWS
-    return min(most, max(1, pixels // columns))
+        return rows_of_band(columns)
+    return rows_of_band(columns, ACCELERATOR_BAND_PIXELS, ACCELERATOR_MAX_BAND_ROWS)
 
 
 def _columns(width: int, bits: int) -> int:

@@ -37,6 +37,17 @@ class RgbView:
 RgbUpscale = Callable[[np.ndarray | RgbView], Iterator[np.ndarray]]
 
 
+# Approximate number of pixels and largest number of rows of a band. A CPU is fastest if a layer's
+# features fit its cache. The delay of the result (see `DVMSR.rows_late`) can cost up to one more
+# band, which matters for small pictures.
+BAND_PIXELS, MAX_BAND_ROWS = 8_192, 16
+
+
+def rows_of_band(columns: int, pixels: int = BAND_PIXELS, most: int = MAX_BAND_ROWS) -> int:
+    """The number of rows of a band of this width."""
+    return min(most, max(1, pixels // columns))
+
+
 def joined(
     upscale: RgbUpscale,
 ) -> Callable[[Float[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 H W 3"]]:

@@ -7,16 +7,13 @@ chunked forms: carried for CPUs, parallel for the others.
 
 import functools
 import os
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import band_step
-from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import load_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -50,7 +47,7 @@ def export_band(source: str | os.PathLike[str], *, rows: int, columns: int) -> j
         )
     if rows < 1 or columns < 1:
         raise UserError(f"a band has at least one row and one column, not {rows} and {columns}")
-    cpu, default = functools.partial(_step, on_cpus), functools.partial(_step, elsewhere)
+    cpu, default = functools.partial(band_step, on_cpus), functools.partial(band_step, elsewhere)
 
     def dvmsr(*arguments):
         return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default)
@@ -60,15 +57,3 @@ def export_band(source: str | os.PathLike[str], *, rows: int, columns: int) -> j
     carried, _, _ = jax.eval_shape(cpu, None, band, number, number, number)
     program = jax.export.export(jax.jit(dvmsr), platforms=PLATFORMS)
     return program(carried, band, number, number, number)
-
-
-def _step(
-    model: DVMSR,
-    carried: Mapping[str, Array] | None,
-    rows: Float[Array, "rows columns 3"],
-    first: Int[Array, ""],
-    height: Int[Array, ""],
-    width: Int[Array, ""],
-) -> tuple[dict[str, Array], Float[Array, "_ _ 3"], Int[Array, ""]]:
-    left, upscaled = band_step(model, carried, rows, first, height, width)
-    return left, upscaled, first - model.rows_late

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Key
 
 from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
+from dvmsr_jax.differentiation import unless_differentiated
 from dvmsr_jax.errors import UserError
 from kernels import vimm as kernel
-from kernels.differentiation import unless_differentiated
 from kernels.selective_scan import missing, selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
@@ -128,17 +128,11 @@ class ViMM(nnx.Module):
             return self.unfused(tokens, band)
         if isinstance(band, Band):
             return self.fused(tokens, band)
-        graph, parameters = nnx.split(self)
+        return unless_differentiated(ViMM.fused, ViMM.unfused, self, tokens)
 
-        def fused(parameters, tokens):
-            return nnx.merge(graph, parameters).fused(tokens, WHOLE)
-
-        def unfused(parameters, tokens):
-            return nnx.merge(graph, parameters).unfused(tokens, WHOLE)
-
-        return unless_differentiated(fused, unfused)(parameters, tokens)
-
-    def unfused(self, tokens: Float[Array, "b l c"], band: Whole | Band) -> Float[Array, "b l c"]:
+    def unfused(
+        self, tokens: Float[Array, "b l c"], band: Whole | Band = WHOLE
+    ) -> Float[Array, "b l c"]:
         """The result, in JAX; any configuration, on any platform."""
         tokens = band.masked(self.norm(tokens))
         u, z = jnp.split(self.in_proj(tokens), 2, axis=-1)
@@ -147,7 +141,9 @@ class ViMM(nnx.Module):
             y = y + self.backward(u[:, ::-1], z[:, ::-1], WHOLE)[:, ::-1]
         return self.out_proj(y).astype(jnp.float32)
 
-    def fused(self, tokens: Float[Array, "b l c"], band: Whole | Band) -> Float[Array, "b l c"]:
+    def fused(
+        self, tokens: Float[Array, "b l c"], band: Whole | Band = WHOLE
+    ) -> Float[Array, "b l c"]:
         """The same result from kernels/vimm, which cannot be differentiated."""
         assert self.norm.scale is not None
         assert self.norm.bias is not None
@@ -167,14 +163,12 @@ class ViMM(nnx.Module):
             out_proj=self.out_proj.kernel[...],
         )
         (b, l, _), (d, n) = tokens.shape, weights.A.shape
-        *place, columns = band.place(l)
         out, previous, state = kernel.vimm(
             tokens,
             weights,
-            band.at("conv").previous(b, len(weights.conv_kernel) - 1, d),
+            band.at("conv").previous(b, len(weights.conv_kernel) - 1, d, tokens.dtype),
             band.scan_state(b, d, n),
-            kernel.Place(*place),
-            columns=columns,
+            **band.place(l)._asdict(),
             epsilon=LAYER_NORM_EPSILON,
         )
         band.at("conv").keep_previous(previous)

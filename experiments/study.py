@@ -11,6 +11,7 @@ from typing import NamedTuple
 import matplotlib.axes
 import matplotlib.figure
 
+from benchmarks.table import Table
 from experiments import studies
 from experiments.budgets import Budget
 from experiments.tasks import Facts, Place, Task, is_done, read_result
@@ -133,8 +134,5 @@ def legend(axes: matplotlib.axes.Axes) -> None:
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
     """A table whose first `text` columns are words, and the others numbers; empty without rows."""
-    rows = list(rows)
-    if not rows:
-        return ""
-    head = ["---"] * text + ["---:"] * (len(columns) - text)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, head, *rows))
+    table = Table("", list(columns), list(columns[:text]), [list(row) for row in rows])
+    return table.markdown() if table.rows else ""

@@ -12,13 +12,10 @@ from dvmsr_jax.errors import UserError
 from dvmsr_jax.onnx.protocol import NEXT, SUFFIX
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 from dvmsr_jax.registry import default_for
-from dvmsr_jax.rgb import RgbUpscale, RgbView, self_ensembled
+from dvmsr_jax.rgb import RgbUpscale, RgbView, rows_of_band, self_ensembled
 
 if TYPE_CHECKING:
     import onnxruntime
-
-# Approximate number of pixels and largest number of rows of a band, as in `inference`.
-BAND_PIXELS, MAX_BAND_ROWS = 8_192, 16
 
 
 class OnnxUpscaler(PictureUpscaler):
@@ -94,7 +91,7 @@ def make_streamer(
         image: Float[np.ndarray, "h w 3"] | Float[RgbView, "h w 3"],
     ) -> Iterator[Float[np.ndarray, "rows ws 3"]]:
         h, w, _ = image.shape
-        count = band_rows or min(MAX_BAND_ROWS, max(1, BAND_PIXELS // w))
+        count = band_rows or rows_of_band(w)
         carried = {
             x.name: np.zeros([w if size == "width" else size for size in x.shape], np.float32)
             for x in carried_inputs

@@ -79,12 +79,11 @@ class Crops(Probe):
         """Writes the picture; the result is its name."""
         model = self.load(place)
         upscale, scale = make_upscaler(model), model.config.scale
-        (hr,) = (x.hr for x in evaluation.sample_benchmark(scale) if x.name == SHOWN)
-        (lr,) = (x.lr for x in evaluation.sample_benchmark(scale) if x.name == SHOWN)
-        panels = {"original": hr[PART]}
+        (shown,) = (x for x in evaluation.sample_benchmark(scale) if x.name == SHOWN)
+        panels = {"original": shown.hr[PART]}
         for cell in CELLS:
             label = " ".join(f"{name} {x:g}" for name, x in cell.items()) or "clean"
-            panels[label] = upscale(degradations.apply(lr, **cell))[PART]
+            panels[label] = upscale(degradations.apply(shown.lr, **cell))[PART]
         images.write_png(place.results / f"{self.id}.png", images.side_by_side(panels))
         return {"picture": f"{self.id}.png"}
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from dvmsr_jax.config import Compute, NetworkConfig
 from experiments.budgets import Budget
-from experiments.networks import CnnConfig, RlfnConfig, WindowsConfig
+from experiments.studies.baselines import DVMSR, OTHERS
 from experiments.study import Results, Section, Study, legend, markdown
 from experiments.tasks import Task
 from experiments.timing import Timing
@@ -20,12 +20,7 @@ SCANS: tuple[Implementation, ...] = ("associative", "sequential", "chunked")
 # Scans other than the default one are timed up to this side.
 SCAN_SIDE = 256
 PLATFORMS: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu")
-DVMSR, BANDS, HALF = "DVMSR", "DVMSR in bands", ", bfloat16"
-OTHERS: dict[str, NetworkConfig] = {
-    "CNN": CnnConfig(),
-    "RLFN": RlfnConfig(),
-    "attention": WindowsConfig(),
-}
+BANDS, HALF = f"{DVMSR} in bands", ", bfloat16"
 
 
 def label(name: str, side: int, batch: int, platform: str) -> str:

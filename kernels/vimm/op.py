@@ -35,22 +35,15 @@ class Weights(NamedTuple):
     out_proj: Float[Array, "d c"]
 
 
-class Place(NamedTuple):
-    """The place of a band of rows in an image; each is an int32 scalar."""
-
-    first: Int[Array, ""]
-    """Index of the band's first row; negative above the image."""
-    height: Int[Array, ""]
-    width: Int[Array, ""]
-
-
 def vimm(
     tokens: Float[Array, "b l c"],
     weights: Weights,
     previous: Float[Array, "b h d"],
     state: Float[Array, "b d n"],
-    place: Place,
     *,
+    first: Int[Array, ""],
+    height: Int[Array, ""],
+    width: Int[Array, ""],
     columns: int,
     epsilon: float,
 ) -> tuple[Float[Array, "b l c"], Float[Array, "b h d"], Float[Array, "b d n"]]:
@@ -61,7 +54,9 @@ def vimm(
         weights: the parameters.
         previous: u of the tokens just before the band, unconvolved; zeros above the image.
         state: the scan's state before the band; zeros above the image.
-        place: tokens outside the image do not take part.
+        first: index in the image of the band's first row, int32; negative above the image.
+        height: of the image, int32. Tokens outside the image do not take part.
+        width: of the image, int32.
         columns: the band's width, at least that of the image.
         epsilon: LayerNorm's.
 
@@ -77,7 +72,9 @@ def vimm(
         *weights,
         previous,
         state,
-        *place,
+        first,
+        height,
+        width,
         columns=columns,
         epsilon=np.float32(epsilon),
     )
