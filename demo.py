@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import evaluate
-from configs import PRESETS
 from dvmsr_jax import evaluation, images
+from dvmsr_jax.commands import evaluate
+from dvmsr_jax.configs import PRESETS
 from dvmsr_jax.inference import make_upscaler
 from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.program import one_line_errors
 from dvmsr_jax.registry import DEFAULT
+from dvmsr_jax.samples import SAMPLES
 from dvmsr_jax.training import report
 from dvmsr_jax.training.loop import train
 
@@ -27,7 +28,7 @@ SHOWN = slice(40, 260), slice(120, 340)
 def main() -> None:
     """Writes the results to FOLDER, and resumes an interrupted run."""
     photos, benchmark = FOLDER / "photos", FOLDER / "held-out"
-    for path in images.SAMPLES:
+    for path in SAMPLES:
         folder = benchmark / "HR" if path.stem == HELD_OUT else photos
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)

@@ -17,11 +17,12 @@ from PIL import Image
 
 from benchmarks import machine
 from benchmarks.table import Measured, Report
-from dvmsr_jax import bicubic, images
+from dvmsr_jax import bicubic
 from dvmsr_jax.evaluation import Example, evaluate
 from dvmsr_jax.inference import make_upscaler, make_whole, upscale_pixels
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.registry import DEFAULT
+from dvmsr_jax.samples import SAMPLES
 
 
 def main(pictures: int = 12, json: Path | None = None) -> None:
@@ -33,7 +34,7 @@ def main(pictures: int = 12, json: Path | None = None) -> None:
     """
     model = DVMSR.from_pretrained(DEFAULT)
     scale = model.config.scale
-    photo = Image.open(images.SAMPLES[0]).convert("RGB")
+    photo = Image.open(SAMPLES[0]).convert("RGB")
     examples = []
     for number, side in enumerate(np.random.default_rng(0).permutation(128)[:pictures]):
         sides = 1024, 512 + 4 * int(side)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from benchmarks.programs import Program, forward, forward_backward, make_inputs
 from benchmarks.table import Cell, Measured, Report
-from kernels.selective_scan import Implementation
+from dvmsr_jax.kernels.selective_scan import Implementation
 
 TYPES = (jnp.float32, jnp.bfloat16)
 BASELINES: tuple[Implementation, ...] = ("chunked", "associative")

@@ -32,9 +32,9 @@ from benchmarks.table import Cell, Measured, Report
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.inference import make_streamer
+from dvmsr_jax.kernels.selective_scan import Implementation, missing
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.rgb import RgbUpscale, RgbView
-from kernels.selective_scan import Implementation, missing
 
 CONFIG = ModelConfig()
 BASELINE: Implementation = "associative"

@@ -23,9 +23,9 @@ from flax import nnx
 
 from benchmarks import machine
 from benchmarks.table import Cell, Measured, Report
-from configs import PRESETS
 from dvmsr_jax import data
 from dvmsr_jax.config import DataConfig, ModelConfig, NetworkConfig
+from dvmsr_jax.configs import PRESETS
 from dvmsr_jax.data.prepare import prepare
 from dvmsr_jax.data.sources import Source
 from dvmsr_jax.model import Weights, build, named_parameters
@@ -92,7 +92,7 @@ def main(
     """Prints how fast crops are cut, and how fast training consumes them, as a Markdown table.
 
     Args:
-        records: a folder made by `python -m dvmsr_jax.data prepare`. None: 512 new sub-images,
+        records: a folder made by `dvmsr data prepare`. None: 512 new sub-images,
             which are then in the page cache.
         workers: numbers of threads that read from disk.
         lr_crop: side of the LR crops.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from benchmarks import machine
 from benchmarks.table import Measured
 from dvmsr_jax.errors import is_out_of_memory
-from kernels.selective_scan import Implementation, selective_scan
+from dvmsr_jax.kernels.selective_scan import Implementation, selective_scan
 
 # A program is timed at least MIN_REPETITIONS times, and until the calls have taken CELL_SECONDS.
 CELL_SECONDS = 2.0

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.table import Report
-from kernels.selective_scan import triton_kernels, triton_scan
+from dvmsr_jax.kernels.selective_scan import triton_kernels, triton_scan
 
 KERNELS = ("chunk_ends", "chunk_start_gradients", "chunk_borders", "outputs", "gradients")
 TARGETS = (80, 90, 100)  # compute capabilities times ten: A100, H100 and H200, B200

@@ -15,7 +15,7 @@ import tyro
 from benchmarks import gpu_scan, machine
 from benchmarks.programs import Program, forward, forward_backward, make_inputs
 from benchmarks.table import Cell, Report
-from kernels.selective_scan import Implementation, missing, triton_scan
+from dvmsr_jax.kernels.selective_scan import Implementation, missing, triton_scan
 
 BASELINE: Implementation = "associative"
 COLUMNS = (

@@ -25,9 +25,9 @@ from flax import nnx
 
 from benchmarks import machine
 from benchmarks.table import Cell, Measured, Report
-from configs import PRESETS
 from dvmsr_jax import data, images
 from dvmsr_jax.config import Compute, ModelConfig, TrainConfig
+from dvmsr_jax.configs import PRESETS
 from dvmsr_jax.cost import cost
 from dvmsr_jax.errors import is_out_of_memory
 from dvmsr_jax.model import build

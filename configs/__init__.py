@@ -1,7 +1,7 @@
 """Presets of training runs, with their commands and, for the paper's, expected scores."""
 
-from configs import demo, finetune, student, teacher
 from dvmsr_jax.config import TrainConfig
+from dvmsr_jax.configs import demo, finetune, student, teacher
 
 # preset -> phase -> configuration
 PRESETS: dict[str, dict[str, TrainConfig]] = {

@@ -3,13 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import kernels  # noqa: F401  sets XLA flags, which must happen before JAX starts
+from dvmsr_jax import kernels  # noqa: F401  sets XLA flags, which must happen before JAX starts
 
 if TYPE_CHECKING:
     from dvmsr_jax.model import DVMSR
     from dvmsr_jax.pictures.upscaler import Upscaler
 
 __all__ = ["DVMSR", "Upscaler"]
+
+__version__ = "0.1.0"
 
 _MODULES = {"DVMSR": "dvmsr_jax.model", "Upscaler": "dvmsr_jax.pictures.upscaler"}
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from dvmsr_jax.errors import UserError
-from kernels.selective_scan import Implementation
+from dvmsr_jax.kernels.selective_scan import Implementation
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class DataConfig:
     data_dir: Annotated[Path, Effect.NOTHING] = Path("~/tensorflow_datasets")
     """Where pictures are downloaded to and prepared, once."""
     prepared: Annotated[Path | None, Effect.NOTHING] = None
-    """A folder made by `python -m dvmsr_jax.data prepare`, instead of `hr_dirs`."""
+    """A folder made by `dvmsr data prepare`, instead of `hr_dirs`."""
     val_images: Annotated[int, Within(1), Effect.NOTHING] = 20
     """Pictures held out for validation; without effect if `prepared` is given."""
     max_unreadable: Annotated[float, Within(0, 1), Effect.NOTHING] = 0.01
@@ -222,7 +222,7 @@ class DistillConfig:
     """For level mid: pairs of (student's, teacher's) RSSBs, counted from 0. None: spread evenly."""
     targets: Annotated[Literal["online", "precomputed"], ForLevel("output")] = "online"
     """For level output. online: run the teacher on each batch. precomputed: crop its outputs for
-    whole sub-images, computed once by `python -m dvmsr_jax.training distill`."""
+    whole sub-images, computed once by `dvmsr data distill`."""
     self_ensemble: Annotated[bool, ForLevel("output")] = False
     """For level output: average the teacher over the eight flips and rotations: better targets."""
 

@@ -7,8 +7,8 @@ from jaxtyping import Array, Float
 from dvmsr_jax.bands import Band, Whole
 from dvmsr_jax.config import Compute
 from dvmsr_jax.differentiation import unless_differentiated
+from dvmsr_jax.kernels import conv3x3
 from dvmsr_jax.vimm import torch_uniform
-from kernels import conv3x3
 
 
 class Conv3x3(nnx.Conv):

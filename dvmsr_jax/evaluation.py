@@ -17,7 +17,6 @@ from dvmsr_jax import bicubic
 from dvmsr_jax.data import degradations
 from dvmsr_jax.errors import UserError, printable
 from dvmsr_jax.images import (
-    SAMPLES,
     ImageError,
     find_images,
     read_rgb,
@@ -25,6 +24,7 @@ from dvmsr_jax.images import (
     write_png,
 )
 from dvmsr_jax.metrics import psnr_rgb, psnr_y, ssim_y
+from dvmsr_jax.samples import SAMPLES
 
 _METRICS = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr_rgb": psnr_rgb}
 # Default strengths for `--degrade grid`.
@@ -130,7 +130,7 @@ def find_benchmarks(dirs: Sequence[Path], scale: int) -> dict[str, Benchmark]:
 
 
 def sample_benchmark(scale: int) -> Benchmark:
-    """The photographs that come with scikit-image, `images.SAMPLES`."""
+    """The photographs that come with scikit-image, `samples.SAMPLES`."""
     return Benchmark(tuple(Pair(path.stem, path, None) for path in SAMPLES), scale)
 
 

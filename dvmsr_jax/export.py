@@ -1,8 +1,4 @@
-"""Exports weights for other programs, as ONNX or StableHLO.
-
-python -m dvmsr_jax.export IN OUT.onnx
-python -m dvmsr_jax.export IN OUT.stablehlo
-"""
+"""Exports weights for other programs, as ONNX or StableHLO."""
 
 import os
 from pathlib import Path
@@ -13,7 +9,6 @@ from dvmsr_jax import files, stablehlo
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.onnx import protocol
 from dvmsr_jax.pretrained import load_model
-from dvmsr_jax.program import one_line_errors
 
 
 def export(
@@ -62,7 +57,9 @@ def to_onnx(source: str | os.PathLike[str], *, plain: bool = False) -> bytes:
     try:
         from dvmsr_jax.onnx import network
     except ImportError as error:
-        raise UserError("the package onnx is not installed: pip install onnx") from error
+        raise UserError(
+            'the package onnx is not installed: pip install "dvmsr-jax[onnx]"'
+        ) from error
     convert = network.plain_model if plain else network.streaming_model
     return convert(load_model(source)).SerializeToString()
 
@@ -74,8 +71,3 @@ def to_stablehlo(source: str | os.PathLike[str], *, rows: int, columns: int) -> 
         UserError: the weights cannot be read, or as `export_band`.
     """
     return bytes(stablehlo.export_band(source, rows=rows, columns=columns).serialize())
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        tyro.cli(export, prog="python -m dvmsr_jax.export")

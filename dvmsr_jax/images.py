@@ -6,18 +6,11 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
-import skimage.data
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from dvmsr_jax import files
 from dvmsr_jax.pictures.reading import STILL_SUFFIXES, ImageError, Picture, check_is_read
-
-SAMPLES = tuple(
-    Path(skimage.data.__file__).parent / name
-    for name in ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
-)
-"""Colour photographs from scikit-image's wheel, available without a download."""
 
 
 def read_rgb(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:

@@ -1,7 +1,4 @@
-"""Reads and converts weights: checkpoint directories, `.safetensors`, the authors' `.pth`.
-
-python -m dvmsr_jax.pretrained IN OUT.safetensors
-"""
+"""Reads and converts weights: checkpoint directories, `.safetensors`, the authors' `.pth`."""
 
 import dataclasses
 import json
@@ -13,13 +10,11 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
-import tyro
 
 from dvmsr_jax import checkpoint, files, pth, registry
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, Network, Weights, named_parameters, read_config
-from dvmsr_jax.program import one_line_errors
 
 
 class PretrainedError(UserError):
@@ -122,8 +117,7 @@ def _read_safetensors(path: Path) -> Weights:
         metadata = file.metadata() or {}
         if "config" not in metadata:
             raise PretrainedError(
-                f"{path}: has no DVMSR configuration in its metadata; write it with "
-                "python -m dvmsr_jax.pretrained"
+                f"{path}: has no DVMSR configuration in its metadata; write it with dvmsr convert"
             )
         parameters = {}
         for name in file.keys():  # noqa: SIM118
@@ -223,11 +217,3 @@ def convert(source: Path, target: Path) -> None:
     weights = checkpoint.find_step(source) if source.is_dir() else source
     save_safetensors(load_model(weights), target, training_facts(weights))
     print(f"{source} -> {target}")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        tyro.cli(
-            tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(convert),
-            prog="python -m dvmsr_jax.pretrained",
-        )

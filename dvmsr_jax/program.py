@@ -1,19 +1,34 @@
-"""Shared by all commands: one-line error messages, Ctrl-C, and the cache of compiled programs."""
+"""Shared by all commands: their names, one-line error messages, Ctrl-C, the cache of compiled
+programs."""
 
 import contextlib
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
 from dvmsr_jax import parallel
 from dvmsr_jax.errors import StoppedError, UserError, is_out_of_memory
-from kernels import user_cache
+from dvmsr_jax.kernels import user_cache
 
 # Exit status of a program ended by SIGINT, as shells report it.
 INTERRUPTED = 130
+
+
+def name() -> str:
+    """The running program as users type it."""
+    running = Path(sys.argv[0]).name
+    return f"python {running}" if running.endswith(".py") else running
+
+
+def described(text: str | None) -> str:
+    """The help text of a command, whose examples begin with `dvmsr COMMAND`, for this program."""
+    assert text is not None
+    return re.sub(r"dvmsr [a-z]+(?= )", name(), text) if name().startswith("python") else text
 
 
 @contextlib.contextmanager

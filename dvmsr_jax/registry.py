@@ -1,7 +1,4 @@
-"""Weights with names: the project's own, in `checkpoints/`, and the published ones.
-
-python -m dvmsr_jax.registry lists them.
-"""
+"""Weights with names: the project's own, in `checkpoints/`, and the published ones."""
 
 import os
 from collections.abc import Mapping
@@ -11,9 +8,9 @@ from pathlib import Path
 from dvmsr_jax import files
 from dvmsr_jax.downloads import Remote, obtaining
 from dvmsr_jax.errors import UserError
-from kernels import user_cache
+from dvmsr_jax.kernels import user_cache
 
-_FOLDER = Path(__file__).parents[1] / "checkpoints"
+_FOLDER = Path(__file__).parent / "checkpoints"
 
 
 class RegistryError(UserError):
@@ -145,7 +142,3 @@ def describe() -> str:
         + f"  {named.purpose}"
         for name, named in NAMED.items()
     )
-
-
-if __name__ == "__main__":
-    print(describe())

@@ -11,8 +11,8 @@ from dvmsr_jax.bands import WHOLE, Band, Whole
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.differentiation import unless_differentiated
 from dvmsr_jax.errors import UserError
-from kernels import vimm as kernel
-from kernels.selective_scan import missing, selective_scan
+from dvmsr_jax.kernels import vimm as kernel
+from dvmsr_jax.kernels.selective_scan import missing, selective_scan
 
 LAYER_NORM_EPSILON = 1e-5
 # Becomes a step size of 0 after the softplus: the token leaves the scan's state unchanged.

@@ -19,8 +19,8 @@ import tyro
 
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.errors import UserError
-from dvmsr_jax.images import SAMPLES
 from dvmsr_jax.program import keep_compiled_programs, one_line_errors
+from dvmsr_jax.samples import SAMPLES
 from experiments import harness, report
 from experiments.budgets import BUDGETS, Budget
 from experiments.study import Study, load_studies
@@ -44,7 +44,7 @@ class Arguments:
     hr_dirs: tuple[Path, ...] = ()
     """Folders of training pictures. None: download DIV2K; for smoke, scikit-image's photographs."""
     prepared: Path | None = None
-    """A folder made by `python -m dvmsr_jax.data prepare`, instead of --hr-dirs."""
+    """A folder made by `dvmsr data prepare`, instead of --hr-dirs."""
     data_dir: Path = DataConfig.data_dir
     """Where pictures are downloaded to and prepared, once."""
     benchmarks: tuple[Path, ...] = ()

@@ -1,5 +1,5 @@
-"""This project's compute kernels. They import nothing from `dvmsr_jax`."""
+"""This project's compute kernels. They import nothing else from `dvmsr_jax`."""
 
-from kernels.xla_flags import turn_off_ynnpack
+from dvmsr_jax.kernels.xla_flags import turn_off_ynnpack
 
 turn_off_ynnpack()

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels import user_cache
+from dvmsr_jax.kernels import user_cache
 
 KERNELS = Path(__file__).parent
 # Clang accepts -march=native on ARM only since version 15.

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import pytest
 
-import kernels  # noqa: F401  sets flags of XLA
 from dvmsr_jax import files, images
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

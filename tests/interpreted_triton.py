@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import triton
 
-from kernels.selective_scan import triton_kernels, triton_scan
+from dvmsr_jax.kernels.selective_scan import triton_kernels, triton_scan
 from tests.test_selective_scan import (
     ALL_OPTIONS,
     assert_close,

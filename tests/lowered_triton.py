@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels.selective_scan import triton_scan
+from dvmsr_jax.kernels.selective_scan import triton_scan
 from tests.test_selective_scan import ALL_OPTIONS, make_inputs, outputs
 
 CALL = "triton_kernel_call"

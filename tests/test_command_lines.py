@@ -17,19 +17,16 @@ import tyro
 from flax import nnx
 
 import demo
-import evaluate
-import train
-import upscale
 from benchmarks import inference as inference_benchmark
-from configs import PRESETS
-from dvmsr_jax import export, images, parallel
+from dvmsr_jax import images, parallel
+from dvmsr_jax.commands import data, evaluate, export, train, upscale
 from dvmsr_jax.config import ModelConfig
-from dvmsr_jax.data import __main__ as data_commands
+from dvmsr_jax.configs import PRESETS
+from dvmsr_jax.kernels.selective_scan import native, triton_scan
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pretrained import save_safetensors
-from dvmsr_jax.training import __main__ as training_commands
+from dvmsr_jax.samples import SAMPLES
 from experiments import __main__ as study_commands
-from kernels.selective_scan import native, triton_scan
 
 ROOT = Path(__file__).resolve().parents[1]
 # Logs may contain commands of older versions.
@@ -39,7 +36,7 @@ COMMANDS = sorted(
         line.split("  #")[0].strip()
         for path in (ROOT / "README.md", *GUIDES, *(ROOT / "configs").glob("*.py"))
         for line in path.read_text().splitlines()
-        if re.match(r" *python (\S+\.py|-m) ", line)
+        if re.match(r" *(python (\S+\.py|-m)|dvmsr) ", line)
     }
 )
 
@@ -51,8 +48,11 @@ def parse_only(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_commands_parse(command, monkeypatch):
-    _, *words = shlex.split(command)
-    program, arguments = (words[0], words[1:]) if words[0] != "-m" else (words[1], words[2:])
+    python, program, *arguments = shlex.split(command)
+    if python == "dvmsr":
+        program += ".py"
+    elif program == "-m":
+        program, *arguments = arguments
     if program == "train.py":
         assert train.parse(arguments).config.phase in command
     elif program == "upscale.py":
@@ -65,14 +65,15 @@ def test_documented_commands_parse(command, monkeypatch):
     elif program.startswith("benchmarks."):
         main = importlib.import_module(program).main
         assert tyro.cli(parse_only(main), args=arguments)
-    elif program in ("dvmsr_jax.data", "dvmsr_jax.training"):
-        module = importlib.import_module(f"{program}.__main__")
-        commands = {name: parse_only(command) for name, command in module.COMMANDS.items()}
+    elif program == "data.py":
+        commands = {name: parse_only(command) for name, command in data.COMMANDS.items()}
         assert tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
-    elif program == "dvmsr_jax.export":
+    elif program == "export.py":
         assert tyro.cli(parse_only(export.export), args=arguments)
+    elif program == "weights.py":
+        assert not arguments
     else:
-        assert program == "dvmsr_jax.pretrained"
+        assert program == "convert.py"
         assert len(arguments) == 2
 
 
@@ -114,9 +115,9 @@ def test_mistakes_get_an_answer(arguments, answer, capsys):
     assert answer in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [train, evaluate, upscale, data_commands, study_commands])
+@pytest.mark.parametrize("program", [train, evaluate, upscale, data, study_commands])
 def test_help_keeps_the_layout_of_examples(program, monkeypatch, capsys):
-    examples = re.findall(r"^ +python .*", program.__doc__, re.MULTILINE)
+    examples = re.findall(r"^ +(?:python|dvmsr) .*", program.__doc__, re.MULTILINE)
     assert examples
     monkeypatch.setattr("sys.argv", ["program", "--help"])
     monkeypatch.setenv("COLUMNS", "100")
@@ -232,8 +233,8 @@ def test_scores_of_the_published_weights(shared, tmp_path):
 
 
 def test_demo_shows_a_picture_that_it_does_not_train_on():
-    assert demo.HELD_OUT in {path.stem for path in images.SAMPLES}
-    assert len(images.SAMPLES) - 1 > PRESETS["demo"]["teacher"].data.val_images
+    assert demo.HELD_OUT in {path.stem for path in SAMPLES}
+    assert len(SAMPLES) - 1 > PRESETS["demo"]["teacher"].data.val_images
 
 
 def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
@@ -243,21 +244,21 @@ def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
         images.write_png(tmp_path / "photos" / f"{i}.png", picture)
     records = tmp_path / "records"
     prepare = ("prepare", "--hr-dirs", tmp_path / "photos", "--val-images", 1, "--out", records)
-    run_main(data_commands, monkeypatch, *prepare)
+    run_main(data, monkeypatch, *prepare)
     assert "2 for train, 1 for val sub-images of 3 pictures (0 left out)" in capsys.readouterr().out
-    run_main(data_commands, monkeypatch, "check", records)
+    run_main(data, monkeypatch, "check", records)
     assert "no problems" in capsys.readouterr().out
-    run_main(training_commands, monkeypatch, "distill", "--ckpt", weights, "--data", records)
+    run_main(data, monkeypatch, "distill", "--ckpt", weights, "--data", records)
     assert str(records / "targets") in capsys.readouterr().out
     (target,) = (records / "targets").glob("*/00000.npy")
 
     target.write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
-        run_main(training_commands, monkeypatch, "check", records)
+        run_main(data, monkeypatch, "check", records)
     assert stop.value.code == "error: 1 problems"
     assert f"{target}: is damaged" in capsys.readouterr().out
     target.unlink()
-    run_main(training_commands, monkeypatch, "check", records)
+    run_main(data, monkeypatch, "check", records)
     output = capsys.readouterr().out
     assert "0 of the 1 files" in output
     assert f"distill --ckpt {weights} --data {records}" in output
@@ -265,14 +266,14 @@ def test_data_from_folder_to_targets(weights, tmp_path, monkeypatch, capsys):
 
     next(records.glob("*val.array_record*")).unlink()
     with pytest.raises(SystemExit) as stop:
-        run_main(data_commands, monkeypatch, "check", records)
+        run_main(data, monkeypatch, "check", records)
     assert stop.value.code.startswith("error: 1 problems")
     assert "is missing" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        run_main(data_commands, monkeypatch, "check", tmp_path)
+        run_main(data, monkeypatch, "check", tmp_path)
     assert re.match(r"error: .*: holds no prepared records", stop.value.code)
     with pytest.raises(SystemExit) as stop:
-        run_main(training_commands, monkeypatch, "check", tmp_path)
+        run_main(data, monkeypatch, "check", tmp_path)
     assert re.match(r"error: .*: holds no prepared records", stop.value.code)
 
 

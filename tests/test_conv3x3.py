@@ -11,7 +11,7 @@ from flax import nnx
 from dvmsr_jax.bands import WHOLE
 from dvmsr_jax.config import Compute
 from dvmsr_jax.convolution import Conv3x3
-from kernels import conv3x3
+from dvmsr_jax.kernels import conv3x3
 from tests.jaxprs import equations
 
 pytestmark = pytest.mark.skipif(conv3x3.missing() is not None, reason="needs a C++ compiler")
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_xla():
     assert is_native(jax.make_jaxpr(loss)(parameters, image))
     assert not is_native(jax.make_jaxpr(gradients)(parameters, image))
     actual = jax.jit(gradients)(parameters, image)
-    with mock.patch("kernels.conv3x3.missing", return_value="there is no C++ compiler"):
+    with mock.patch("dvmsr_jax.kernels.conv3x3.missing", return_value="there is no C++ compiler"):
         assert not is_native(jax.make_jaxpr(lambda *x: loss(*x))(parameters, image))
         expected = jax.jit(jax.grad(lambda *x: loss(*x), argnums=(0, 1)))(parameters, image)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)

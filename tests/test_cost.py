@@ -3,8 +3,8 @@
 import pytest
 from flax import nnx
 
-from configs import PRESETS
 from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.configs import PRESETS
 from dvmsr_jax.cost import cost
 from dvmsr_jax.model import DVMSR, named_parameters
 

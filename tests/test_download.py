@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from dvmsr_jax import bicubic, data, downloads
+from dvmsr_jax.commands.data import prepare as prepare_command
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import download
-from dvmsr_jax.data.__main__ import prepare as prepare_command
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.errors import StoppedError, UserError
 from tests.file_server import serving

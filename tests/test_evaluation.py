@@ -21,7 +21,8 @@ from dvmsr_jax.evaluation import (
     parse_degradations,
     sample_benchmark,
 )
-from dvmsr_jax.images import SAMPLES, ImageError, read_rgb, write_png
+from dvmsr_jax.images import ImageError, read_rgb, write_png
+from dvmsr_jax.samples import SAMPLES
 
 METRICS = ("psnr_y", "ssim_y", "psnr_rgb")
 

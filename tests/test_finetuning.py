@@ -13,8 +13,8 @@ import pytest
 import safetensors
 from flax import nnx
 
-import train
 from dvmsr_jax.checkpoint import CheckpointError, load_weights
+from dvmsr_jax.commands import train
 from dvmsr_jax.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.model import DVMSR, Weights, named_parameters

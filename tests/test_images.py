@@ -11,12 +11,12 @@ import tifffile
 from PIL import Image
 
 from dvmsr_jax.images import (
-    SAMPLES,
     ImageError,
     find_images,
     read_rgb,
     write_png,
 )
+from dvmsr_jax.samples import SAMPLES
 from tests.test_pictures import TWELVE_BITS, TWELVE_SCALED
 
 

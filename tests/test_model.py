@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import PRESETS
 from dvmsr_jax.config import Compute, ModelConfig
+from dvmsr_jax.configs import PRESETS
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.inference import make_upscaler, upscale_pixels
 from dvmsr_jax.model import (

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import upscale
-from configs import PRESETS
 from dvmsr_jax import images
 from dvmsr_jax.bands import Band
+from dvmsr_jax.commands import upscale
 from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.configs import PRESETS
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.export import export, to_onnx
 from dvmsr_jax.model import DVMSR, Weights, parameter_shapes
@@ -261,7 +261,7 @@ def test_bad_files_are_refused(folder, tmp_path):
     (tmp_path / "damaged.onnx").write_bytes((folder / "tiny.onnx").read_bytes()[:1000])
     for path, message in (
         (tmp_path / "none.onnx", "no such file"),
-        (tmp_path / "other.onnx", r"was not made by python -m dvmsr_jax\.export"),
+        (tmp_path / "other.onnx", r"was not made by dvmsr export"),
         (tmp_path / "damaged.onnx", "ONNX Runtime cannot load it"),
         (folder / "plain.onnx", "whole pictures only; export it without --plain"),
     ):
@@ -307,5 +307,7 @@ def test_missing_packages_are_named(package, folder, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("dvmsr_jax.onnx.network")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"{package} is not installed: pip install {package}"):
+    with pytest.raises(
+        UserError, match=rf"{package} is not installed: pip install .dvmsr-jax\[onnx\]"
+    ):
         OnnxUpscaler(folder / "tiny.safetensors")

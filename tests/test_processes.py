@@ -73,7 +73,7 @@ def start(tmp_path, photos):
 
     def start(phase, name, devices, *options, silence=parallel._SILENCE):
         program = f"from dvmsr_jax import parallel; parallel._SILENCE = {silence}; "
-        program += "import train; train.main()"
+        program += "from dvmsr_jax.commands import train; train.main()"
         words = ["--workdir", tmp_path / name, "--data.hr-dirs", photos]
         words += ["--data.data-dir", tmp_path / "records"]
         flags = f"--xla_force_host_platform_device_count={devices}"

@@ -13,10 +13,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-import evaluate
-import train
-import upscale
 from dvmsr_jax import DVMSR, Upscaler, downloads, registry
+from dvmsr_jax.commands import evaluate, train, upscale
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import StoppedError, UserError
 from dvmsr_jax.model import named_parameters
@@ -222,7 +220,8 @@ def test_the_command_without_a_network(tmp_path):
         "NO_PROXY": "127.0.0.1",
     }
     code = (
-        "from dvmsr_jax import downloads; downloads._WAITS = (); import evaluate; evaluate.main()"
+        "from dvmsr_jax import downloads; downloads._WAITS = ();"
+        "from dvmsr_jax.commands import evaluate; evaluate.main()"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, "--ckpt", "published"],

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from kernels import native_library, user_cache
-from kernels.native_library import NativeLibrary, NativeUnavailableError, checksum
-from kernels.selective_scan import native, selective_scan
+from dvmsr_jax.kernels import native_library, user_cache
+from dvmsr_jax.kernels.native_library import NativeLibrary, NativeUnavailableError, checksum
+from dvmsr_jax.kernels.selective_scan import native, selective_scan
 from tests.jaxprs import equations
 
 NATIVE = pytest.param(

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import PRESETS
 from dvmsr_jax import data, inference, parallel
 from dvmsr_jax.config import Compute, DataConfig, DistillConfig, LossConfig, OptimConfig
+from dvmsr_jax.configs import PRESETS
+from dvmsr_jax.kernels.native_library import NativeLibrary
 from dvmsr_jax.model import Weights, parameter_shapes
 from dvmsr_jax.training import step
-from kernels.native_library import NativeLibrary
 
 pytestmark = pytest.mark.usefixtures("optax_promotes_dtypes")
 

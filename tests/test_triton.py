@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from packaging.version import Version
 
-from kernels.selective_scan import native, op, selective_scan, triton_scan
+from dvmsr_jax.kernels.selective_scan import native, op, selective_scan, triton_scan
 from tests.test_selective_scan import (
     assert_close,
     assert_sharded_like_the_specification,

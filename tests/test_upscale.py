@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from PIL import ExifTags, Image
 
-import upscale
+from dvmsr_jax.commands import upscale
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR

@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from PIL import ExifTags, Image
 
-from configs import PRESETS
 from dvmsr_jax import Upscaler, bicubic, registry
 from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.configs import PRESETS
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR, parameter_count
 from dvmsr_jax.pictures.metadata import Metadata

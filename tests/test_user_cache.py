@@ -7,8 +7,8 @@ import tempfile
 
 import pytest
 
-from kernels import native_library, user_cache
-from kernels.selective_scan import native
+from dvmsr_jax.kernels import native_library, user_cache
+from dvmsr_jax.kernels.selective_scan import native
 
 
 @pytest.fixture

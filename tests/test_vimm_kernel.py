@@ -14,8 +14,8 @@ from flax import nnx
 
 from dvmsr_jax.bands import WHOLE, Band
 from dvmsr_jax.config import Compute, ModelConfig
+from dvmsr_jax.kernels import vimm as fused
 from dvmsr_jax.vimm import ViMM
-from kernels import vimm as fused
 from tests.conftest import ROOT
 from tests.jaxprs import equations
 
@@ -166,7 +166,7 @@ def test_everything_else_stays_unfused(config, compute):
 def test_it_is_never_required():
     vimm, tokens = make_vimm(SMALL), make_tokens(1, 9, 10)
     assert is_fused(jax.make_jaxpr(vimm)(tokens))
-    with mock.patch("kernels.vimm.missing", return_value="there is no C++ compiler"):
+    with mock.patch("dvmsr_jax.kernels.vimm.missing", return_value="there is no C++ compiler"):
         assert not is_fused(jax.make_jaxpr(lambda x: vimm(x))(tokens))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.xla_flags import FLAG
+from dvmsr_jax.kernels.xla_flags import FLAG
 
 ROOT = Path(__file__).resolve().parents[1]
 # https://github.com/jax-ml/jax/issues/39103; prints 1073741824 if sums are right.
@@ -43,7 +43,7 @@ def test_jaxlib_still_needs_the_flag():
     assert run(REPRODUCER)[0] != RIGHT
 
 
-@pytest.mark.parametrize("package", ["kernels", "kernels.selective_scan", "dvmsr_jax"])
+@pytest.mark.parametrize("package", ["dvmsr_jax.kernels.selective_scan", "dvmsr_jax"])
 def test_importing_the_library_is_enough(package):
     assert run(f"import {package}\n{REPRODUCER}") == (RIGHT, "")
     assert run(f"import jax\nimport {package}\n{REPRODUCER}") == (RIGHT, "")
@@ -60,7 +60,7 @@ def test_importing_it_after_jax_has_started_warns():
 
 
 def test_flags_of_the_user_are_kept():
-    show = "import os, kernels; print(os.environ['XLA_FLAGS'])"
+    show = "import os, dvmsr_jax; print(os.environ['XLA_FLAGS'])"
     other = "--xla_backend_optimization_level=0"
     assert run(show)[0] == f"{FLAG}="
     assert run(show, other)[0] == f"{other} {FLAG}="

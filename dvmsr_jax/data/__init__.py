@@ -5,7 +5,7 @@ and written as a TFDS dataset of raw pixels in ArrayRecord files. Batch i depend
 and i. A plan lists its crops, which are cut from the records by the host, or by each device from a
 copy of all records.
 
-`python -m dvmsr_jax.data --help` lists the commands that prepare and check data.
+`dvmsr data --help` lists the commands that prepare and check data.
 """
 
 from dvmsr_jax.data.batches import batches, plans, validation_pictures

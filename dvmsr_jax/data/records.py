@@ -112,7 +112,7 @@ class Preparation:
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{folder}: holds no prepared records ({PREPARATION}: {error}); make them with\n"
-                f"  python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out {folder}"
+                f"  dvmsr data prepare --hr-dirs DIR [DIR ...] --out {folder}"
             ) from error
 
     def write(self, folder: Path) -> None:
@@ -160,7 +160,7 @@ class SubImages(Sequence[dict[str, Any]]):
             path = self._paths[bisect.bisect(self._stops, index)]
             raise DataError(
                 f"{path}: cannot be read ({error}); to find all damage, run\n"
-                f"  python -m dvmsr_jax.data check {path.parent}"
+                f"  dvmsr data check {path.parent}"
             ) from error
         return _decode(record)
 

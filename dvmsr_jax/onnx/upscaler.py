@@ -34,7 +34,7 @@ class OnnxUpscaler(PictureUpscaler):
         """Loads a model.
 
         Args:
-            model: an .onnx file made by `dvmsr_jax.export`, not a plain one. Or weights, given as
+            model: an .onnx file made by `dvmsr export`, not a plain one. Or weights, given as
                 for `Upscaler`, which are exported in memory; this imports JAX and onnx.
             scale: see `Upscaler`.
             self_ensemble: see `Upscaler`.
@@ -55,7 +55,7 @@ def open_model(source: str | os.PathLike[str]) -> "onnxruntime.InferenceSession"
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError("onnxruntime is not installed: pip install onnxruntime") from error
+        raise UserError('onnxruntime is not installed: pip install "dvmsr-jax[onnx]"') from error
     path = Path(source).expanduser()
     model: str | bytes = str(path)
     if path.suffix != SUFFIX:
@@ -75,7 +75,7 @@ def open_model(source: str | os.PathLike[str]) -> "onnxruntime.InferenceSession"
     if graph == "plain":
         raise UserError(f"{source}: takes whole pictures only; export it without --plain")
     if graph != "streaming":
-        raise UserError(f"{source}: was not made by python -m dvmsr_jax.export")
+        raise UserError(f"{source}: was not made by dvmsr export")
     return session
 
 

@@ -174,7 +174,7 @@ def _missing(path: Path, ckpt: Path | str) -> str | None:
     return (
         f"{path}: {there} of the {len(shards)} files of the teacher's outputs exist; this command "
         "computes the others:\n"
-        f"  python -m dvmsr_jax.training distill --ckpt {ckpt} --data {path.parents[1]}{option}"
+        f"  dvmsr data distill --ckpt {ckpt} --data {path.parents[1]}{option}"
     )
 
 

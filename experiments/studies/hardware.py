@@ -7,12 +7,12 @@ import matplotlib.figure
 import numpy as np
 
 from dvmsr_jax.config import Compute, NetworkConfig
+from dvmsr_jax.kernels.selective_scan import Implementation
 from experiments.budgets import Budget
 from experiments.studies.baselines import DVMSR, OTHERS
 from experiments.study import Results, Section, Study, legend, markdown
 from experiments.tasks import Task
 from experiments.timing import Timing
-from kernels.selective_scan import Implementation
 
 SIDES = (64, 128, 256, 512, 1_024, 2_048)
 BATCHES = (1, 4, 16)

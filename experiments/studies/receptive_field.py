@@ -13,8 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dvmsr_jax import bicubic
-from dvmsr_jax.images import SAMPLES, read_rgb
+from dvmsr_jax.images import read_rgb
 from dvmsr_jax.model import Network
+from dvmsr_jax.samples import SAMPLES
 from experiments.budgets import Budget
 from experiments.probes import Probe, Source
 from experiments.studies import baselines, direction

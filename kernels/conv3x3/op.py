@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jaxtyping import Array, Float
 
-from kernels.native_library import NativeLibrary
+from dvmsr_jax.kernels.native_library import NativeLibrary
 
 LIBRARY = NativeLibrary(Path(__file__).with_name("conv3x3.cc"), ("Conv3x3",))
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.selective_scan.inputs import Inputs
-from kernels.selective_scan.pointwise import readout, step_size
+from dvmsr_jax.kernels.selective_scan.inputs import Inputs
+from dvmsr_jax.kernels.selective_scan.pointwise import readout, step_size
 
 
 def combine(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.selective_scan.associative import combine
-from kernels.selective_scan.inputs import Inputs
-from kernels.selective_scan.pointwise import readout, step_size
+from dvmsr_jax.kernels.selective_scan.associative import combine
+from dvmsr_jax.kernels.selective_scan.inputs import Inputs
+from dvmsr_jax.kernels.selective_scan.pointwise import readout, step_size
 
 # Tokens per chunk. A few arrays of q states per lane exist at a time; a CPU is fastest when they
 # fit its cache.

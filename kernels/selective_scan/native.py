@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.native_library import NativeLibrary
-from kernels.selective_scan.inputs import Inputs
+from dvmsr_jax.kernels.native_library import NativeLibrary
+from dvmsr_jax.kernels.selective_scan.inputs import Inputs
 
 LIBRARY = NativeLibrary(
     Path(__file__).with_suffix(".cc"), ("SelectiveScan", "SelectiveScanGradient")

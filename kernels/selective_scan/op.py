@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels.selective_scan import associative, chunked, native, sequential, triton_scan
-from kernels.selective_scan.inputs import Inputs
+from dvmsr_jax.kernels.selective_scan import associative, chunked, native, sequential, triton_scan
+from dvmsr_jax.kernels.selective_scan.inputs import Inputs
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.selective_scan.inputs import Inputs
+from dvmsr_jax.kernels.selective_scan.inputs import Inputs
 
 
 def selective_scan(

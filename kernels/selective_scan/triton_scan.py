@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.selective_scan.inputs import Inputs
+from dvmsr_jax.kernels.selective_scan.inputs import Inputs
 
 
 class Pass(NamedTuple):
@@ -111,7 +111,7 @@ def launch(
     """Runs a kernel of `triton_kernels.py`. The only place that depends on jax-triton."""
     import jax_triton  # raises without JAX's CUDA plugin
 
-    from kernels.selective_scan import triton_kernels
+    from dvmsr_jax.kernels.selective_scan import triton_kernels
 
     return jax_triton.triton_call(
         *arrays,
@@ -202,7 +202,7 @@ class Plan:
     """The division of one pass over the inputs into programs."""
 
     def __init__(self, inputs: Inputs, kind: Pass):
-        from kernels.selective_scan.triton_kernels import BLOCK
+        from dvmsr_jax.kernels.selective_scan.triton_kernels import BLOCK
 
         self.block = BLOCK.value
         self.b, self.l, self.d = inputs.u.shape

@@ -1,5 +1,5 @@
 """A whole ViMM as one function, for inference on CPUs: `vimm`. README.md describes its design."""
 
-from kernels.vimm.op import Weights, missing, vimm
+from dvmsr_jax.kernels.vimm.op import Weights, missing, vimm
 
 __all__ = ["Weights", "missing", "vimm"]

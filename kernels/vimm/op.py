@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels.native_library import NativeLibrary
+from dvmsr_jax.kernels.native_library import NativeLibrary
 
 LIBRARY = NativeLibrary(Path(__file__).with_name("vimm.cc"), ("FusedViMM",))
 

@@ -1,10 +1,11 @@
-"""Prepares training data and checks it.
+"""Prepares training data, computes a teacher's outputs for it, and checks both.
 
-    python -m dvmsr_jax.data prepare --hr-dirs DIR [DIR ...] --out DIR
-    python -m dvmsr_jax.data prepare --dataset df2k --out DIR
-    python -m dvmsr_jax.data check DIR
+    dvmsr data prepare --hr-dirs DIR [DIR ...] --out DIR
+    dvmsr data prepare --dataset df2k --out DIR
+    dvmsr data distill --ckpt TEACHER --data DIR
+    dvmsr data check DIR
 
-`prepare` can be stopped at any time; the same command resumes it.
+`prepare` and `distill` can be stopped at any time; the same command resumes them.
 """
 
 import sys
@@ -14,12 +15,14 @@ from typing import Any, Literal
 
 import tyro
 
+from dvmsr_jax import program
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data.check import find_problems
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
 from dvmsr_jax.data.records import Preparation, read_counts
 from dvmsr_jax.data.sources import find_sources
 from dvmsr_jax.program import one_line_errors
+from dvmsr_jax.training import targets
 
 # Largest number of problems that `check` prints; each record can have one.
 _SHOWN = 20
@@ -58,26 +61,49 @@ def prepare(
     print(_summary(out.expanduser()))
 
 
+def distill(ckpt: Path, data: Path, self_ensemble: bool = False, batch_size: int = 16) -> None:
+    """Computes a teacher's outputs for prepared sub-images, for --distill.targets=precomputed.
+
+    Args:
+        ckpt: the teacher: a checkpoint directory, a .safetensors file or a published .pth file.
+        data: a folder made by `dvmsr data prepare`; the outputs go into its
+            subfolder `targets`.
+        self_ensemble: average over the eight flips and rotations: better, but eight times slower.
+        batch_size: sub-images at a time, rounded up so that they divide evenly among the devices.
+    """
+    folder = targets.distill(
+        ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size
+    )
+    print(f"the teacher's outputs are in {folder}")
+
+
 def check(folder: tyro.conf.Positional[Path]) -> None:
     """Checks a prepared folder: counts, sizes, checksums, and that each LR matches its HR.
 
-    `python -m dvmsr_jax.training check` checks teachers' outputs, which may be in the same folder.
+    Teachers' outputs in the folder are checked for their shapes and checksums.
 
     Args:
         folder: a folder made by `prepare`.
     """
     folder = folder.expanduser()
-    problems = find_problems(folder)
+    damaged = find_problems(folder)
     print(_summary(folder))
+    for line in (*targets.target_folders(folder), *targets.find_unfinished(folder)):
+        print(line)
+    problems = [*damaged, *targets.find_problems(folder)]
     if problems:
         print("\n".join(problems[:_SHOWN]))
         more = f", the first {_SHOWN} above" if len(problems) > _SHOWN else ""
-        remedy = "remove the folder and prepare it again"
-        sys.exit(f"error: {len(problems)} problems{more}; {remedy}")
+        remedy = "; remove the folder and prepare it again" if damaged else ""
+        sys.exit(f"error: {len(problems)} problems{more}{remedy}")
     print("no problems")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"prepare": prepare, "check": check}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "prepare": prepare,
+    "distill": distill,
+    "check": check,
+}
 
 
 def _summary(folder: Path) -> str:
@@ -92,11 +118,10 @@ def _summary(folder: Path) -> str:
 
 def main() -> None:
     """Runs the command line."""
-    with one_line_errors(interrupted="stopped; the same command resumes"):
+    with one_line_errors(
+        out_of_memory="try a smaller --batch-size",
+        interrupted="stopped; the same command resumes",
+    ):
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="python -m dvmsr_jax.data", description=__doc__
+            COMMANDS, prog=program.name(), description=program.described(__doc__)
         )
-
-
-if __name__ == "__main__":
-    main()

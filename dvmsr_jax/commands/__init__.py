@@ -1,0 +1,1 @@
+"""The commands, each with its arguments; `dvmsr_jax.__main__` lists them."""
