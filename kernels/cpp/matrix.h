@@ -15,6 +15,7 @@ namespace kernels {
 
 constexpr int64_t BLOCK = 16;  // channels: a cache line
 constexpr int64_t SUMS = 12;   // vectors of sums that a product holds in registers
+constexpr int64_t TOKENS = 96;  // in a piece that is processed at a time; a multiple of SUMS
 
 // Activations are blocks of BLOCK channels. A block is an array of lines, one for each token.
 struct alignas(sizeof(float) * BLOCK) Line {
@@ -38,6 +39,25 @@ inline Lines MakeLines(const float* rows, int64_t count, int64_t channels) {
   for (int64_t i = 0; i < count; ++i)
     std::memcpy(lines[i * Blocks(channels)].at, rows + i * channels, sizeof(float) * channels);
   return lines;
+}
+
+// Copies `tokens` rows of `channels` floats, row(t) for token t, into blocks that are TOKENS lines
+// apart. Channels and tokens that fill up blocks and pieces become zeros.
+template <typename Row>
+inline void Gather(int64_t tokens, int64_t channels, Row row, Line* lines) {
+  for (int64_t first = 0; first < channels; first += BLOCK, lines += TOKENS) {
+    const int64_t count = std::min(BLOCK, channels - first);
+    if (count < BLOCK || tokens < TOKENS) std::fill_n(lines, TOKENS, Line{});
+    for (int64_t t = 0; t < tokens; ++t) Copy(lines[t].at, row(t) + first, count);
+  }
+}
+
+// The inverse: copies blocks into rows.
+template <typename Row>
+inline void Scatter(int64_t tokens, int64_t channels, const Line* lines, Row row) {
+  for (int64_t first = 0; first < channels; first += BLOCK, lines += TOKENS)
+    for (int64_t t = 0; t < tokens; ++t)
+      Copy(row(t) + first, lines[t].at, std::min(BLOCK, channels - first));
 }
 
 // The weights of a product, (groups, inputs, outputs).
