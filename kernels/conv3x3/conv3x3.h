@@ -21,6 +21,8 @@ class Convolution {
     kernel_.Set(0, kernel, c_out, c_out);
   }
 
+  int64_t inputs() const { return c_in_; }
+
   // The number of parts that an image of h rows is computed in, in any order.
   static int64_t Parts(int64_t h, int64_t w) { return Down(h) * Across(w); }
 

@@ -1,0 +1,1 @@
+"""The network as a WebAssembly program for browsers; see README.md."""

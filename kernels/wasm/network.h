@@ -1,0 +1,295 @@
+// DVMSR for pictures that come in bands of rows, from top to bottom: dvmsr_jax/model.py, with the
+// bands of dvmsr_jax/bands.py. A row of the result is finished when its last neighbour is there, one
+// row later for each 3x3 convolution on the way. How a picture is cut into bands does not matter.
+
+#ifndef KERNELS_WASM_NETWORK_H_
+#define KERNELS_WASM_NETWORK_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels/conv3x3/conv3x3.h"
+#include "kernels/cpp/layer_norm.h"
+#include "kernels/cpp/matrix.h"
+#include "kernels/vimm/vimm.h"
+
+namespace kernels {
+
+constexpr float RGB_MEAN[3] = {0.4488f, 0.4371f, 0.4040f};
+constexpr float LAYER_NORM_EPSILON = 1e-5f;
+
+struct Config {
+  int64_t scale, rssbs, vimms_per_rssb;
+  ViMMSizes vimm;
+};
+
+// The parameters in the order in which the network's constructor takes them.
+class Parameters {
+ public:
+  explicit Parameters(const float* next) : next_(next) {}
+
+  const float* Take(int64_t count) {
+    next_ += count;
+    return next_ - count;
+  }
+
+ private:
+  const float* next_;
+};
+
+// Braces evaluate their items from left to right.
+inline Convolution* MakeConvolution(Parameters& from, int64_t c_in, int64_t c_out) {
+  const float *kernel = from.Take(9 * c_in * c_out), *bias = from.Take(c_out);
+  return new Convolution(kernel, bias, c_in, c_out);
+}
+
+inline LayerNorm* MakeLayerNorm(Parameters& from, int64_t channels) {
+  const float *scale = from.Take(channels), *bias = from.Take(channels);
+  return new LayerNorm(scale, bias, channels, LAYER_NORM_EPSILON);
+}
+
+inline ViMM* MakeViMM(Parameters& from, const ViMMSizes& s) {
+  const ViMMWeights weights{from.Take(s.c),
+                            from.Take(s.c),
+                            from.Take(s.c * 2 * s.d),
+                            from.Take((s.history + 1) * s.d),
+                            from.Take(s.d),
+                            from.Take(s.d * (s.rank + 2 * s.n)),
+                            from.Take(s.rank * s.d),
+                            from.Take(s.d),
+                            from.Take(s.d * s.n),
+                            from.Take(s.d),
+                            from.Take(s.d * s.c)};
+  return new ViMM(s, weights, LAYER_NORM_EPSILON);
+}
+
+struct RSSB {
+  RSSB(Parameters& from, const Config& config) {
+    for (int64_t i = 0; i < config.vimms_per_rssb; ++i)
+      vimms.emplace_back(MakeViMM(from, config.vimm));
+    conv.reset(MakeConvolution(from, config.vimm.c, config.vimm.c));
+  }
+
+  std::vector<std::unique_ptr<ViMM>> vimms;
+  std::unique_ptr<Convolution> conv;
+};
+
+struct Network {
+  Network(Parameters& from, const Config& config)
+      : config(config),
+        conv_first(MakeConvolution(from, 3, config.vimm.c)),
+        norm_first(MakeLayerNorm(from, config.vimm.c)) {
+    for (int64_t i = 0; i < config.rssbs; ++i) rssbs.emplace_back(new RSSB(from, config));
+    norm_last.reset(MakeLayerNorm(from, config.vimm.c));
+    conv_last.reset(MakeConvolution(from, config.vimm.c, config.vimm.c));
+    reconstruct.reset(
+        MakeConvolution(from, config.vimm.c, 3 * config.scale * config.scale));
+  }
+
+  const Config config;
+  std::unique_ptr<Convolution> conv_first;
+  std::unique_ptr<LayerNorm> norm_first;
+  std::vector<std::unique_ptr<RSSB>> rssbs;
+  std::unique_ptr<LayerNorm> norm_last;
+  std::unique_ptr<Convolution> conv_last, reconstruct;
+};
+
+// Rows that wait for others, the oldest first.
+class Rows {
+ public:
+  // At most `capacity` rows of `length` floats.
+  Rows(int64_t capacity, int64_t length) : length_(length), rows_(capacity * length) {}
+
+  int64_t count() const { return count_; }
+  float* data() { return rows_.data(); }
+
+  // The place of more rows, which the caller fills.
+  float* Append(int64_t count) {
+    count_ += count;
+    return rows_.data() + (count_ - count) * length_;
+  }
+
+  void DropOldest(int64_t count) {
+    count_ -= count;
+    std::memmove(rows_.data(), rows_.data() + count * length_, sizeof(float) * count_ * length_);
+  }
+
+ private:
+  const int64_t length_;
+  int64_t count_ = 0;
+  std::vector<float> rows_;
+};
+
+// A convolution whose rows come one band after the other.
+class BandConvolution {
+ public:
+  BandConvolution(const Convolution& convolution, int64_t band_rows, int64_t width)
+      : convolution_(convolution),
+        width_(width),
+        x_(band_rows + 2, width * convolution.inputs()) {
+    AppendZeros();  // above the picture
+  }
+
+  float* Append(int64_t rows) { return x_.Append(rows); }
+  // A row below the picture or above it.
+  void AppendZeros() { std::fill_n(x_.Append(1), width_ * convolution_.inputs(), 0.0f); }
+
+  // The number of rows of the result whose neighbours are there.
+  int64_t Ready() const { return std::max<int64_t>(x_.count() - 2, 0); }
+
+  // Computes these.
+  void Run(float* y) {
+    const int64_t rows = Ready();
+    for (int64_t i = 0; i < Convolution::Parts(rows, width_); ++i)
+      convolution_.Run(x_.data(), y, rows, width_, i);
+    x_.DropOldest(rows);
+  }
+
+ private:
+  const Convolution& convolution_;
+  const int64_t width_;
+  Rows x_;
+};
+
+// A ViMM whose tokens come one band after the other.
+class BandViMM {
+ public:
+  explicit BandViMM(const ViMM& vimm)
+      : vimm_(vimm), previous_(vimm.s.history * vimm.s.d), state_(vimm.s.d * vimm.s.n) {}
+
+  // `out` may be `tokens`.
+  void Run(const float* tokens, float* out, int64_t rows, int64_t width) {
+    const ViMMTokens arrays{1,   rows * width,     tokens,       previous_.data(), state_.data(),
+                            out, previous_.data(), state_.data()};
+    ViMMPass(vimm_, arrays, Inside{0, rows, width, width}, 1).Help();
+  }
+
+ private:
+  const ViMM& vimm_;
+  std::vector<float> previous_, state_;
+};
+
+// A picture on its way through the network.
+class Picture {
+ public:
+  Picture(const Network& network, int64_t width)
+      : network_(network),
+        width_(width),
+        band_rows_(std::max<int64_t>(BAND_PIXELS / width, 1)),
+        pixels_(band_rows_ * width * 3),
+        shallow_(network.config.rssbs + 1 + band_rows_, Row()),
+        channels_(band_rows_ * width * 3 * network.config.scale * network.config.scale),
+        upscaled_(channels_.size()) {
+    AddConvolution(*network.conv_first);
+    for (const auto& rssb : network.rssbs) {
+      AddConvolution(*rssb->conv);
+      features_.emplace_back(new Rows(1 + band_rows_, Row()));
+      for (const auto& vimm : rssb->vimms) vimms_.emplace_back(new BandViMM(*vimm));
+    }
+    AddConvolution(*network.conv_last);
+    AddConvolution(*network.reconstruct);
+  }
+
+  int64_t band_rows() const { return band_rows_; }  // at most, in a band
+  float* pixels() { return pixels_.data(); }        // a band's, (rows, width, 3)
+  float* upscaled() { return upscaled_.data(); }    // the finished rows
+
+  // Takes a band in. Returns the number of the picture's rows that are now finished.
+  int64_t Push(int64_t rows) {
+    float* x = convs_[0]->Append(rows);
+    for (int64_t i = 0; i < rows * width_ * 3; ++i) x[i] = pixels_[i] - RGB_MEAN[i % 3];
+    return Advance();
+  }
+
+  // The same after the last band, once for each convolution: it gets the row of zeros below its
+  // last one.
+  int64_t Flush() {
+    convs_[flushed_++]->AppendZeros();
+    return Advance();
+  }
+
+ private:
+  static constexpr int64_t BAND_PIXELS = 1024;
+
+  int64_t Row() const { return width_ * network_.config.vimm.c; }
+
+  void AddConvolution(const Convolution& convolution) {
+    convs_.emplace_back(new BandConvolution(convolution, band_rows_, width_));
+  }
+
+  // Takes the rows that the first convolution has got as far as possible.
+  int64_t Advance() {
+    const int64_t rssbs = network_.config.rssbs, per_rssb = network_.config.vimms_per_rssb;
+    int64_t rows = convs_[0]->Ready();
+    float* features = shallow_.Append(rows);
+    convs_[0]->Run(features);
+    Normalise(*network_.norm_first, features, features_[0]->Append(rows), rows);
+    for (int64_t i = 0; i < rssbs; ++i) {
+      float* refined = convs_[1 + i]->Append(rows);
+      const float* tokens = features_[i]->data() + (features_[i]->count() - rows) * Row();
+      for (int64_t j = 0; j < per_rssb; ++j, tokens = refined)
+        vimms_[i * per_rssb + j]->Run(tokens, refined, rows, width_);
+      rows = convs_[1 + i]->Ready();
+      features = i + 1 < rssbs ? features_[i + 1]->Append(rows) : convs_[1 + rssbs]->Append(rows);
+      convs_[1 + i]->Run(features);
+      AddOldest(*features_[i], features, rows);
+    }
+    Normalise(*network_.norm_last, features, features, rows);
+    rows = convs_[1 + rssbs]->Ready();
+    float* deep = convs_[2 + rssbs]->Append(rows);
+    convs_[1 + rssbs]->Run(deep);
+    AddOldest(shallow_, deep, rows);
+    rows = convs_[2 + rssbs]->Ready();
+    convs_[2 + rssbs]->Run(channels_.data());
+    Shuffle(rows);
+    return rows;
+  }
+
+  // Adds a skip connection's oldest rows, and drops them.
+  void AddOldest(Rows& skip, float* x, int64_t rows) {
+    const float* from = skip.data();
+    for (int64_t i = 0; i < rows * Row(); ++i) x[i] += from[i];
+    skip.DropOldest(rows);
+  }
+
+  void Normalise(const LayerNorm& norm, const float* x, float* y, int64_t rows) {
+    const int64_t c = network_.config.vimm.c;
+    const Lines lines(new Line[Blocks(c) * TOKENS]);
+    for (int64_t first = 0; first < rows * width_; first += TOKENS) {
+      const int64_t tokens = std::min(TOKENS, rows * width_ - first);
+      Gather(tokens, c, [&](int64_t t) { return x + (first + t) * c; }, lines.get());
+      norm.Normalise(tokens, lines.get());
+      Scatter(tokens, c, lines.get(), [&](int64_t t) { return y + (first + t) * c; });
+    }
+  }
+
+  // Moves channels, ordered by colour, row and column, to their places in the upscaled rows.
+  void Shuffle(int64_t rows) {
+    const int64_t s = network_.config.scale;
+    const float* from = channels_.data();
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < width_; ++column)
+        for (int64_t colour = 0; colour < 3; ++colour)
+          for (int64_t i = 0; i < s; ++i)
+            for (int64_t j = 0; j < s; ++j)
+              upscaled_[(((row * s + i) * width_ + column) * s + j) * 3 + colour] =
+                  *from++ + RGB_MEAN[colour];
+  }
+
+  const Network& network_;
+  const int64_t width_, band_rows_;
+  std::vector<float> pixels_;
+  Rows shallow_;
+  std::vector<std::unique_ptr<BandConvolution>> convs_;  // from the first to the last
+  std::vector<std::unique_ptr<Rows>> features_;          // before each RSSB, for its skip
+  std::vector<std::unique_ptr<BandViMM>> vimms_;
+  std::vector<float> channels_, upscaled_;
+  int64_t flushed_ = 0;  // convolutions that have got their last row
+};
+
+}  // namespace kernels
+
+#endif  // KERNELS_WASM_NETWORK_H_

@@ -1,0 +1,331 @@
+// DVMSR on this machine's processor: the network in WebAssembly (dvmsr.wasm, from kernels/wasm), fed
+// with a picture's rows from top to bottom. For workers and for Node.
+
+/** A file of weights cannot be used; the message says why. */
+export class WeightsError extends Error {}
+
+// Pictures of this width need 1 GB.
+const MAX_WIDTH = 131072;
+
+const REQUIRED = ["scale", "channels", "rssbs", "vimms_per_rssb", "states", "expand", "conv_width"];
+
+// The types of numbers in a file, by their size in bytes and how one is read.
+const TYPES = {
+  F64: [8, (view, at) => view.getFloat64(at, true)],
+  F32: [4, (view, at) => view.getFloat32(at, true)],
+  F16: [2, (view, at) => half(view.getUint16(at, true))],
+  BF16: [2, (view, at) => bfloat(view.getUint16(at, true))],
+};
+
+/**
+ * Reads a .safetensors file.
+ *
+ * @param {ArrayBuffer} buffer the file's bytes
+ * @returns {{metadata: Object<string, string>,
+ *   tensors: Map<string, {shape: number[], data: Float32Array}>}} numbers of all floating-point
+ *   types are converted to float32
+ * @throws {WeightsError} it is damaged, or holds other types
+ */
+export function parseSafetensors(buffer) {
+  const view = new DataView(buffer);
+  const length = view.byteLength < 8 ? Infinity : Number(view.getBigUint64(0, true));
+  if (8 + length > view.byteLength) throw new WeightsError("this is not a .safetensors file");
+  let header;
+  try {
+    const text = new TextDecoder("utf-8", { fatal: true });
+    header = JSON.parse(text.decode(new Uint8Array(buffer, 8, length)));
+  } catch {
+    throw new WeightsError("the header of this .safetensors file is damaged");
+  }
+  if (!isObject(header)) throw new WeightsError("the header of this .safetensors file is damaged");
+  const { __metadata__: metadata = {}, ...entries } = header;
+  if (!isObject(metadata)) throw new WeightsError("the metadata of this .safetensors file is damaged");
+  const tensors = new Map();
+  for (const [name, entry] of Object.entries(entries)) {
+    tensors.set(name, readTensor(view, 8 + length, name, entry));
+  }
+  return { metadata, tensors };
+}
+
+function readTensor(view, start, name, entry) {
+  const { dtype, shape, data_offsets: offsets } = isObject(entry) ? entry : {};
+  const isSize = (x) => Number.isSafeInteger(x) && x >= 0;
+  if (![shape, offsets].every((x) => Array.isArray(x) && x.every(isSize)) || offsets.length !== 2) {
+    throw new WeightsError(`${name}: its entry in the header is damaged`);
+  }
+  if (!Object.hasOwn(TYPES, dtype)) {
+    throw new WeightsError(`${name}: holds numbers of type ${dtype}`);
+  }
+  const [size, read] = TYPES[dtype];
+  const [from, to] = offsets;
+  const count = shape.reduce((product, x) => product * x, 1);
+  if (to - from !== size * count) throw new WeightsError(`${name}: has the wrong size`);
+  if (start + to > view.byteLength) throw new WeightsError(`${name}: the file ends before it`);
+  return { shape, data: Float32Array.from({ length: count }, (_, i) => read(view, start + from + i * size)) };
+}
+
+function half(bits) {
+  const sign = bits & 0x8000 ? -1 : 1;
+  const exponent = (bits >> 10) & 0x1f;
+  const fraction = bits & 0x3ff;
+  if (exponent === 0x1f) return fraction ? NaN : sign * Infinity;
+  return sign * (exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24);
+}
+
+function bfloat(bits) {
+  return new Float32Array(new Uint32Array([bits << 16]).buffer)[0];
+}
+
+function isObject(x) {
+  return typeof x === "object" && x !== null && !Array.isArray(x);
+}
+
+/** Enlarges pictures, one after the other, in memory that does not grow with their height. */
+export class Engine {
+  #module;
+  #config;
+  #parameters;
+  #program = null;
+  #picture = null;
+
+  /**
+   * @param {WebAssembly.Module | BufferSource} wasm dvmsr.wasm
+   * @param {ArrayBuffer} weights a .safetensors file of this project
+   * @returns {Promise<Engine>}
+   * @throws {WeightsError} the weights cannot be used
+   */
+  static async create(wasm, weights) {
+    const { config, parameters } = readWeights(weights);
+    const module = wasm instanceof WebAssembly.Module ? wasm : await WebAssembly.compile(wasm);
+    return new Engine(module, config, parameters);
+  }
+
+  /** For `create` only. */
+  constructor(module, config, parameters) {
+    this.#module = module;
+    this.#config = config;
+    this.#parameters = parameters;
+    this.#load();
+  }
+
+  /** The upscaling factor. */
+  get scale() {
+    return this.#config.scale;
+  }
+
+  /**
+   * Begins a picture. One that is unfinished is given up.
+   *
+   * @param {number} width
+   * @param {number} height both in pixels
+   * @throws {RangeError} they are not positive, or it is too wide
+   * @throws {Error} there is not enough memory
+   */
+  start(width, height) {
+    this.#picture = null;
+    for (const size of [width, height]) {
+      if (!Number.isSafeInteger(size) || size < 1) {
+        throw new RangeError(`there is no picture of ${width} x ${height} pixels`);
+      }
+    }
+    if (width > MAX_WIDTH) {
+      throw new RangeError(`the picture is ${width} pixels wide; at most ${MAX_WIDTH} are possible`);
+    }
+    if (this.#program === null) this.#load();
+    const bandRows = this.#call("start", width);
+    this.#picture = { width, height, bandRows, received: 0 };
+  }
+
+  /**
+   * Takes more rows of the picture.
+   *
+   * @param {Float32Array} rows RGB in [0, 1], row by row: any number of rows
+   * @returns {Float32Array} the rows of the upscaled picture that are now finished, and were not
+   *   before; values may lie slightly outside [0, 1]
+   * @throws {RangeError} these are not whole rows, or more than the picture has
+   * @throws {Error} no picture has been started
+   */
+  push(rows) {
+    const picture = this.#started();
+    const rowLength = picture.width * 3;
+    const count = rows.length / rowLength;
+    if (!Number.isInteger(count)) {
+      throw new RangeError(`${rows.length} numbers are not whole rows of ${rowLength}`);
+    }
+    if (picture.received + count > picture.height) {
+      throw new RangeError(`the picture has only ${picture.height} rows`);
+    }
+    const before = this.#finished();
+    picture.received += count;
+    const upscaled = new Output(this.#finished() - before, this.#rowLength());
+    for (let first = 0; first < count; first += picture.bandRows) {
+      const band = rows.subarray(first * rowLength, (first + picture.bandRows) * rowLength);
+      this.#memory(this.#call("pixels"), band.length).set(band);
+      this.#collect(upscaled, this.#call("push", band.length / rowLength));
+    }
+    return upscaled.rows;
+  }
+
+  /**
+   * Ends the picture.
+   *
+   * @returns {Float32Array} the remaining rows of the upscaled picture
+   * @throws {Error} rows are missing, or no picture has been started
+   */
+  finish() {
+    const { height, received } = this.#started();
+    if (received !== height) throw new Error(`only ${received} of the picture's ${height} rows came`);
+    const upscaled = new Output(height - this.#finished(), this.#rowLength());
+    for (let i = 0; i < this.#rowsLate(); ++i) this.#collect(upscaled, this.#call("flush"));
+    this.#picture = null;
+    return upscaled.rows;
+  }
+
+  // Each 3x3 convolution waits for the row below.
+  #rowsLate() {
+    return this.#config.rssbs + 3;
+  }
+
+  // The number of the picture's rows that are finished, as long as there are more to come.
+  #finished() {
+    return Math.max(this.#picture.received - this.#rowsLate(), 0);
+  }
+
+  // Numbers in an upscaled picture for each row of the picture.
+  #rowLength() {
+    return this.#picture.width * 3 * this.scale ** 2;
+  }
+
+  #collect(output, rows) {
+    const { rowLength } = output;
+    output.add(this.#memory(this.#call("upscaled"), rows * rowLength));
+  }
+
+  #started() {
+    if (this.#picture === null) throw new Error("no picture has been started");
+    return this.#picture;
+  }
+
+  #memory(at, count) {
+    return new Float32Array(this.#program.memory.buffer, at, count);
+  }
+
+  // Calls a function of the program. If it fails, `start` begins with a new program.
+  #call(name, ...values) {
+    try {
+      return this.#program[name](...values) >>> 0;
+    } catch (error) {
+      this.#program = this.#picture = null;
+      throw new Error("there is not enough memory for this picture", { cause: error });
+    }
+  }
+
+  #load() {
+    this.#program = new WebAssembly.Instance(this.#module).exports;
+    const { scale, channels, rssbs, vimms_per_rssb, states, conv_width } = this.#config;
+    const count = this.#parameters.reduce((sum, x) => sum + x.length, 0);
+    let at = this.#call("parameters", count);
+    for (const x of this.#parameters) {
+      this.#memory(at, x.length).set(x);
+      at += x.byteLength;
+    }
+    const inner = innerChannels(this.#config), rank = deltaRank(this.#config);
+    this.#call(
+      "make_network", scale, channels, rssbs, vimms_per_rssb, inner, states, rank, conv_width,
+    );
+  }
+}
+
+// Rows that are finished in several steps.
+class Output {
+  #filled = 0;
+
+  constructor(count, rowLength) {
+    this.rowLength = rowLength;
+    this.rows = new Float32Array(count * rowLength);
+  }
+
+  add(rows) {
+    this.rows.set(rows, this.#filled);
+    this.#filled += rows.length;
+  }
+}
+
+function readWeights(buffer) {
+  const { metadata, tensors } = parseSafetensors(buffer);
+  const config = readConfig(metadata);
+  const parameters = [];
+  for (const [name, shape] of parameterShapes(config)) {
+    const tensor = tensors.get(name);
+    if (tensor === undefined) throw new WeightsError(`${name} is missing`);
+    if (tensor.shape.join() !== shape.join()) {
+      throw new WeightsError(`${name} has shape (${tensor.shape}), expected (${shape})`);
+    }
+    if (!tensor.data.every(Number.isFinite)) {
+      throw new WeightsError(`${name} holds numbers that are not finite`);
+    }
+    tensors.delete(name);
+    parameters.push(name.endsWith("A_log") ? tensor.data.map((x) => -Math.exp(x)) : tensor.data);
+  }
+  for (const name of tensors.keys()) throw new WeightsError(`${name} is not part of the network`);
+  return { config, parameters };
+}
+
+function readConfig({ config: text }) {
+  if (text === undefined) {
+    throw new WeightsError("these are not weights of a DVMSR: the metadata has no configuration");
+  }
+  let config;
+  try {
+    config = JSON.parse(text);
+  } catch {
+    throw new WeightsError("the configuration in the metadata is damaged");
+  }
+  const fits = (name) => Number.isSafeInteger(config[name]) && config[name] >= 1;
+  if (!isObject(config) || !REQUIRED.every(fits)) {
+    throw new WeightsError("the configuration in the metadata is not that of a DVMSR");
+  }
+  if (config.bidirectional) {
+    throw new WeightsError("a bidirectional network needs the whole picture at once");
+  }
+  return config;
+}
+
+const innerChannels = ({ channels, expand }) => channels * expand;
+const deltaRank = ({ channels }) => Math.ceil(channels / 16);
+
+// The names and shapes of the parameters, in the order of kernels/wasm/network.h.
+function* parameterShapes(config) {
+  const { scale, channels: c, rssbs, vimms_per_rssb: vimms, states: n, conv_width: taps } = config;
+  const d = innerChannels(config);
+  const rank = deltaRank(config);
+  function* convolution(name, inputs, outputs) {
+    yield [`${name}.kernel`, [3, 3, inputs, outputs]];
+    yield [`${name}.bias`, [outputs]];
+  }
+  function* layerNorm(name) {
+    yield [`${name}.scale`, [c]];
+    yield [`${name}.bias`, [c]];
+  }
+  yield* convolution("conv_first", 3, c);
+  yield* layerNorm("norm_first");
+  for (let i = 0; i < rssbs; ++i) {
+    for (let j = 0; j < vimms; ++j) {
+      const vimm = `rssbs.${i}.vimms.${j}`;
+      yield* layerNorm(`${vimm}.norm`);
+      yield [`${vimm}.in_proj.kernel`, [c, 2 * d]];
+      yield [`${vimm}.forward.conv.kernel`, [taps, d]];
+      yield [`${vimm}.forward.conv.bias`, [d]];
+      yield [`${vimm}.forward.x_proj.kernel`, [d, rank + 2 * n]];
+      yield [`${vimm}.forward.dt_proj.kernel`, [rank, d]];
+      yield [`${vimm}.forward.dt_bias`, [d]];
+      yield [`${vimm}.forward.A_log`, [d, n]];
+      yield [`${vimm}.forward.D`, [d]];
+      yield [`${vimm}.out_proj.kernel`, [d, c]];
+    }
+    yield* convolution(`rssbs.${i}.conv`, c, c);
+  }
+  yield* layerNorm("norm_last");
+  yield* convolution("conv_last", c, c);
+  yield* convolution("reconstruct", c, 3 * scale ** 2);
+}
