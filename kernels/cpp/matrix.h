@@ -13,8 +13,14 @@
 
 namespace kernels {
 
-constexpr int64_t BLOCK = 16;  // channels: a cache line
-constexpr int64_t SUMS = 12;   // vectors of sums that a product holds in registers
+constexpr int64_t BLOCK = 16;   // channels: a cache line
+// Vectors of sums that a product holds in registers. Engines for WASM load all factors of a step
+// before they multiply, and have 15 of x86's registers to do it.
+#ifdef __wasm__
+constexpr int64_t SUMS = 8;
+#else
+constexpr int64_t SUMS = 12;
+#endif
 constexpr int64_t TOKENS = 96;  // in a piece that is processed at a time; a multiple of SUMS
 
 // Activations are blocks of BLOCK channels. A block is an array of lines, one for each token.
@@ -72,10 +78,9 @@ class Matrix {
   // Copies `count` columns of an array whose rows are `row` floats long, from output `first`
   // on, which is the first of a block.
   void Set(int64_t first, const float* columns, int64_t count, int64_t row) {
-    for (int64_t o = 0; o < count; o += BLOCK)
+    for (int64_t o = 0; o < count; o += PANEL)
       for (int64_t i = 0; i < groups_ * inputs_; ++i)
-        Copy(lines_[(first + o) / BLOCK * groups_ * inputs_ + i].at, columns + i * row + o,
-             std::min(BLOCK, count - o));
+        Copy(Panel(first + o) + i * PANEL, columns + i * row + o, std::min(PANEL, count - o));
   }
 
   // Multiplies with the inputs of these tokens, and calls put(token, output, vector of outputs).
@@ -83,7 +88,7 @@ class Matrix {
   template <typename Put>
   void Multiply(const std::vector<const Line*>& x, int64_t tokens, Put put) const {
     for (int64_t o = 0; o < outputs_;) {
-      if (2 * WIDTH <= BLOCK && o + WIDTH < outputs_) {
+      if (2 * WIDTH <= PANEL && o + WIDTH < outputs_) {
         Columns<2>(x, tokens, o, put);
         o += 2 * WIDTH;
       } else {
@@ -94,22 +99,28 @@ class Matrix {
   }
 
  private:
+  // Outputs whose weights are side by side: those that are computed together.
+  static constexpr int64_t PANEL = std::min(2 * WIDTH, BLOCK);
+
+  // The weights of the panel that this output belongs to.
+  float* Panel(int64_t o) const { return lines_[0].at + o / PANEL * groups_ * inputs_ * PANEL; }
+
   template <int VECTORS, typename Put>
   void Columns(const std::vector<const Line*>& x, int64_t tokens, int64_t o, Put put) const {
     constexpr int ROWS = SUMS / VECTORS;
     for (int64_t t = 0; t < tokens; t += ROWS) {
       Floats sums[ROWS][VECTORS] = {};
       const Line* const* from = x.data();
-      const float* weights = lines_[o / BLOCK * groups_ * inputs_].at + o % BLOCK;
+      const float* weights = Panel(o) + o % PANEL;
       for (int64_t group = 0; group < groups_; ++group)
         for (int64_t i = 0; i < inputs_; i += BLOCK) {
-          const Line* block = *from++ + t;
-          for (int64_t k = 0; k < std::min(BLOCK, inputs_ - i); ++k, weights += BLOCK)
+          const float* x_k = (*from++)[t].at;
+          for (int64_t k = std::min(BLOCK, inputs_ - i); k > 0; --k, ++x_k, weights += PANEL)
 #pragma GCC unroll 12
             for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
               for (int v = 0; v < VECTORS; ++v)
-                sums[r][v] += block[r].at[k] * Load(weights + v * WIDTH, WIDTH);
+                sums[r][v] += x_k[r * BLOCK] * Load(weights + v * WIDTH, WIDTH);
         }
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r)
@@ -119,7 +130,7 @@ class Matrix {
   }
 
   int64_t inputs_, outputs_, groups_;
-  Lines lines_;  // (blocks of outputs, groups, inputs)
+  Lines lines_;  // (panels of outputs, groups, inputs)
 };
 
 }  // namespace kernels

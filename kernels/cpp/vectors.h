@@ -70,6 +70,8 @@ inline Floats AtLeast(float bound, Floats x) {
   return (Floats)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
 #elif defined(__AVX__)
   return (Floats)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+#elif defined(__wasm_simd128__)
+  return __builtin_wasm_pmax_f32x4(x, Floats{} + bound);
 #else
   return x < bound ? Floats{} + bound : x;
 #endif
@@ -80,6 +82,8 @@ inline Floats AtMost(float bound, Floats x) {
   return (Floats)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
 #elif defined(__AVX__)
   return (Floats)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+#elif defined(__wasm_simd128__)
+  return __builtin_wasm_pmin_f32x4(x, Floats{} + bound);
 #else
   return x > bound ? Floats{} + bound : x;
 #endif
