@@ -19,7 +19,7 @@ from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.configs import PRESETS
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.export import export, to_onnx
-from dvmsr_jax.model import DVMSR, Weights, parameter_shapes
+from dvmsr_jax.model import DVMSR
 from dvmsr_jax.onnx import OnnxUpscaler
 from dvmsr_jax.onnx.upscaler import make_streamer
 from dvmsr_jax.pictures.upscaler import Upscaler
@@ -29,6 +29,7 @@ onnx = pytest.importorskip("onnx", reason="needs the package onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
 
 from dvmsr_jax.onnx import network  # noqa: E402  needs onnx
+from tests.random_weights import random_weights  # noqa: E402
 
 SIZES = [(1, 1), (37, 53), (64, 64)]
 TINY = ModelConfig(channels=8, rssbs=2, vimms_per_rssb=1, states=4)
@@ -41,18 +42,6 @@ OTHERS = {
     "odd": ModelConfig(channels=20, rssbs=1, vimms_per_rssb=3, states=5, expand=3, conv_width=5),
     "one tap": dataclasses.replace(TINY, conv_width=1),
 }
-
-
-@functools.cache
-def random_weights(config):
-    """Random weights with a long memory; the outputs are of the order of 1."""
-    rng = np.random.default_rng(0)
-    weights = {
-        name: np.float32(rng.normal(size=shape) * 0.6 / config.channels**0.5)
-        for name, shape in parameter_shapes(config).items()
-    }
-    weights |= {name: x - 6 for name, x in weights.items() if name.endswith("A_log")}
-    return Weights(config, weights)
 
 
 @functools.cache

@@ -4,18 +4,18 @@
 /** A file of weights cannot be used; the message says why. */
 export class WeightsError extends Error {}
 
-// Pictures of this width need 1 GB.
-const MAX_WIDTH = 131072;
+// What the program's integers hold.
+const MAX_SIZE = 2 ** 31 - 1;
 
 const REQUIRED = ["scale", "channels", "rssbs", "vimms_per_rssb", "states", "expand", "conv_width"];
 
-// The types of numbers in a file, by their size in bytes and how one is read.
-const TYPES = {
-  F64: [8, (view, at) => view.getFloat64(at, true)],
-  F32: [4, (view, at) => view.getFloat32(at, true)],
-  F16: [2, (view, at) => half(view.getUint16(at, true))],
-  BF16: [2, (view, at) => bfloat(view.getUint16(at, true))],
-};
+// The types of numbers in a file: their size in bytes, and how bytes become float32.
+const TYPES = new Map([
+  ["F64", [8, (bytes) => new Float32Array(new Float64Array(bytes))]],
+  ["F32", [4, (bytes) => new Float32Array(bytes)]],
+  ["F16", [2, (bytes) => Float32Array.from(new Uint16Array(bytes), float16)]],
+  ["BF16", [2, (bytes) => bfloat16s(new Uint16Array(bytes))]],
+]);
 
 /**
  * Reads a .safetensors file.
@@ -28,43 +28,40 @@ const TYPES = {
  */
 export function parseSafetensors(buffer) {
   const view = new DataView(buffer);
-  const length = view.byteLength < 8 ? Infinity : Number(view.getBigUint64(0, true));
-  if (8 + length > view.byteLength) throw new WeightsError("this is not a .safetensors file");
-  let header;
-  try {
-    const text = new TextDecoder("utf-8", { fatal: true });
-    header = JSON.parse(text.decode(new Uint8Array(buffer, 8, length)));
-  } catch {
+  const length = buffer.byteLength < 8 ? Infinity : Number(view.getBigUint64(0, true));
+  if (8 + length > buffer.byteLength) throw new WeightsError("this is not a .safetensors file");
+  const header = parseJson(new Uint8Array(buffer, 8, length));
+  const { __metadata__: metadata = {}, ...entries } = header ?? {};
+  if (!isObject(header) || !isObject(metadata)) {
     throw new WeightsError("the header of this .safetensors file is damaged");
   }
-  if (!isObject(header)) throw new WeightsError("the header of this .safetensors file is damaged");
-  const { __metadata__: metadata = {}, ...entries } = header;
-  if (!isObject(metadata)) throw new WeightsError("the metadata of this .safetensors file is damaged");
+  const data = buffer.slice(8 + length);
   const tensors = new Map();
+  let end = 0;
   for (const [name, entry] of Object.entries(entries)) {
-    tensors.set(name, readTensor(view, 8 + length, name, entry));
+    tensors.set(name, readTensor(data, name, entry));
+    end = Math.max(end, entry.data_offsets[1]);
   }
+  if (end < data.byteLength) throw new WeightsError("this .safetensors file has bytes left over");
   return { metadata, tensors };
 }
 
-function readTensor(view, start, name, entry) {
-  const { dtype, shape, data_offsets: offsets } = isObject(entry) ? entry : {};
+function readTensor(bytes, name, entry) {
+  const { dtype, shape, data_offsets: offsets } = entry ?? {};
   const isSize = (x) => Number.isSafeInteger(x) && x >= 0;
   if (![shape, offsets].every((x) => Array.isArray(x) && x.every(isSize)) || offsets.length !== 2) {
     throw new WeightsError(`${name}: its entry in the header is damaged`);
   }
-  if (!Object.hasOwn(TYPES, dtype)) {
-    throw new WeightsError(`${name}: holds numbers of type ${dtype}`);
-  }
-  const [size, read] = TYPES[dtype];
+  if (!TYPES.has(dtype)) throw new WeightsError(`${name} holds numbers of type ${dtype}`);
+  const [size, convert] = TYPES.get(dtype);
   const [from, to] = offsets;
   const count = shape.reduce((product, x) => product * x, 1);
-  if (to - from !== size * count) throw new WeightsError(`${name}: has the wrong size`);
-  if (start + to > view.byteLength) throw new WeightsError(`${name}: the file ends before it`);
-  return { shape, data: Float32Array.from({ length: count }, (_, i) => read(view, start + from + i * size)) };
+  if (to - from !== size * count) throw new WeightsError(`${name}: its entry in the header is damaged`);
+  if (to > bytes.byteLength) throw new WeightsError(`the file is cut off: it ends before ${name}`);
+  return { shape, data: convert(bytes.slice(from, to)) };
 }
 
-function half(bits) {
+function float16(bits) {
   const sign = bits & 0x8000 ? -1 : 1;
   const exponent = (bits >> 10) & 0x1f;
   const fraction = bits & 0x3ff;
@@ -72,8 +69,18 @@ function half(bits) {
   return sign * (exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24);
 }
 
-function bfloat(bits) {
-  return new Float32Array(new Uint32Array([bits << 16]).buffer)[0];
+// The upper halves of float32s.
+function bfloat16s(bits) {
+  return new Float32Array(Uint32Array.from(bits, (x) => x << 16).buffer);
+}
+
+// The value, or undefined if this is not JSON.
+function parseJson(bytes) {
+  try {
+    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+  } catch {
+    return undefined;
+  }
 }
 
 function isObject(x) {
@@ -118,18 +125,15 @@ export class Engine {
    *
    * @param {number} width
    * @param {number} height both in pixels
-   * @throws {RangeError} they are not positive, or it is too wide
+   * @throws {RangeError} they are not positive integers
    * @throws {Error} there is not enough memory
    */
   start(width, height) {
     this.#picture = null;
     for (const size of [width, height]) {
-      if (!Number.isSafeInteger(size) || size < 1) {
+      if (!Number.isInteger(size) || size < 1 || size > MAX_SIZE) {
         throw new RangeError(`there is no picture of ${width} x ${height} pixels`);
       }
-    }
-    if (width > MAX_WIDTH) {
-      throw new RangeError(`the picture is ${width} pixels wide; at most ${MAX_WIDTH} are possible`);
     }
     if (this.#program === null) this.#load();
     const bandRows = this.#call("start", width);
@@ -275,13 +279,8 @@ function readConfig({ config: text }) {
   if (text === undefined) {
     throw new WeightsError("these are not weights of a DVMSR: the metadata has no configuration");
   }
-  let config;
-  try {
-    config = JSON.parse(text);
-  } catch {
-    throw new WeightsError("the configuration in the metadata is damaged");
-  }
-  const fits = (name) => Number.isSafeInteger(config[name]) && config[name] >= 1;
+  const config = parseJson(new TextEncoder().encode(text));
+  const fits = (name) => Number.isInteger(config[name]) && config[name] >= 1;
   if (!isObject(config) || !REQUIRED.every(fits)) {
     throw new WeightsError("the configuration in the metadata is not that of a DVMSR");
   }

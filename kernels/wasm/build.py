@@ -6,6 +6,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 PROGRAM = ROOT / "web" / "dvmsr.wasm"
+# What made the program that is in the repository: Debian's clang and lld.
+COMPILER = "14.0.6"
 COMMAND = (
     "clang",
     "--target=wasm32",
