@@ -172,8 +172,15 @@ def test_memory_is_reused_and_bounded():
 
 
 def test_misuse_leaves_the_engine_usable(small):
-    messages, equal = run_node(
+    """Also after memory has run out, when it needs a new program."""
+    messages, equal, programs = run_node(
         """
+        const { Instance } = WebAssembly;
+        let programs = 0;
+        WebAssembly.Instance = function (module) {
+          ++programs;
+          return new Instance(module);
+        };
         const engine = await makeEngine(weights);
         const pixels = new Float32Array(4 * 5 * 3).fill(0.5);
         const before = upscale(engine, pixels, 4, 5, [5]);
@@ -188,7 +195,7 @@ def test_misuse_leaves_the_engine_usable(small):
           () => { engine.start(4, 4); engine.push(pixels); },
           () => { engine.start(4, 6); engine.push(pixels); engine.finish(); },
         ]) messages.push(await errorOf(misuse));
-        result = [messages, before.equals(upscale(engine, pixels, 4, 5, [2]))];
+        result = [messages, before.equals(upscale(engine, pixels, 4, 5, [2])), programs];
         """,
         weights=str(small),
     )
@@ -203,6 +210,7 @@ def test_misuse_leaves_the_engine_usable(small):
         "Error: only 5 of the picture's 6 rows came",
     ]
     assert equal
+    assert programs == 2
 
 
 def damaged_files(small):
