@@ -1,4 +1,4 @@
-"""The public function; conv3x3.cc computes it."""
+"""The public function; conv3x3.h computes it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The public function and its arguments; vimm.cc computes it.
+"""The public function and its arguments; vimm.h computes it.
 
 Names of dimensions:
 
