@@ -47,7 +47,8 @@ class OnnxUpscaler(PictureUpscaler):
         upscale = make_streamer(session)
         if self_ensemble:
             upscale = self_ensembled(upscale)
-        super().__init__(upscale, _number(session, "scale"), scale=scale)
+        model_scale = _number(session, "scale")
+        super().__init__(upscale, model_scale, scale=scale, holds_result=self_ensemble)
 
 
 def open_model(source: str | os.PathLike[str]) -> "onnxruntime.InferenceSession":

@@ -6,20 +6,22 @@ import functools
 import glob
 import itertools
 import logging
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from dvmsr_jax import files, images
+from dvmsr_jax.cluster import Stopped, TooLargeError
 from dvmsr_jax.errors import UserError, is_out_of_memory, printable
 from dvmsr_jax.pictures import formats, reading
 from dvmsr_jax.pictures.reading import BandedFrame, Picture
@@ -44,6 +46,8 @@ class Outcome(NamedTuple):
     status: Literal["done", "skipped", "failed"]
     what: str
     """The result's path if it is done, otherwise the reason."""
+    megapixels: float = 0.0
+    """Pixels of the source that were upscaled, in millions."""
 
 
 @dataclass(frozen=True)
@@ -167,92 +171,138 @@ def run(
     overwrite: bool = False,
     quality: formats.Quality = None,
     max_pixels: int = reading.MAX_PIXELS,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Runs the jobs one after the other, and yields their outcomes.
-
-    A result appears under its name only when it is complete. Sources of jobs and files in `keep`
-    are never overwritten, and other existing files only with `overwrite`. The progress of large
-    pictures is shown on stderr if that is a terminal.
 
     Args:
         jobs: from `plan`.
-        upscaler: enlarges the pictures.
-        keep: further files that must not be overwritten, such as all inputs of the command.
-        overwrite: replace existing results instead of skipping them.
-        quality: of JPEG and WebP (see `formats.write`).
-        max_pixels: limit on a picture's size, against decompression bombs (see `Picture`).
-
-    Raises:
-        DiskFullError: there is no room for a result.
+        upscaler: see `Runner`, as for the other arguments.
     """
-    kept = {_identity(job.source): "an input" for job in jobs if isinstance(job, Job)}
-    named = {_identity(Path(name)) for name in keep}
+    runner = Runner(
+        upscaler,
+        sources=[job.source for job in jobs if isinstance(job, Job)],
+        keep=keep,
+        overwrite=overwrite,
+        quality=quality,
+        max_pixels=max_pixels,
+    )
     for job in jobs:
-        if isinstance(job, Outcome):
-            yield job
-            continue
+        yield job if isinstance(job, Outcome) else runner(job)
+
+
+class Runner:
+    """Runs jobs.
+
+    A result appears under its name only when it is complete. Sources, results of earlier jobs and
+    files in `keep` are never overwritten, and other existing files only with `overwrite`. The
+    progress of large pictures is shown on stderr if that is a terminal.
+    """
+
+    def __init__(
+        self,
+        upscaler: PictureUpscaler,
+        *,
+        sources: Iterable[Path],
+        keep: Iterable[str] = (),
+        overwrite: bool = False,
+        quality: formats.Quality = None,
+        max_pixels: int = reading.MAX_PIXELS,
+        stopped: Stopped = lambda: False,
+    ):
+        """
+        Args:
+            upscaler: enlarges the pictures.
+            sources: the sources of all jobs.
+            keep: further files that must not be overwritten, such as all inputs of the command.
+                Without `overwrite`, one of them that has the name of a result is assumed to be an
+                earlier result that a shell's pattern matched.
+            overwrite: replace existing results instead of skipping them.
+            quality: of JPEG and WebP (see `formats.write`).
+            max_pixels: limit on a picture's size, against decompression bombs (see `Picture`).
+            stopped: asked before each band.
+        """
+        self._upscaler, self._overwrite = upscaler, overwrite
+        self._quality, self._max_pixels, self._stopped = quality, max_pixels, stopped
+        self._kept = {_identity(source): "an input" for source in sources}
+        self._named = {_identity(Path(name)) for name in keep}
+
+    def __call__(self, job: Job, memory: float = math.inf) -> Outcome:
+        """Runs a job.
+
+        Raises:
+            DiskFullError: there is no room for the result.
+            TooLargeError: the picture needs more than `memory` bytes, besides the upscaler's own.
+            KeyboardInterrupt: the work is to be abandoned.
+        """
         try:
-            outcome = _do(job, upscaler, kept, named, overwrite, quality, max_pixels)
-        except DiskFullError:
+            outcome = self._do(job, memory)
+        except (DiskFullError, TooLargeError):
             raise
         except UserError as error:
             name = "standard input" if job.source == STANDARD else job.source
             why = printable(error).removeprefix(f"{printable(name)}: ")
-            outcome = Outcome(job.source, "failed", why)
+            return Outcome(job.source, "failed", why)
         except Exception as error:
             why = _OUT_OF_MEMORY if is_out_of_memory(error) else _unexpected(error)
-            outcome = Outcome(job.source, "failed", why)
+            return Outcome(job.source, "failed", why)
         if outcome.status == "done":
-            kept[_identity(Path(outcome.what))] = f"the result of {job.source}"
-        yield outcome
+            self._kept[_identity(Path(outcome.what))] = f"the result of {job.source}"
+        return outcome
+
+    def _do(self, job: Job, memory: float) -> Outcome:
+        source = sys.stdin.buffer.read() if job.source == STANDARD else job.source
+        picture = Picture(source, max_pixels=self._max_pixels)
+        suffix = formats.choose_suffix(picture, job.suffix)
+        form = formats.BY_SUFFIX[(suffix or job.target.suffix).lower()]
+        target = job.target
+        if target != STANDARD:
+            target = target.with_name(target.name + suffix)
+            if os.path.isdir(target):
+                raise UserError(f"the result {target} would replace a folder")
+            if (there := _identity(target)) is not None:
+                if there in self._kept:
+                    raise UserError(f"would overwrite {target}, {self._kept[there]}")
+                if not self._overwrite:
+                    return Outcome(job.source, "skipped", f"{target} exists (see --overwrite)")
+                if there in self._named:
+                    raise UserError(f"would overwrite {target}, which is named as an input too")
+        formats.check_holds(form, picture, self._quality)
+        if (needed := _memory(picture, form, self._upscaler)) > memory:
+            raise TooLargeError(needed)
+        label = printable(job.source)[-40:]
+        pixels = 0
+
+        def frames() -> Iterator[BandedFrame]:
+            nonlocal pixels
+            for frame in picture.frames():
+                pixels += math.prod(frame.pixels.shape[:2])
+                yield _computed(self._upscaler.enlarge(frame), label, self._stopped)
+
+        name = "standard output" if target == STANDARD else target
+        scale, quality = self._upscaler.scale, self._quality
+        try:
+            with _destination(target) as path:
+                formats.write(path, form, frames(), picture, scale=scale, quality=quality)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise DiskFullError(
+                    f"{name}: {error.strerror}. Free some space, or choose another --output; then"
+                    " run the same command again to resume"
+                ) from error
+            raise UserError(f"{name} cannot be written ({error.strerror or error})") from error
+        return Outcome(job.source, "done", str(target), pixels / 1e6)
 
 
-def _do(
-    job: Job,
-    upscaler: PictureUpscaler,
-    kept: Mapping[tuple[int, int] | None, str],
-    named: Collection[tuple[int, int] | None],
-    overwrite: bool,
-    quality: formats.Quality,
-    max_pixels: int,
-) -> Outcome:
-    """Runs a job.
-
-    Files in `kept` and `named`, as `_identity` returns them, are never overwritten. Without
-    `overwrite`, a file in `named` is assumed to be an earlier result that a shell's pattern
-    matched.
-    """
-    source = sys.stdin.buffer.read() if job.source == STANDARD else job.source
-    picture = Picture(source, max_pixels=max_pixels)
-    suffix = formats.choose_suffix(picture, job.suffix)
-    form = formats.BY_SUFFIX[(suffix or job.target.suffix).lower()]
-    target = job.target
-    if target != STANDARD:
-        target = target.with_name(target.name + suffix)
-        if os.path.isdir(target):
-            raise UserError(f"the result {target} would replace a folder")
-        if (there := _identity(target)) is not None:
-            if there in kept:
-                raise UserError(f"would overwrite {target}, {kept[there]}")
-            if not overwrite:
-                return Outcome(job.source, "skipped", f"{target} exists (see --overwrite)")
-            if there in named:
-                raise UserError(f"would overwrite {target}, which is named as an input too")
-    formats.check_holds(form, picture, quality)
-    label = printable(job.source)[-40:]
-    frames = (_computed(upscaler.enlarge(frame), label) for frame in picture.frames())
-    name = "standard output" if target == STANDARD else target
-    try:
-        with _destination(target) as path:
-            formats.write(path, form, frames, picture, scale=upscaler.scale, quality=quality)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise DiskFullError(
-                f"{name}: {error.strerror}. Free some space, or choose another --output; then run"
-                " the same command again to resume"
-            ) from error
-        raise UserError(f"{name} cannot be written ({error.strerror or error})") from error
-    return Outcome(job.source, "done", str(target))
+def _memory(picture: Picture, form: formats.Format, upscaler: PictureUpscaler) -> int:
+    """Bytes that upscaling the picture needs at most, approximately, besides the upscaler's own."""
+    decoded = picture.most_bytes
+    result = math.ceil(decoded * upscaler.scale**2)
+    needed = 3 * decoded
+    if form not in (formats.PNG, formats.TIFF):  # which are written band by band
+        needed += 2 * result
+    if upscaler.holds_result:
+        needed += 16 * result  # four copies in float32
+    return needed
 
 
 def _unexpected(error: Exception) -> str:
@@ -263,14 +313,48 @@ def _unexpected(error: Exception) -> str:
 def summary(outcomes: Sequence[Outcome]) -> str:
     """Counts the pictures that are done, skipped and failed, and gives the reasons."""
     lines: dict[str, list[str]] = {"done": [], "skipped": [], "failed": []}
-    for source, status, what in outcomes:
-        lines[status].append(printable(f"  {status}: {source}: {what}"))
+    for one in outcomes:
+        lines[one.status].append(printable(f"  {one.status}: {one.source}: {one.what}"))
     shown = lines["failed"] + lines["skipped"][:SKIPPED_SHOWN]
     if (more := len(lines["skipped"]) - SKIPPED_SHOWN) > 0:
         shown.append(f"  skipped: {more} more")
     return "\n".join(
         [", ".join(f"{len(those)} {status}" for status, those in lines.items()), *shown]
     )
+
+
+def report(outcomes: Sequence[Outcome], *, finished: bool) -> dict[str, Any]:
+    """What `summary` says, for JSON, with all pictures.
+
+    `finished` tells whether the run came to its end.
+    """
+    count = Counter(outcome.status for outcome in outcomes)
+    return {
+        "finished": finished,
+        **{status: count[status] for status in ("done", "skipped", "failed")},
+        "megapixels": sum(outcome.megapixels for outcome in outcomes),
+        "pictures": [
+            {"source": str(one.source), "status": one.status, "what": one.what} for one in outcomes
+        ],
+    }
+
+
+def shown(
+    results: Iterable[Outcome], total: int, *, silent: bool | None = None
+) -> Iterator[Outcome]:
+    """Yields the outcomes, with a progress bar on stderr: pictures, megapixels and failures.
+
+    `silent` None: if stderr is no terminal.
+    """
+    megapixels, failed = 0.0, 0
+    with tqdm(total=total, unit="picture", disable=silent) as bar:
+        for outcome in results:
+            megapixels += outcome.megapixels
+            failed += outcome.status == "failed"
+            rate = megapixels / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{megapixels:.1f} MP, {rate:.2f} MP/s, {failed} failed", False)
+            bar.update()
+            yield outcome
 
 
 _OUT_OF_MEMORY = (
@@ -405,14 +489,19 @@ def _destination(target: Path) -> Iterator[Path]:
         sys.stdout.buffer.flush()
 
 
-def _computed(frame: BandedFrame, label: str) -> BandedFrame:
-    """Shows the progress, and tells errors in computing from errors in writing."""
+def _computed(frame: BandedFrame, label: str, stopped: Stopped) -> BandedFrame:
+    """Shows the progress, and tells errors in computing from errors in writing.
+
+    Raises KeyboardInterrupt if `stopped`.
+    """
 
     def bands() -> Iterator[reading.Pixels]:
         rows = frame.shape[0]
         with tqdm(total=rows, desc=label, unit="row", leave=False, delay=2, disable=None) as bar:
             try:
                 for band in frame.bands:
+                    if stopped():
+                        raise KeyboardInterrupt
                     yield band
                     bar.update(len(band))
             except OSError as error:
