@@ -32,7 +32,6 @@ RayOption = Annotated[tuple[()] | tuple[str] | None, tyro.conf.arg(metavar="[ADD
 Stopped = Callable[[], bool]
 """Whether the work is to be abandoned. Workers ask it often, and then raise KeyboardInterrupt."""
 
-_RAY = "ray==2.60.0"
 _OBJECT_STORE = 200 * 2**20  # bytes; items and answers are small
 # Bytes that a worker occupies beyond its items: Python, JAX, the compiled network and its bands.
 _IDLE_WORKER = 700 * 2**20
@@ -99,7 +98,7 @@ def spread(
 def _connected(option: tuple[()] | tuple[str]) -> Iterator[ModuleType]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if importlib.util.find_spec("ray") is None:
-        raise UserError(f'--ray needs Ray: pip install "{_RAY}"')
+        raise UserError('--ray needs Ray: pip install "dvmsr-jax[ray]"')
     import ray
 
     # It would print every death of a worker on standard output, even without log_to_driver.

@@ -136,6 +136,19 @@ def test_inputs_are_not_overwritten(nodes, doubling, overwrite):
 
 
 @needs_ray
+def test_remote_pictures(nodes, doubling, web):
+    pytest.importorskip("aiohttp", reason="needs aiohttp")
+    make("in", 3)
+    planned = jobs.plan([f"{web}/in/"], "out/", scale=2.0, suffix=None)
+    outcomes = list(spread.run(planned, lambda: PictureUpscaler(doubling, 2), ray=(nodes.address,)))
+    assert [one.status for one in outcomes] == ["done"] * 3
+    planned = jobs.plan(["in"], "one/", scale=2.0, suffix=None)
+    for _ in jobs.run(planned, PictureUpscaler(doubling, 2)):
+        pass
+    assert contents("out") == contents("one")
+
+
+@needs_ray
 def test_a_machine_that_dies(nodes, weights):
     """In the middle of 200 pictures: all there, none twice, none half."""
     make("in", 200)
@@ -257,7 +270,7 @@ def test_without_ray(weights, monkeypatch):
     make("in", 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = run_main(monkeypatch, "in", "-o", "out", "--ckpt", weights, "--ray")
-    assert message == 'error: --ray needs Ray: pip install "ray==2.60.0"'
+    assert message == 'error: --ray needs Ray: pip install "dvmsr-jax[ray]"'
 
 
 @needs_ray

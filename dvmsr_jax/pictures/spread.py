@@ -3,12 +3,13 @@
 import functools
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from dvmsr_jax import cluster
 from dvmsr_jax.errors import UserError
+from dvmsr_jax.pictures import places
 from dvmsr_jax.pictures.jobs import STANDARD, Job, Outcome, Runner
+from dvmsr_jax.pictures.places import Place
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 
 # Limits of a batch: small pictures are sent to a worker together, because one may take no longer
@@ -60,21 +61,21 @@ def _prepare(
     return Runner(make_upscaler(), stopped=stopped, **options)
 
 
-def _endangered(jobs: Iterable[Job]) -> list[Path]:
+def _endangered(jobs: Iterable[Job]) -> list[Place]:
     """The sources that have the name of a result.
 
     Workers are not told the others, which may be millions. Links to them that have the name of a
     result may be replaced, which leaves the source as it is.
     """
     jobs = list(jobs)
-    names = {os.path.realpath(job.target) for job in jobs}
-    sources = ((job.source, os.path.realpath(job.source)) for job in jobs)
+    names = {places.real(job.target) for job in jobs}
+    sources = ((job.source, places.real(job.source)) for job in jobs)
     return [path for path, real in sources if {real, os.path.splitext(real)[0]} & names]
 
 
 def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     """The jobs, largest files first; small ones in batches."""
-    sizes = {job.source: _size(job.source) for job in jobs}
+    sizes = {job.source: places.size(job.source) for job in jobs}
     ordered = sorted(jobs, key=lambda job: sizes[job.source], reverse=True)
     batch: list[Job] = []
     size = 0
@@ -86,10 +87,3 @@ def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         size += sizes[job.source]
     if batch:
         yield batch
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0  # the worker reports what is wrong
