@@ -26,8 +26,12 @@ from dvmsr_jax.errors import UserError
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
-RayOption = Annotated[tuple[()] | tuple[str] | None, tyro.conf.arg(metavar="[ADDRESS]")]
-"""Type of the option --ray [ADDRESS]. None without it, () without an address."""
+Where = tuple[()] | tuple[str]
+"""Value of the option --ray [ADDRESS]: (), for a Ray on this machine only, or the address of a
+running one: "auto" or HOST:PORT."""
+
+RayOption = Annotated[Where | None, tyro.conf.arg(metavar="[ADDRESS]")]
+"""Type of the option; None without it."""
 
 Stopped = Callable[[], bool]
 """Whether the work is to be abandoned. Workers ask it often, and then raise KeyboardInterrupt."""
@@ -61,7 +65,7 @@ class Lost(NamedTuple):
 
 
 def spread(
-    option: tuple[()] | tuple[str],
+    where: Where,
     prepare: Callable[[Stopped], Callable[[Item, float], Answer]],
     batches: Iterable[Sequence[Item]],
     *,
@@ -73,8 +77,8 @@ def spread(
     others, one at a time, and an item with which two workers died is `Lost`.
 
     Args:
-        option: the value of --ray: (), for a Ray of its own on this machine, or an address: "auto"
-            or HOST:PORT. If the cluster grows, so does the number of workers, and it is asked to.
+        where: the cluster. If one at an address can grow, it is asked to, and so does the number of
+            workers.
         prepare: called once in each worker. Returns the function that answers an item, given the
             bytes of memory that it may use. That function may raise TooLargeError. The item then
             waits until its machine has enough memory, or nothing else to do.
@@ -86,8 +90,11 @@ def spread(
             start.
         Exception: any other that a worker raises.
     """
-    with _connected(option) as ray:
-        pool: _Pool[Item, Answer] = _Pool(ray, prepare, batches, device, grows=bool(option))
+    tasks = [_Task(batch) for batch in batches]
+    if not tasks:
+        return
+    with _connected(where) as ray:
+        pool: _Pool[Item, Answer] = _Pool(ray, prepare, tasks, device, grows=bool(where))
         try:
             yield from pool.answers()
         finally:
@@ -95,7 +102,7 @@ def spread(
 
 
 @contextlib.contextmanager
-def _connected(option: tuple[()] | tuple[str]) -> Iterator[ModuleType]:
+def _connected(where: Where) -> Iterator[ModuleType]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if importlib.util.find_spec("ray") is None:
         raise UserError('--ray needs Ray: pip install "dvmsr-jax[ray]"')
@@ -103,9 +110,9 @@ def _connected(option: tuple[()] | tuple[str]) -> Iterator[ModuleType]:
 
     # It would print every death of a worker on standard output, even without log_to_driver.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    (address,) = option or ("local",)
+    (address,) = where or ("local",)
     own: dict[str, Any] = (
-        {} if option else {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+        {} if where else {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
     )
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -114,7 +121,7 @@ def _connected(option: tuple[()] | tuple[str]) -> Iterator[ModuleType]:
                 ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"--ray {' '.join(option)}: {reason}") from error
+            raise UserError(f"--ray {' '.join(where)}: {reason}") from error
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced it
         yield ray
     finally:
@@ -180,12 +187,12 @@ class _Pool(Generic[Item, Answer]):
         self,
         ray: ModuleType,
         prepare: Callable[[Stopped], Callable[[Item, float], Answer]],
-        batches: Iterable[Sequence[Item]],
+        tasks: "Iterable[_Task[Item]]",
         device: str | None,
         grows: bool,
     ):
         self._ray, self._grows = ray, grows
-        self._waiting = collections.deque(_Task(batch) for batch in batches)
+        self._waiting = collections.deque(tasks)
         self._workers: list[_Worker[Item]] = []
         self._calls: dict[Any, _Worker[Item]] = {}
         """What runs in the workers, by Ray's reference to its result."""

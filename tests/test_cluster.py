@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 
 from dvmsr_jax import cluster
 from dvmsr_jax.commands import upscale
-from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.config import DataConfig, ModelConfig
 from dvmsr_jax.errors import UserError
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pictures import jobs, spread
@@ -302,3 +303,36 @@ def test_the_command_is_stopped(nodes, weights, monkeypatch, number):
         assert lines[0] == "interrupted; run the same command again to resume"
         assert lines[1].endswith(" done, 0 skipped, 0 failed")
         assert len(lines) == 2
+
+
+@needs_ray
+def test_preparing_and_distilling(nodes, weights, monkeypatch):
+    """The same bytes as without, although one file is there already."""
+    pytest.importorskip("tensorflow_datasets", reason="needs the packages for training")
+    from dvmsr_jax.data import check
+    from dvmsr_jax.data.prepare import prepare
+    from dvmsr_jax.data.sources import find_sources
+    from dvmsr_jax.training import targets
+
+    monkeypatch.setattr("dvmsr_jax.data.prepare.PICTURES_PER_SHARD", 1)
+    monkeypatch.setattr(targets, "PER_SHARD", 1)
+    make("in", 5, size=(72, 80))
+    Path("in/unreadable.png").write_text("no picture")
+    sources = find_sources(DataConfig(hr_dirs=(Path("in"),), val_images=1))
+    for name, where in (("one", None), ("two", (nodes.address,))):
+        prepare(sources, 4, Path(name), max_unreadable=0.5, ray=where)
+    options = {"self_ensemble": False, "batch_size": 2}
+    path = targets.distill(weights, Path("one"), **options)
+    there = Path("two") / path.relative_to("one")
+    there.mkdir(parents=True)
+    for file in (path / "00002.npy", path / targets.INFO):
+        shutil.copy(file, there)
+    targets.distill(weights, Path("two"), **options, ray=(nodes.address,))
+
+    def contents_below(folder):
+        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    assert len(list(there.glob("*.npy"))) == 4
+    assert contents_below("two") == contents_below("one")
+    assert check.find_problems(Path("two")) == targets.find_problems(Path("two")) == []

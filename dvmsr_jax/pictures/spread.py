@@ -21,7 +21,7 @@ def run(
     jobs: Sequence[Job | Outcome],
     make_upscaler: Callable[[], PictureUpscaler],
     *,
-    ray: tuple[()] | tuple[str],
+    ray: cluster.Where,
     device: str | None = None,
     keep: Iterable[str] = (),
     **options: Any,
