@@ -291,19 +291,15 @@ class Runner:
         if (needed := _memory(picture, form, self._upscaler)) > memory:
             raise TooLargeError(needed)
         label = printable(job.source)[-40:]
-        pixels = 0
-
-        def frames() -> Iterator[BandedFrame]:
-            nonlocal pixels
-            for frame in picture.frames():
-                pixels += math.prod(frame.pixels.shape[:2])
-                yield _computed(self._upscaler.enlarge(frame), label, self._stopped)
-
+        frames = (
+            _computed(self._upscaler.enlarge(frame), label, self._stopped)
+            for frame in picture.frames()
+        )
         name = "standard output" if target == STANDARD else target
         scale, quality = self._upscaler.scale, self._quality
         try:
             with _destination(target) as path:
-                formats.write(path, form, frames(), picture, scale=scale, quality=quality)
+                formats.write(path, form, frames, picture, scale=scale, quality=quality)
         except OSError as error:
             if error.errno in _FULL:
                 raise DiskFullError(
@@ -311,19 +307,23 @@ class Runner:
                     " run the same command again to resume"
                 ) from error
             raise UserError(f"{name} cannot be written ({error.strerror or error})") from error
-        return Outcome(job.source, "done", str(target), pixels / 1e6)
+        return Outcome(job.source, "done", str(target), picture.pixels / 1e6)
+
+
+# Upper limits of bytes, measured with noise of all kinds: of a small picture; of a pixel of the
+# result, for formats in which it is held whole; and of one that is averaged over the symmetries.
+_SMALL = 64 * 2**20
+_HELD, _HELD_IN = 8, {formats.WEBP: 40, formats.GIF: 20}
+_AVERAGED = 136
 
 
 def _memory(picture: Picture, form: formats.Format, upscaler: PictureUpscaler) -> int:
     """Bytes that upscaling the picture needs at most, approximately, besides the upscaler's own."""
-    decoded = picture.most_bytes
-    result = math.ceil(decoded * upscaler.scale**2)
-    needed = 3 * decoded
+    result = math.ceil(picture.pixels * upscaler.scale**2)
+    needed = _SMALL + 4 * picture.most_bytes
     if form not in (formats.PNG, formats.TIFF):  # which are written band by band
-        needed += 2 * result
-    if upscaler.holds_result:
-        needed += 16 * result  # four copies in float32
-    return needed
+        needed += result * _HELD_IN.get(form, _HELD)
+    return needed + result * _AVERAGED * upscaler.holds_result
 
 
 def _unexpected(error: Exception) -> str:
