@@ -241,7 +241,7 @@ class _Pool(Generic[Item, Answer]):
         self._counted = time.monotonic()
         room = int(self._ray.cluster_resources().get(self._kind, 0))
         # What does not fit makes a cluster that can grow start machines.
-        wanted = room * 2 if self._grows else room
+        wanted = max(2 * room, 1) if self._grows else room
         wanted = min(wanted, len(self._waiting) + sum(w.task is not None for w in self._workers))
         while len(self._workers) < wanted:
             worker: _Worker[Item] = _Worker(self._actor.remote(*self._arguments))
