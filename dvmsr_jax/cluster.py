@@ -220,7 +220,11 @@ class _Pool(Generic[Item, Answer]):
         while self._waiting or any(worker.task for worker in self._workers):
             self._hire()
             self._hand_out()
-            done, _ = self._ray.wait(list(self._calls), timeout=_TICK)
+            calls = list(self._calls)
+            self._ray.wait(calls, timeout=_TICK)
+            done, _ = self._ray.wait(
+                calls, num_returns=len(calls), timeout=0
+            )  # all that have ended
             for call in done:
                 yield from self._receive(call)
 

@@ -156,7 +156,7 @@ def test_a_machine_that_dies(nodes, weights):
     for _ in jobs.run(jobs.plan(["in"], "one/", scale=4.0, suffix=None), Upscaler(weights)):
         pass
     with warnings.catch_warnings(action="ignore"):
-        second = nodes.add_node(num_cpus=2, object_store_memory=100 * MIB)
+        second = nodes.add_node(num_cpus=1, object_store_memory=100 * MIB)
     planned = jobs.plan(["in"], "two/", scale=4.0, suffix=None)
 
     def slow():
@@ -183,7 +183,7 @@ def test_a_machine_that_dies(nodes, weights):
     assert {one.status for one in outcomes} <= {"done", "skipped"}
     results = contents("two")
     half = {name for name in results if name.startswith(".dvmsr-")}
-    assert len(half) <= 2  # of workers that were killed while they wrote
+    assert len(half) <= 1  # of a worker that was killed while it wrote
     assert {name: results[name] for name in results.keys() - half} == contents("one")
 
 
@@ -284,11 +284,14 @@ def test_the_command_is_stopped(nodes, weights, monkeypatch, number):
     command = [sys.executable, ROOT / "upscale.py", "in", "-o", "out", "--ckpt", weights, "--ray"]
     if number != signal.SIGINT:
         command.append(nodes.address)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list(Path("out").glob("**/.dvmsr-*")):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(number)
+    if number == signal.SIGINT:  # as a terminal does
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, printed = process.communicate()
     if number == signal.SIGKILL:
         assert process.returncode == -number
