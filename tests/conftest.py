@@ -1,9 +1,12 @@
 """Settings for all tests, and shared fixtures."""
 
 import errno
+import functools
+import http.server
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 # Before JAX starts a backend.
@@ -73,6 +76,17 @@ def doubling():
             yield image[first : first + 4].repeat(2, 0).repeat(2, 1)
 
     return upscale
+
+
+@pytest.fixture
+def web():
+    """The URL of a server of the current folder, which lists folders too."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=os.getcwd())
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dvmsr_jax.export import export
 from flax import nnx
 
 from dvmsr_jax import images
 from dvmsr_jax.config import ModelConfig
+from dvmsr_jax.export import export
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pictures.upscaler import Upscaler
 from dvmsr_jax.pretrained import save_safetensors

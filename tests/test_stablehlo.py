@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dvmsr_jax.export import export
 
 from dvmsr_jax import inference
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
+from dvmsr_jax.export import export
 from dvmsr_jax.model import Weights, parameter_shapes
 from dvmsr_jax.pretrained import save_safetensors
 

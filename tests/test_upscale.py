@@ -229,7 +229,7 @@ def test_existing_results_are_skipped(upscaler):
     assert first["a.png"].status == "skipped"
     assert "a_x2.png exists" in first["a.png"].what
     assert Path("a_x2.png").read_text() == "precious"
-    assert first["b.png"] == Outcome(Path("b.png"), "done", "b_x2.png")
+    assert first["b.png"] == Outcome(Path("b.png"), "done", "b_x2.png", 4 * 3 / 1e6)
     assert run(upscaler, ".")["b.png"].status == "skipped"
     assert run(upscaler, ".", overwrite=True)["a.png"].status == "done"
     with Image.open("a_x2.png") as image:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import tyro
 
 from dvmsr_jax import program
+from dvmsr_jax.cluster import RayOption
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data.check import find_problems
 from dvmsr_jax.data.prepare import prepare as prepare_pictures
@@ -36,6 +37,7 @@ def prepare(
     val_images: int = DataConfig.val_images,
     max_unreadable: float = DataConfig.max_unreadable,
     data_dir: Path = DataConfig.data_dir,
+    ray: RayOption = None,
 ) -> None:
     """Cuts pictures into aligned LR and HR sub-images, for train.py --data.prepared OUT.
 
@@ -48,6 +50,8 @@ def prepare(
         max_unreadable: largest fraction of the pictures that may be left out because they cannot be
             read.
         data_dir: folder that pictures are downloaded to.
+        ray: use the cores of this machine through Ray or, given an address (auto, HOST:PORT), those
+            of a running cluster whose machines see the same files.
     """
     config = DataConfig(
         hr_dirs=hr_dirs,
@@ -57,11 +61,19 @@ def prepare(
         data_dir=data_dir,
     )
     pictures = find_sources(config)
-    prepare_pictures(pictures, scale, out.expanduser(), max_unreadable=config.max_unreadable)
+    prepare_pictures(
+        pictures, scale, out.expanduser(), max_unreadable=config.max_unreadable, ray=ray
+    )
     print(_summary(out.expanduser()))
 
 
-def distill(ckpt: Path, data: Path, self_ensemble: bool = False, batch_size: int = 16) -> None:
+def distill(
+    ckpt: Path,
+    data: Path,
+    self_ensemble: bool = False,
+    batch_size: int = 16,
+    ray: RayOption = None,
+) -> None:
     """Computes a teacher's outputs for prepared sub-images, for --distill.targets=precomputed.
 
     Args:
@@ -70,9 +82,11 @@ def distill(ckpt: Path, data: Path, self_ensemble: bool = False, batch_size: int
             subfolder `targets`.
         self_ensemble: average over the eight flips and rotations: better, but eight times slower.
         batch_size: sub-images at a time, rounded up so that they divide evenly among the devices.
+        ray: use all GPUs or cores of this machine through Ray or, given an address (auto,
+            HOST:PORT), those of a running cluster whose machines see the same files.
     """
     folder = targets.distill(
-        ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size
+        ckpt, data.expanduser(), self_ensemble=self_ensemble, batch_size=batch_size, ray=ray
     )
     print(f"the teacher's outputs are in {folder}")
 

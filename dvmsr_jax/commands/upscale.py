@@ -8,13 +8,15 @@ Existing results are skipped, so an interrupted command can be run again. If a f
 photo.jpg and photo.png, their results are named photo_jpg_x4.png and photo_png_x4.png.
 """
 
+import contextlib
+import functools
 import logging
 import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,11 +24,12 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from dvmsr_jax import program
+from dvmsr_jax import files, program
+from dvmsr_jax.cluster import RayOption
 from dvmsr_jax.errors import UserError, printable
 from dvmsr_jax.onnx import OnnxUpscaler
 from dvmsr_jax.onnx.protocol import SUFFIX
-from dvmsr_jax.pictures import formats, jobs
+from dvmsr_jax.pictures import formats, jobs, spread
 from dvmsr_jax.pictures.upscaler import PictureUpscaler, Upscaler
 from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, one_line_errors
 
@@ -74,6 +77,11 @@ class Arguments:
     """Refuse pictures that decode to more bytes than this many megapixels of 8-bit RGB: a small
     file can claim to hold an enormous picture. 16-bit samples count twice, alpha counts a third
     more, and the frames of an animation count together."""
+    ray: RayOption = None
+    """Spread the pictures, with Ray, over all GPUs or cores of this machine or, given an address
+    (auto, HOST:PORT), of a running cluster. Without one, another option or nothing must follow."""
+    json: Path | None = None
+    """Also write the summary to this file, with all pictures."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -97,7 +105,11 @@ def run(arguments: Arguments) -> int:
     if not 0 < arguments.max_megapixels < math.inf:
         raise UserError(f"--max-megapixels is {arguments.max_megapixels:g}, not a positive number")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the summary reports the same
-    upscaler = make_upscaler(arguments)
+    here = arguments
+    if arguments.ray is not None:  # the workers have the GPUs
+        use_device("cpu")
+        here = replace(arguments, device=arguments.device and "cpu")
+    upscaler = make_upscaler(here)
     planned = jobs.plan(
         arguments.inputs,
         arguments.output,
@@ -114,9 +126,14 @@ def run(arguments: Arguments) -> int:
             raise UserError(
                 "standard output is a terminal: redirect it, or choose another --output"
             )
-    results = jobs.run(
-        planned,
-        upscaler,
+    start: Callable[..., Generator[jobs.Outcome, None, None]]
+    if arguments.ray is None:
+        start = functools.partial(jobs.run, planned, upscaler)
+    else:
+        make = functools.partial(_in_worker, replace(arguments, device=None))
+        device = "cpu" if isinstance(upscaler, OnnxUpscaler) else arguments.device
+        start = functools.partial(spread.run, planned, make, ray=arguments.ray, device=device)
+    results = start(
         keep=arguments.inputs,
         overwrite=arguments.overwrite,
         quality=arguments.quality,
@@ -125,10 +142,11 @@ def run(arguments: Arguments) -> int:
     outcomes: list[jobs.Outcome] = []
     try:
         silent = True if len(planned) == 1 else None  # None: if stderr is no terminal
-        for outcome in tqdm(results, total=len(planned), unit="picture", disable=silent):
-            outcomes.append(outcome)
-            if outcome.status == "done":
-                tqdm.write(printable(f"{outcome.source} -> {outcome.what}"), file=sys.stderr)
+        with contextlib.closing(results):
+            for outcome in jobs.shown(results, len(planned), silent=silent):
+                outcomes.append(outcome)
+                if outcome.status == "done":
+                    tqdm.write(printable(f"{outcome.source} -> {outcome.what}"), file=sys.stderr)
     except KeyboardInterrupt:
         status = INTERRUPTED
         print("interrupted; run the same command again to resume", file=sys.stderr)
@@ -137,6 +155,9 @@ def run(arguments: Arguments) -> int:
         print(f"stopped: {error}", file=sys.stderr)
     else:
         status = int(any(outcome.status == "failed" for outcome in outcomes))
+    if arguments.json is not None:
+        finished = len(outcomes) == len(planned)
+        files.write_json(arguments.json, jobs.report(outcomes, finished=finished))
     print(jobs.summary(outcomes), file=sys.stderr)
     return status
 
@@ -164,6 +185,12 @@ def make_upscaler(arguments: Arguments) -> PictureUpscaler:
         overlap=arguments.overlap,
         precision=arguments.precision,
     )
+
+
+def _in_worker(arguments: Arguments) -> PictureUpscaler:
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    keep_compiled_programs()
+    return make_upscaler(arguments)
 
 
 def use_device(name: str) -> None:

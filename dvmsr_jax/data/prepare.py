@@ -1,18 +1,19 @@
 """Prepares pictures as a folder of records, on all cores, in shards that survive interruptions."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dvmsr_jax import bicubic, parallel
+from dvmsr_jax import bicubic, cluster, parallel
 from dvmsr_jax.config import DataConfig
 from dvmsr_jax.data import records
 from dvmsr_jax.data.records import DataError, PictureInfo, Preparation, Records, ShardInfo
@@ -96,12 +97,14 @@ def prepare(
     unfinished: Path | None = None,
     *,
     max_unreadable: float = DataConfig.max_unreadable,
+    ray: cluster.Where | None = None,
 ) -> None:
     """Writes the pictures' sub-images as records; of "val" pictures, only the middle sub-image.
 
     The folder appears only when it is complete. Until then, finished shards are kept in
-    `unfinished`, by default .incomplete-NAME beside it, so that a later call can resume. The
-    records do not depend on the number of cores. If the folder already contains them, nothing
+    `unfinished`, by default .incomplete-NAME beside it, so that a later call can resume. All cores
+    work on it, or those of a cluster at `ray`, whose machines must see the same files. The records
+    do not depend on the number of cores. If the folder already contains them, nothing
     happens.
 
     TFDS's `GeneratorBasedBuilder` would shuffle the records, and needs TensorFlow to do so beyond a
@@ -123,7 +126,7 @@ def prepare(
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         with turn(unfinished.with_name(f"{unfinished.name}.lock")):
             if not is_prepared(folder):  # it may have appeared during the wait
-                _make(shards, scale, folder, unfinished, max_unreadable)
+                _make(shards, scale, folder, unfinished, max_unreadable, ray)
     there = Preparation.read(folder).shards
     if {name: info.key for name, info in there.items()} != {s.name: s.key for s in shards}:
         raise DataError(
@@ -133,10 +136,16 @@ def prepare(
 
 
 def _make(
-    shards: "list[_Shard]", scale: int, folder: Path, unfinished: Path, max_unreadable: float
+    shards: "list[_Shard]",
+    scale: int,
+    folder: Path,
+    unfinished: Path,
+    max_unreadable: float,
+    ray: cluster.Where | None,
 ) -> None:
     unfinished.mkdir(exist_ok=True)
-    preparation = Preparation(scale, _write_shards(shards, scale, unfinished, max_unreadable))
+    infos = _write_shards(shards, scale, unfinished, max_unreadable, ray)
+    preparation = Preparation(scale, infos)
     sizes = {
         split: [(info.records, info.bytes) for info in preparation.of_split(split).values()]
         for split in ("train", "val")
@@ -202,7 +211,11 @@ def _hash(*parts: str) -> str:
 
 
 def _write_shards(
-    shards: list[_Shard], scale: int, folder: Path, max_unreadable: float
+    shards: list[_Shard],
+    scale: int,
+    folder: Path,
+    max_unreadable: float,
+    ray: cluster.Where | None,
 ) -> dict[str, ShardInfo]:
     """Writes the missing shards; returns the descriptions of all shards, by file name."""
     found = {shard.name: shard.read_info(folder) for shard in shards}
@@ -214,32 +227,62 @@ def _write_shards(
 
     total = sum(len(shard.pictures) for shard in shards)
     done = sum(len(shard.pictures) for shard in shards if shard.name in kept)
-    stop = threading.Event()
-    # Threads suffice: decoding, resizing and copying run outside Python's lock.
-    with (
-        tqdm(total=total, initial=done, desc="preparing pictures", unit="picture") as bar,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-
-        def advance() -> bool:
-            bar.update()
-            return not stop.is_set()
-
-        futures = {
-            pool.submit(_write_shard, shard, scale, folder, advance): shard.name
-            for shard in shards
-            if shard.name not in kept
-        }
-        try:
-            for future in as_completed(futures):
-                info = kept[futures[future]] = future.result()
+    missing = [shard for shard in shards if shard.name not in kept]
+    with tqdm(total=total, initial=done, desc="preparing pictures", unit="picture") as bar:
+        if ray is None:
+            written = _on_threads(missing, scale, folder, bar)
+        else:
+            written = _on_cluster(missing, scale, folder, bar, ray)
+        with contextlib.closing(written):
+            for shard, info in written:
+                kept[shard.name] = info
                 for reason in info.left_out:
                     bar.write(printable(f"left out: {reason}"))
                 _check_unreadable(kept, total, max_unreadable)
+    return {shard.name: kept[shard.name] for shard in shards}
+
+
+def _on_threads(
+    shards: Sequence[_Shard], scale: int, folder: Path, bar: tqdm
+) -> Generator[tuple[_Shard, ShardInfo], None, None]:
+    """Writes the shards, and yields each with its description."""
+    stop = threading.Event()
+
+    def advance() -> bool:
+        bar.update()
+        return not stop.is_set()
+
+    # Threads suffice: decoding, resizing and copying run outside Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {
+            pool.submit(_write_shard, shard, scale, folder, advance): shard for shard in shards
+        }
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    return {shard.name: kept[shard.name] for shard in shards}
+
+
+def _on_cluster(
+    shards: Sequence[_Shard], scale: int, folder: Path, bar: tqdm, ray: cluster.Where
+) -> Generator[tuple[_Shard, ShardInfo], None, None]:
+    """As `_on_threads`."""
+
+    start = functools.partial(_start_worker, scale, folder)
+    batches = [[shard] for shard in shards]
+    for shard, info in cluster.spread(ray, start, batches, device="cpu"):
+        if isinstance(info, cluster.Lost):
+            raise DataError(f"{shard.name}: {info.reason}; run the same command again to resume")
+        bar.update(len(shard.pictures))
+        yield shard, info
+
+
+def _start_worker(
+    scale: int, folder: Path, stopped: cluster.Stopped
+) -> Callable[[_Shard, float], ShardInfo]:
+    return lambda shard, _: _write_shard(shard, scale, folder, lambda: not stopped())
 
 
 def _check_unreadable(infos: dict[str, ShardInfo], total: int, at_most: float) -> None:

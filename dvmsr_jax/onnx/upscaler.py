@@ -47,7 +47,8 @@ class OnnxUpscaler(PictureUpscaler):
         upscale = make_streamer(session)
         if self_ensemble:
             upscale = self_ensembled(upscale)
-        super().__init__(upscale, _number(session, "scale"), scale=scale)
+        model_scale = _number(session, "scale")
+        super().__init__(upscale, model_scale, scale=scale, holds_result=self_ensemble)
 
 
 def open_model(source: str | os.PathLike[str]) -> "onnxruntime.InferenceSession":
@@ -66,6 +67,9 @@ def open_model(source: str | os.PathLike[str]) -> "onnxruntime.InferenceSession"
         raise UserError(f"{path}: no such file")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised as well
+    options.intra_op_num_threads = int(
+        os.environ.get("NPROC", 0)
+    )  # XLA, too, reads it; 0: all cores
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base

@@ -144,17 +144,19 @@ class Picture:
             # HEIC may hold several pictures too, and opens at the primary one.
             single = self.format in ("JPEG", "HEIF")
             self._frames: Sequence[int]
+            self.pixels: int
+            """Of all pages, or of all frames of an animation."""
             self.most_bytes: int
             """Upper limit of the bytes of all pages, or of all frames of an animation."""
             if self.format == "TIFF":
-                self._frames, page_bytes = _find_pages(image, image.n_frames)  # type: ignore[attr-defined]
+                self._frames, self.pixels, page_bytes = _find_pages(image, image.n_frames)  # type: ignore[attr-defined]
                 self.most_bytes = sum(page_bytes)
                 largest = max(page_bytes, default=0)
             else:
                 shown_apart = image.info.get("default_image", False)  # to viewers without APNG
                 count = getattr(image, "n_frames", 1)
                 self._frames = [image.tell()] if single else range(int(shown_apart), count)
-                pixels = math.prod(image.size) * len(self._frames)
+                self.pixels = pixels = math.prod(image.size) * len(self._frames)
                 if pixels > max_pixels:  # most formats are written with all frames in memory
                     raise Image.DecompressionBombError
                 self.most_bytes = pixels * (4 if self.is_animation else _bytes_per_pixel(image))
@@ -471,9 +473,9 @@ def _rawmode(image: Image.Image) -> str:
     return ""
 
 
-def _find_pages(image: Image.Image, count: int) -> tuple[list[int], list[int]]:
-    """The indices of a TIFF's pages, and the upper limit of each page's bytes."""
-    pages, page_bytes = [], []
+def _find_pages(image: Image.Image, count: int) -> tuple[list[int], int, list[int]]:
+    """The indices of a TIFF's pages, their pixels, and the upper limit of each page's bytes."""
+    pages, pixels, page_bytes = [], 0, []
     for i in range(count):
         image.seek(i)
         if tiff_tag(image, 254, 0) & 0b101:  # a thumbnail or a mask
@@ -483,8 +485,10 @@ def _find_pages(image: Image.Image, count: int) -> tuple[list[int], list[int]]:
         if tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 3:  # a palette
             samples += 2
         deep = max(tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE, (1,)), default=1) > 8
-        page_bytes.append(math.prod(image.size) * samples * (2 if deep else 1))
-    return pages, page_bytes
+        size = math.prod(image.size)
+        pixels += size
+        page_bytes.append(size * samples * (2 if deep else 1))
+    return pages, pixels, page_bytes
 
 
 def _plays(image: Image.Image) -> int:

@@ -31,13 +31,21 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 class PictureUpscaler:
     """Enlarges pictures of all kinds with a function for RGB pictures."""
 
-    def __init__(self, upscale: RgbUpscale, model_scale: int, *, scale: int | float | None = None):
+    def __init__(
+        self,
+        upscale: RgbUpscale,
+        model_scale: int,
+        *,
+        scale: int | float | None = None,
+        holds_result: bool = False,
+    ):
         """
         Args:
             upscale: a function made by `inference`.
             model_scale: its enlargement factor.
             scale: the enlargement factor for pictures, above 0 and at most MAX_SCALE. If it differs
                 from `model_scale`, the model's output is resized.
+            holds_result: whether `upscale` holds the whole result in memory, in float32.
 
         Raises:
             UserError: `scale` is out of range.
@@ -46,6 +54,7 @@ class PictureUpscaler:
         if not 0 < scale <= MAX_SCALE:
             raise UserError(f"scale is {scale:g}, not within (0, {MAX_SCALE}]")
         self._upscale, self._model_scale, self.scale = upscale, model_scale, float(scale)
+        self.holds_result = holds_result
 
     @overload
     def __call__(self, picture: Image.Image) -> Image.Image: ...
@@ -231,7 +240,7 @@ class Upscaler(PictureUpscaler):
             raise UserError("--overlap has no effect without tiles: add --tile, or leave it out")
         if self_ensemble:
             upscale = self_ensembled(upscale)
-        super().__init__(upscale, model.config.scale, scale=scale)
+        super().__init__(upscale, model.config.scale, scale=scale, holds_result=self_ensemble)
 
     @classmethod
     def from_pretrained(cls, weights: str | os.PathLike[str], **options: Any) -> "Upscaler":

@@ -4,11 +4,12 @@ Each teacher has a folder of targets: arrays, in files of `PER_SHARD` each, and 
 files' checksums and the teacher's path.
 """
 
-import dataclasses
+import contextlib
+import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from dvmsr_jax import parallel
+from dvmsr_jax import cluster, parallel
 from dvmsr_jax.data.records import DataError, Preparation, hr_side, open_records
 from dvmsr_jax.files import checksum, replacing, write_json
 from dvmsr_jax.inference import upscale_pixels
 from dvmsr_jax.model import Weights
 from dvmsr_jax.pretrained import load_weights
+from dvmsr_jax.program import keep_compiled_programs
 
 # Targets per file, and thus the most work that an interruption can lose.
 PER_SHARD = 256
@@ -62,7 +64,8 @@ class Info:
 
     def write(self, path: Path) -> None:
         """Writes what `read` returns."""
-        write_json(path / INFO, dataclasses.asdict(self))
+        sha256 = dict(sorted(self.sha256.items()))
+        write_json(path / INFO, {"ckpt": self.ckpt, "sha256": sha256})
 
 
 class Targets(Sequence[UInt8[np.ndarray, "H W 3"]]):
@@ -178,54 +181,123 @@ def _missing(path: Path, ckpt: Path | str) -> str | None:
     )
 
 
-def distill(ckpt: Path, folder: Path, *, self_ensemble: bool, batch_size: int) -> Path:
+def distill(
+    ckpt: Path,
+    folder: Path,
+    *,
+    self_ensemble: bool,
+    batch_size: int,
+    ray: cluster.Where | None = None,
+) -> Path:
     """Computes a teacher's outputs, 8-bit, for the training sub-images in a folder of records.
 
     They are computed in batches of `batch_size`, rounded up so that they divide evenly among the
-    devices. Files that an interrupted run has finished are kept.
+    devices; or by the workers of a cluster at `ray`, whose machines must see the same files, with a
+    device for each. Files that an interrupted run has finished are kept.
 
     Raises:
         UserError: the teacher or the records cannot be used, or their scales differ.
     """
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, expected at least 1")
+    if ray is not None:
+        jax.config.update("jax_platforms", "cpu")  # the workers have the GPUs
     weights = load_weights(ckpt)
     scale = Preparation.read(folder).scale
     if weights.config.scale != scale:
         raise DataError(
             f"{ckpt} is a teacher for x{weights.config.scale}, {folder} was prepared for x{scale}"
         )
-    records = open_records(folder).train
-    devices = jax.device_count()
-    batch_size = math.ceil(batch_size / devices) * devices
-    teach = _make_teacher(weights, self_ensemble, batch_size)
+    count = len(open_records(folder).train)
     path = folder / "targets" / _name(weights.identity(), self_ensemble)
     path.mkdir(parents=True, exist_ok=True)
-    info = Info(str(ckpt.absolute()), Info.read(path).sha256)
+    shards = {
+        shard: range(i * PER_SHARD, min((i + 1) * PER_SHARD, count))
+        for i, shard in enumerate(shard_shapes(path))
+    }
+    there = {shard.name: shard for shard in shards if shard.exists()}
+    known = Info.read(path).sha256
+    # A run may have stopped before it wrote the checksum.
+    sha256 = {name: known.get(name) or checksum(shard) for name, shard in there.items()}
+    info = Info(str(ckpt.absolute()), sha256)
     info.write(path)
-
-    def read(indices: range) -> np.ndarray:
-        return np.stack([records[i]["lr"] for i in indices])
-
-    with tqdm(total=len(records), desc="distilling", unit="sub-image") as bar:
-        for i, shard in enumerate(shard_shapes(path)):
-            indices = range(i * PER_SHARD, min((i + 1) * PER_SHARD, len(records)))
-            if shard.exists():
-                bar.update(len(indices))
-            else:
-                batches = [indices[j : j + batch_size] for j in range(0, len(indices), batch_size)]
-                dataset = grain.MapDataset.source(batches).map(read).to_iter_dataset(_READ_AHEAD)
-                outputs = []
-                for output in teach(dataset):
-                    outputs.append(output)
-                    bar.update(len(output))
-                info.sha256.pop(shard.name, None)
-                with replacing(shard) as temporary, temporary.open("wb") as file:
-                    np.save(file, np.concatenate(outputs))
-            if shard.name not in info.sha256:  # a run may have stopped between the two writes
-                info.sha256[shard.name] = checksum(shard)
+    missing = [(shard, indices) for shard, indices in shards.items() if shard.name not in there]
+    prepare = functools.partial(_Writer, weights, folder, self_ensemble, batch_size)
+    done = count - sum(len(indices) for _, indices in missing)
+    with tqdm(total=count, initial=done, desc="distilling", unit="sub-image") as bar:
+        if ray is None:
+            write = prepare(advance=bar.update)
+            written = ((task, write(task)) for task in missing)
+        else:
+            written = _on_cluster(missing, prepare, bar, ray)
+        with contextlib.closing(written):
+            for (shard, _), digest in written:
+                info.sha256[shard.name] = digest
                 info.write(path)
     return path
+
+
+_Task = tuple[Path, range]
+"""A file of targets, and the indices of its records."""
+
+
+def _on_cluster(
+    tasks: Sequence[_Task], prepare: Callable[..., "_Writer"], bar: tqdm, ray: cluster.Where
+) -> Generator[tuple[_Task, str], None, None]:
+    """Yields each task with the checksum of its file."""
+
+    start = functools.partial(_start_worker, prepare)
+    for task, digest in cluster.spread(ray, start, [[task] for task in tasks]):
+        if isinstance(digest, cluster.Lost):
+            raise DataError(f"{task[0]}: {digest.reason}; run the same command again to resume")
+        bar.update(len(task[1]))
+        yield task, digest
+
+
+def _start_worker(prepare: Callable[..., "_Writer"], stopped: cluster.Stopped) -> "_Writer":
+    def advance(_: int) -> None:
+        if stopped():
+            raise KeyboardInterrupt
+
+    keep_compiled_programs()
+    return prepare(advance=advance)
+
+
+class _Writer:
+    """Writes files of targets."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        folder: Path,
+        self_ensemble: bool,
+        batch_size: int,
+        *,
+        advance: Callable[[int], object],
+    ):
+        """`advance` is called with the number of targets that have been added."""
+        devices = jax.device_count()
+        self._batch_size = math.ceil(batch_size / devices) * devices
+        self._teach = _make_teacher(weights, self_ensemble, self._batch_size)
+        self._records = open_records(folder).train
+        self._advance = advance
+
+    def __call__(self, task: _Task, memory: float = math.inf) -> str:
+        """Writes a file, and returns its checksum."""
+        path, indices = task
+        size = self._batch_size
+        batches = [indices[j : j + size] for j in range(0, len(indices), size)]
+        dataset = grain.MapDataset.source(batches).map(self._read).to_iter_dataset(_READ_AHEAD)
+        outputs = []
+        for output in self._teach(dataset):
+            outputs.append(output)
+            self._advance(len(output))
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.concatenate(outputs))
+        return checksum(path)
+
+    def _read(self, indices: range) -> np.ndarray:
+        return np.stack([self._records[i]["lr"] for i in indices])
 
 
 def _make_teacher(

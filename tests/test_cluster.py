@@ -1,0 +1,341 @@
+"""Ray: results as without it, whatever dies."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from dvmsr_jax import cluster
+from dvmsr_jax.commands import upscale
+from dvmsr_jax.config import DataConfig, ModelConfig
+from dvmsr_jax.errors import UserError
+from dvmsr_jax.model import DVMSR
+from dvmsr_jax.pictures import jobs, spread
+from dvmsr_jax.pictures.upscaler import PictureUpscaler, Upscaler
+from dvmsr_jax.pretrained import save_safetensors
+
+needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray")
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster of one machine with two cores, to which tests add others."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        # Its programs belong in the tests' cache, not in the user's.
+        cache = jax.config.values["jax_compilation_cache_dir"]
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        one = {"num_cpus": 2, "memory": 4096 * MIB, "object_store_memory": 100 * MIB}
+        nodes = Cluster(initialize_head=True, head_node_args=one | {"include_dashboard": False})
+        yield nodes
+        nodes.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The current folder."""
+    monkeypatch.chdir(tmp_path)
+    platforms = jax.config.values["jax_platforms"]
+    yield tmp_path
+    jax.config.update("jax_platforms", platforms)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of tiny random weights."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    config = ModelConfig(channels=8, rssbs=1, vimms_per_rssb=1, states=4)
+    save_safetensors(DVMSR(config, rngs=nnx.Rngs(0)), path)
+    return path
+
+
+def make(folder, count, size=(24, 20)):
+    """Different pictures."""
+    Path(folder).mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(Path(folder, f"{i}.png"))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["upscale.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        upscale.main()
+    return stop.value.code
+
+
+@needs_ray
+def test_the_command(nodes, weights, monkeypatch, capsys):
+    make("in", 30)
+    make("in/sub", 3, size=(90, 80))
+    Path("in/broken.png").write_text("no picture")
+    Image.new("RGB", (8, 8)).save("in/3.gif")
+    assert run_main(monkeypatch, "in", "-o", "one", "--ckpt", weights, "--json", "one.json") == 1
+    arguments = ["in", "--ckpt", weights, "-o", "two", "--json", "two.json"]
+    capsys.readouterr()
+    assert run_main(monkeypatch, *arguments, "--ray", nodes.address) == 1
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert "in/3.png -> two/3_png_x4.png" in printed.err
+    assert "34 done, 0 skipped, 1 failed" in printed.err
+    assert "failed: in/broken.png: is not a PNG" in printed.err
+    assert contents("one/sub") == contents("two/sub")
+    Path("one/sub").rename("sub1"), Path("two/sub").rename("sub2")
+    assert contents("one") == contents("two")
+    assert len(contents("two")) == 31
+    Path("sub1").rename("one/sub"), Path("sub2").rename("two/sub")
+    one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
+    for report in (one, two):
+        report["pictures"] = {
+            picture["source"]: (picture["status"], picture["what"].partition("/")[2])
+            for picture in report["pictures"]
+        }
+    assert one.pop("megapixels") == pytest.approx(two.pop("megapixels"))
+    assert one == two
+    assert two["finished"]
+
+    refused = run_main(monkeypatch, "in/7.png", "-o", "-", "--ckpt", weights, "--ray")
+    assert refused == "error: --ray is for files: leave it out for standard input and output"
+
+
+@needs_ray
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_inputs_are_not_overwritten(nodes, doubling, overwrite):
+    make("in", 1)
+    before = contents("in")
+    planned = jobs.plan(["in/0.png"], "in/0.png", scale=2.0, suffix=None)
+    (outcome,) = spread.run(
+        planned,
+        lambda: PictureUpscaler(doubling, 2),
+        ray=(nodes.address,),
+        keep=["in/0.png"],
+        overwrite=overwrite,
+    )
+    assert outcome.what == "would overwrite in/0.png, an input"
+    assert contents("in") == before
+
+
+@needs_ray
+def test_remote_pictures(nodes, doubling, web):
+    pytest.importorskip("aiohttp", reason="needs aiohttp")
+    make("in", 3)
+    planned = jobs.plan([f"{web}/in/"], "out/", scale=2.0, suffix=None)
+    outcomes = list(spread.run(planned, lambda: PictureUpscaler(doubling, 2), ray=(nodes.address,)))
+    assert [one.status for one in outcomes] == ["done"] * 3
+    planned = jobs.plan(["in"], "one/", scale=2.0, suffix=None)
+    for _ in jobs.run(planned, PictureUpscaler(doubling, 2)):
+        pass
+    assert contents("out") == contents("one")
+
+
+@needs_ray
+def test_a_machine_that_dies(nodes, weights):
+    """In the middle of 200 pictures: all there, none twice, none half."""
+    make("in", 200)
+    for _ in jobs.run(jobs.plan(["in"], "one/", scale=4.0, suffix=None), Upscaler(weights)):
+        pass
+    with warnings.catch_warnings(action="ignore"):
+        second = nodes.add_node(num_cpus=1, object_store_memory=100 * MIB)
+    planned = jobs.plan(["in"], "two/", scale=4.0, suffix=None)
+
+    def slow():
+        """So that many pictures are left when the machine dies."""
+        upscaler = Upscaler(weights)
+        upscale = upscaler._upscale
+
+        def slowly(image):
+            time.sleep(0.05)
+            return upscale(image)
+
+        upscaler._upscale = slowly
+        return upscaler
+
+    outcomes = []
+    for outcome in spread.run(planned, slow, ray=(nodes.address,)):
+        outcomes.append(outcome)
+        if len(outcomes) == 60:
+            before = set(os.listdir("two"))
+            nodes.remove_node(second, allow_graceful=False)
+    assert len(before) < 200
+    assert sorted(str(one.source) for one in outcomes) == sorted(str(job.source) for job in planned)
+    # Those that the machine finished without reporting it are found again.
+    assert {one.status for one in outcomes} <= {"done", "skipped"}
+    results = contents("two")
+    half = {name for name in results if name.startswith(".dvmsr-")}
+    assert len(half) <= 1  # of a worker that was killed while it wrote
+    assert {name: results[name] for name in results.keys() - half} == contents("one")
+
+
+@needs_ray
+def test_a_picture_that_kills_its_worker(nodes, doubling):
+    """Whatever is in the same batch is done by others."""
+    make("in", 5)
+    Image.new("RGB", (13, 13)).save("in/deadly.png")
+
+    def deadly():
+        def upscale(image):
+            if image.shape == (13, 13, 3):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return doubling(image)
+
+        return PictureUpscaler(upscale, 2)
+
+    planned = jobs.plan(["in"], "out/", scale=2.0, suffix=None)
+    outcomes = {one.source.name: one for one in spread.run(planned, deadly, ray=(nodes.address,))}
+    assert len(outcomes) == 6
+    killed = outcomes.pop("deadly.png")
+    assert killed.status == "failed"
+    assert killed.what == "its process was killed 2 times, perhaps for lack of memory"
+    assert {one.status for one in outcomes.values()} <= {"done", "skipped"}
+    results = {name for name in os.listdir("out") if not name.startswith(".dvmsr-")}
+    assert results == {f"{i}_x2.png" for i in range(5)}
+
+
+@needs_ray
+def test_large_items_wait_for_memory(nodes):
+    """Two cores share 4 GiB, of which idle workers take 1.4: about 1.3 for each worker's items."""
+    log = Path("log").absolute()
+
+    def prepare(stopped):
+        def answer(item, memory):
+            if item > memory:
+                raise cluster.TooLargeError(item)
+            with log.open("a") as file:
+                file.write(f"start {item}\n")
+            time.sleep(1)
+            with log.open("a") as file:
+                file.write(f"end {item}\n")
+            return item
+
+        return answer
+
+    items = [2000 * MIB, 2001 * MIB, 100 * MIB, 9000 * MIB, 101 * MIB, 102 * MIB]
+    answers = dict(cluster.spread((nodes.address,), prepare, [[item] for item in items]))
+    assert answers == {item: item for item in items}
+    in_hand, most = set(), 0
+    for line in log.read_text().splitlines():
+        what, size = line.split()
+        (in_hand.add if what == "start" else in_hand.remove)(int(size))
+        most = max(most, len(in_hand))
+        if len(in_hand) > 1:
+            assert max(in_hand) < 1400 * MIB or sum(in_hand) < 2700 * MIB
+    assert most == 2
+
+
+@needs_ray
+def test_workers_that_cannot_start(nodes):
+    def refusing(stopped):
+        raise UserError("weights.pth: no such file")
+
+    def dying(stopped):
+        os._exit(1)
+
+    with pytest.raises(UserError, match=r"^weights\.pth: no such file$"):
+        list(cluster.spread((nodes.address,), refusing, [["a"]]))
+    with pytest.raises(UserError, match=r"--ray: 3 workers ended while they started: .* died"):
+        list(cluster.spread((nodes.address,), dying, [["a"]]))
+    with pytest.raises(UserError, match="--device tpu: --ray uses CPUs"):
+        list(cluster.spread((nodes.address,), refusing, [["a"]], device="tpu"))
+
+
+@needs_ray
+def test_no_cluster_at_the_address(weights, monkeypatch):
+    make("in", 1)
+    message = run_main(monkeypatch, "in", "-o", "out", "--ckpt", weights, "--ray", "nowhere:x")
+    assert message.startswith("error: --ray nowhere:x: ")
+    assert "\n" not in message
+
+
+def test_without_ray(weights, monkeypatch):
+    make("in", 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = run_main(monkeypatch, "in", "-o", "out", "--ckpt", weights, "--ray")
+    assert message == 'error: --ray needs Ray: pip install "dvmsr-jax[ray]"'
+
+
+@needs_ray
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_command_is_stopped(nodes, weights, monkeypatch, number):
+    """With SIGINT on a Ray of its own. Afterwards, the same command goes on."""
+    make("in", 4)
+    make("in/large", 4, size=(900, 700))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
+    command = [sys.executable, ROOT / "upscale.py", "in", "-o", "out", "--ckpt", weights, "--ray"]
+    if number != signal.SIGINT:
+        command.append(nodes.address)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(Path("out").glob("**/.dvmsr-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGINT:  # as a terminal does
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, printed = process.communicate()
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+        again = subprocess.run(command, capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        assert len(list(Path("out").glob("**/*_x4.png"))) == 8
+        return
+    assert process.returncode == 128 + number
+    assert not list(Path("out").glob("**/.dvmsr-*"))
+    if number == signal.SIGINT:
+        lines = [line for line in printed.splitlines() if "->" not in line]
+        assert lines[0] == "interrupted; run the same command again to resume"
+        assert lines[1].endswith(" done, 0 skipped, 0 failed")
+        assert len(lines) == 2
+
+
+@needs_ray
+def test_preparing_and_distilling(nodes, weights, monkeypatch):
+    """The same bytes as without, although one file is there already."""
+    pytest.importorskip("tensorflow_datasets", reason="needs the packages for training")
+    from dvmsr_jax.data import check
+    from dvmsr_jax.data.prepare import prepare
+    from dvmsr_jax.data.sources import find_sources
+    from dvmsr_jax.training import targets
+
+    monkeypatch.setattr("dvmsr_jax.data.prepare.PICTURES_PER_SHARD", 1)
+    monkeypatch.setattr(targets, "PER_SHARD", 1)
+    make("in", 5, size=(72, 80))
+    Path("in/unreadable.png").write_text("no picture")
+    sources = find_sources(DataConfig(hr_dirs=(Path("in"),), val_images=1))
+    for name, where in (("one", None), ("two", (nodes.address,))):
+        prepare(sources, 4, Path(name), max_unreadable=0.5, ray=where)
+    options = {"self_ensemble": False, "batch_size": 2}
+    path = targets.distill(weights, Path("one"), **options)
+    there = Path("two") / path.relative_to("one")
+    there.mkdir(parents=True)
+    for file in (path / "00002.npy", path / targets.INFO):
+        shutil.copy(file, there)
+    targets.distill(weights, Path("two"), **options, ray=(nodes.address,))
+
+    def contents_below(folder):
+        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    assert len(list(there.glob("*.npy"))) == 4
+    assert contents_below("two") == contents_below("one")
+    assert check.find_problems(Path("two")) == targets.find_problems(Path("two")) == []
