@@ -221,10 +221,8 @@ class _Pool(Generic[Item, Answer]):
             self._hire()
             self._hand_out()
             calls = list(self._calls)
-            self._ray.wait(calls, timeout=_TICK)
-            done, _ = self._ray.wait(
-                calls, num_returns=len(calls), timeout=0
-            )  # all that have ended
+            self._ray.wait(calls, timeout=_TICK)  # for one of them; then look for all
+            done, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
             for call in done:
                 yield from self._receive(call)
 
