@@ -56,6 +56,17 @@ class Worker:
         self._process.communicate()
 
 
+def start_workers(path: str, size: int) -> dict[str, Worker]:
+    """Processes for squares of this side, with this .safetensors file."""
+    arguments = [path, str(size), str(size)]
+    program = str(Path(__file__).with_suffix(".mjs"))
+    jax_program = f"from benchmarks.web_engine import serve; serve({path!r}, {size}, {size})"
+    return {
+        "JAX": Worker([sys.executable, "-c", jax_program]),
+        "WASM": Worker(["node", program, *arguments]),
+    }
+
+
 def main(sizes: tuple[int, ...] = (64, 256), weights: str = "x4", repetitions: int = 10) -> None:
     """Prints a Markdown table.
 
@@ -69,13 +80,7 @@ def main(sizes: tuple[int, ...] = (64, 256), weights: str = "x4", repetitions: i
     columns = ("size", "engine", "first", "seconds", "CPU time", "ratio")
     report.table(columns, text=("engine",))
     for size in sizes:
-        arguments = [path, str(size), str(size)]
-        program = str(Path(__file__).with_suffix(".mjs"))
-        jax_program = f"from benchmarks.web_engine import serve; serve({path!r}, {size}, {size})"
-        workers = {
-            "JAX": Worker([sys.executable, "-c", jax_program]),
-            "WASM": Worker(["node", program, *arguments]),
-        }
+        workers = start_workers(path, size)
         first = {name: worker.upscale() for name, worker in workers.items()}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
         for _ in range(repetitions):

@@ -1,0 +1,126 @@
+"""The page that upscales pictures in the browser: serves it here, or writes it for a static host.
+
+python -m dvmsr_jax.web
+python -m dvmsr_jax.web --output site
+"""
+
+import json
+import sys
+import webbrowser
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+import tyro
+
+from dvmsr_jax import registry
+from dvmsr_jax.errors import UserError, printable
+
+PAGE = Path(__file__).parents[1] / "web"
+"""The page's own files."""
+
+WEIGHTS = ("x4", "x4-real", "x2", "x3")
+"""Names of the weights that the page offers; the first is chosen at first."""
+
+_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".svg": "image/svg+xml",
+    ".wasm": "application/wasm",
+}
+
+
+def web(output: Path | None = None, port: int = 8765, browse: bool = True) -> None:
+    """Serves the page that upscales pictures in the browser, on this computer only, until Ctrl-C.
+
+    Args:
+        output: write the page and its weights to this folder instead, to put on any static host.
+        port: the port to serve it on.
+        browse: open the page in the browser.
+    """
+    if output is not None:
+        write(site(), output)
+        print(printable(f"{output}: put this folder on any host for static files, by https"))
+        return
+    with serve(site(), port) as server:
+        address = f"http://127.0.0.1:{server.server_port}/"
+        print(f"{address} (Ctrl-C ends it)", flush=True)
+        if browse:
+            webbrowser.open(address)
+        server.serve_forever()
+
+
+def site() -> dict[str, bytes]:
+    """The contents of all files, by path relative to the page: its own, WEIGHTS and their list.
+
+    Raises:
+        RegistryError: weights are missing or damaged.
+    """
+    files = {path.name: path.read_bytes() for path in PAGE.iterdir()}
+    listed = []
+    for name in WEIGHTS:
+        named, file = registry.NAMED[name], f"weights/{name}.safetensors"
+        purpose = named.purpose.partition(";")[0].removesuffix(", the default")
+        listed.append({"name": name, "scale": named.scale, "purpose": purpose, "file": file})
+        files[file] = registry.find(name).read_bytes()
+    return files | {"weights.json": json.dumps(listed, indent=1).encode()}
+
+
+def write(files: Mapping[str, bytes], folder: Path) -> None:
+    """Writes the files of `site` to a folder. Raises UserError if it exists and is not empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: already exists; remove it, or choose another folder")
+    for name, contents in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents)
+
+
+def serve(files: Mapping[str, bytes], port: int) -> ThreadingHTTPServer:
+    """A server for the files of `site`, to be closed; 0 stands for any free port.
+
+    Raises:
+        UserError: the port cannot be used.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = unquote(urlsplit(self.path).path).removeprefix("/") or "index.html"
+            if name not in files:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            kind = _TYPES.get(PurePosixPath(name).suffix, "application/octet-stream")
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(files[name])))
+            self.send_header("Cache-Control", "no-cache")
+            self.end_headers()
+            self.wfile.write(files[name])
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    try:
+        return _Server(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"port {port} cannot be used ({error}); choose another with --port"
+        ) from error
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # the browser has gone away
+            super().handle_error(request, client_address)
+
+
+if __name__ == "__main__":
+    from dvmsr_jax.program import one_line_errors  # imports JAX
+
+    with one_line_errors(interrupted="stopped"):
+        tyro.cli(web, prog="python -m dvmsr_jax.web")

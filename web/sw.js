@@ -1,0 +1,53 @@
+// Service worker: what has been loaded once is there without a network.
+//
+// With a network, files come from there, so that a new version of the page is seen at once.
+
+const CACHE = "dvmsr";
+const FILES = [
+  "./",
+  "dvmsr.wasm",
+  "engine.js",
+  "enlarging.js",
+  "icon.svg",
+  "page.js",
+  "picture.js",
+  "png.js",
+  "preview.js",
+  "profile.js",
+  "reading.js",
+  "style.css",
+  "viewer.js",
+  "worker.js",
+  "weights.json",
+];
+
+addEventListener("install", (event) => event.waitUntil(keepAll()));
+addEventListener("activate", (event) => event.waitUntil(clients.claim()));
+addEventListener("fetch", (event) => {
+  const { request } = event;
+  if (request.method === "GET" && new URL(request.url).origin === location.origin) {
+    event.respondWith(load(request));
+  }
+});
+
+// The page's files, and the weights that are chosen at first.
+async function keepAll() {
+  const cache = await caches.open(CACHE);
+  await cache.addAll(FILES);
+  const [{ file }] = await (await cache.match("weights.json")).json();
+  await cache.add(file);
+  await skipWaiting();
+}
+
+async function load(request) {
+  const cache = await caches.open(CACHE);
+  try {
+    const response = await fetch(request, { cache: "no-cache" }); // asks whether it has changed
+    if (response.ok) await cache.put(request, response.clone());
+    return response;
+  } catch (error) {
+    const kept = await cache.match(request, { ignoreSearch: true });
+    if (kept) return kept;
+    throw error;
+  }
+}
