@@ -7,6 +7,7 @@
     dvmsr weights     list the weights that have a name
     dvmsr convert     write weights as .safetensors
     dvmsr export      write weights for other programs, as ONNX or StableHLO
+    dvmsr web         open the page that upscales in the browser
 
 `dvmsr COMMAND --help` describes a command's arguments.
 """
@@ -20,7 +21,7 @@ import tyro
 
 import dvmsr_jax
 
-Command = Literal["upscale", "evaluate", "train", "data", "weights", "convert", "export"]
+Command = Literal["upscale", "evaluate", "train", "data", "weights", "convert", "export", "web"]
 
 # The groups of packages that commands need besides those that upscaling needs.
 EXTRAS: dict[Command, str] = {"evaluate": "train", "train": "train", "data": "train"}

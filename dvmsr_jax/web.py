@@ -1,8 +1,4 @@
-"""The page that upscales pictures in the browser: serves it here, or writes it for a static host.
-
-python -m dvmsr_jax.web
-python -m dvmsr_jax.web --output site
-"""
+"""The page that upscales in the browser: serves it here, or writes it for a static host."""
 
 import json
 import sys
@@ -12,12 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-import tyro
-
 from dvmsr_jax import registry
 from dvmsr_jax.errors import UserError, printable
 
-PAGE = Path(__file__).parents[1] / "web"
+PAGE = Path(__file__).parent / "page"
 """The page's own files."""
 
 WEIGHTS = ("x4", "x4-real", "x2", "x3")
@@ -117,10 +111,3 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # the browser has gone away
             super().handle_error(request, client_address)
-
-
-if __name__ == "__main__":
-    from dvmsr_jax.program import one_line_errors  # imports JAX
-
-    with one_line_errors(interrupted="stopped"):
-        tyro.cli(web, prog="python -m dvmsr_jax.web")

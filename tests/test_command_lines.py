@@ -19,7 +19,7 @@ from flax import nnx
 import demo
 from benchmarks import inference as inference_benchmark
 from dvmsr_jax import images, parallel
-from dvmsr_jax.commands import data, evaluate, export, train, upscale
+from dvmsr_jax.commands import data, evaluate, export, train, upscale, web
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.configs import PRESETS
 from dvmsr_jax.kernels.selective_scan import native, triton_scan
@@ -70,6 +70,8 @@ def test_documented_commands_parse(command, monkeypatch):
         assert tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
     elif program == "export.py":
         assert tyro.cli(parse_only(export.export), args=arguments)
+    elif program == "web.py":
+        assert tyro.cli(parse_only(web.web), args=arguments)
     elif program == "weights.py":
         assert not arguments
     else:

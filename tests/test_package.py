@@ -29,8 +29,8 @@ def call(*words, **options):
 def wheel(tmp_path_factory):
     """Built from a copy, because building leaves files behind."""
     folder = tmp_path_factory.mktemp("wheel")
-    copied = {"dvmsr_jax", "kernels", "configs", "checkpoints", "pyproject.toml", "README.md"}
-    copied |= {"LICENSE", "NOTICE"}
+    copied = {"dvmsr_jax", "kernels", "configs", "checkpoints", "web"}
+    copied |= {"pyproject.toml", "README.md", "LICENSE", "NOTICE"}
     others = {path.name for path in ROOT.iterdir()} - copied
 
     def ignored(parent, names):
@@ -64,6 +64,9 @@ def test_it_contains_the_package_and_no_other(wheel):
     }
     assert sources
     assert sources <= {*names}
+    page = {f"dvmsr_jax/page/{path.name}" for path in (ROOT / "web").iterdir()}
+    assert "dvmsr_jax/page/dvmsr.wasm" in page
+    assert page <= {*names}
     presets = {f"dvmsr_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert presets <= {*names}
 
@@ -97,6 +100,8 @@ def test_it_upscales_where_nothing_else_is_installed(wheel, tmp_path):
     assert "x4-real" in call(dvmsr, "weights", **options)
     call(dvmsr, "convert", "x4", "copy.safetensors", **options)
     call(dvmsr, "export", "x4", "copy.stablehlo", **options)
+    call(dvmsr, "web", "--output", "site", **options)
+    assert (pictures / "site" / "weights" / "x4.safetensors").exists()
     assert call(dvmsr, "--version", **options).strip() == "0.1.0"
     for command, extra in [("train", "train"), ("evaluate", "train"), ("data", "train")]:
         done = subprocess.run([dvmsr, command], capture_output=True, text=True, **options)
