@@ -623,7 +623,8 @@ def test_pipes(weights, monkeypatch):
     make("a.png")
     # Its programs belong in the tests' cache, not in the user's.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
-    command = [sys.executable, upscale.__file__, "-", "--ckpt", weights]
+    program = Path(__file__).parents[1] / "upscale.py"
+    command = [sys.executable, program, "-", "--ckpt", weights]
     data = Path("a.png").read_bytes()
     result = subprocess.run([*command, "--format", "tif"], input=data, capture_output=True)
     assert result.returncode == 0, result.stderr
