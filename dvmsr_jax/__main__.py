@@ -36,7 +36,7 @@ def run(command: Command) -> None:
         module = importlib.import_module(f"dvmsr_jax.commands.{command}")
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(command)
-        if extra is None:
+        if extra is None or str(error.name).startswith("dvmsr_jax"):
             raise
         sys.exit(
             f"error: dvmsr {command} needs the package {error.name}: "

@@ -1,7 +1,10 @@
 """The page that upscales in the browser: serves it here, or writes it for a static host."""
 
 import json
+import os
 import sys
+import tempfile
+import threading
 import webbrowser
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,14 +39,15 @@ def web(output: Path | None = None, port: int = 8765, browse: bool = True) -> No
         browse: open the page in the browser.
     """
     if output is not None:
+        output = output.expanduser()
         write(site(), output)
         print(printable(f"{output}: put this folder on any host for static files, by https"))
         return
     with serve(site(), port) as server:
         address = f"http://127.0.0.1:{server.server_port}/"
         print(f"{address} (Ctrl-C ends it)", flush=True)
-        if browse:
-            webbrowser.open(address)
+        if browse:  # in a thread, as a browser in the terminal keeps it busy
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         server.serve_forever()
 
 
@@ -53,7 +57,7 @@ def site() -> dict[str, bytes]:
     Raises:
         RegistryError: weights are missing or damaged.
     """
-    files = {path.name: path.read_bytes() for path in PAGE.iterdir()}
+    files = {path.name: path.read_bytes() for path in PAGE.glob("[!.]*")}
     listed = []
     for name in WEIGHTS:
         named, file = registry.NAMED[name], f"weights/{name}.safetensors"
@@ -64,13 +68,19 @@ def site() -> dict[str, bytes]:
 
 
 def write(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes the files of `site` to a folder. Raises UserError if it exists and is not empty."""
+    """Writes all files of `site` to a folder, or none.
+
+    Raises UserError if the folder exists and is not empty.
+    """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: already exists; remove it, or choose another folder")
-    for name, contents in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(contents)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".dvmsr-") as temporary:
+        for name, contents in files.items():
+            path = Path(temporary, "site", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(contents)
+        os.replace(Path(temporary, "site"), folder)
 
 
 def serve(files: Mapping[str, bytes], port: int) -> ThreadingHTTPServer:

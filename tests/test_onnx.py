@@ -146,12 +146,14 @@ def test_bidirectional_models_are_plain(h, w):
         network.streaming_model(random_weights(config).model())
 
 
-@pytest.mark.parametrize("weights", ["x2", "x3", "x4"])
+@pytest.mark.parametrize("weights", ["x2", "x3", "x4", "x4-real"])
 def test_the_projects_own_weights(weights):
-    image = random_image(12, 13)
+    image = random_image(37, 53)
     whole = np.asarray(nnx.jit(load_weights(weights).model())(image[None])[0])
     upscaled = run_plain(onnxruntime.InferenceSession(to_onnx(weights, plain=True)), image)
     np.testing.assert_allclose(upscaled, whole, atol=1e-5, rtol=0)
+    stream = make_streamer(onnxruntime.InferenceSession(to_onnx(weights)), band_rows=16)
+    np.testing.assert_allclose(np.concatenate([*stream(image)]), whole, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("make", [network.plain_model, network.streaming_model])

@@ -124,7 +124,7 @@ def test_conversion_command(tiny, tmp_path):
     _, path = tiny
 
     def run(*arguments):
-        command = [sys.executable, "-m", "dvmsr_jax.pretrained", *map(str, arguments)]
+        command = [sys.executable, "-m", "dvmsr_jax", "convert", *map(str, arguments)]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import io
 import json
+import mimetypes
 import re
 import signal
 import subprocess
@@ -121,7 +122,10 @@ def add(page, **files):
     named = {name.replace("__", "."): contents for name, contents in files.items()}
     page.set_input_files(
         "#files",
-        [{"name": k, "mimeType": "image/any", "buffer": v} for k, v in named.items()],
+        [
+            {"name": k, "mimeType": mimetypes.guess_type(k)[0] or "image/any", "buffer": v}
+            for k, v in named.items()
+        ],
     )
 
 
@@ -296,6 +300,7 @@ WRONG = {
     "notes.txt": (b"These are notes.", "not a picture"),
     "photo.heic": (b"\0\0\0\x18ftypheic", "cannot read HEIC"),
     "empty.png": (b"", "not a picture"),
+    "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "an SVG"),
     "wide.png": (encoded(np.zeros((1, 20_000), np.uint8)), "too large: 20000 \u00d7 1 pixels"),
     "large.png": (
         encoded(np.zeros((8_000, 8_000), np.uint8)),
@@ -315,6 +320,22 @@ def test_files_that_are_no_pictures(open_page, tiny_server):
     add(page, good__png=encoded(noise(4, 4, 3)))
     downloaded(page)
     expect(lines).to_have_count(0)
+
+
+def test_all_controls_fit_a_phone(open_page, tiny_server):
+    phone = {"width": 390, "height": 780}
+    page = open_page(tiny_server, viewport=phone, is_mobile=True, has_touch=True)
+    for step in ("empty", "finished"):
+        if step == "finished":
+            add(page, photo__png=encoded(noise(30, 40, 3)))
+            downloaded(page)
+        controls = page.locator("button:visible, select:visible, a:visible, #drop:visible")
+        boxes = [control.bounding_box() for control in controls.all()]
+        assert len(boxes) >= (2 if step == "empty" else 8)
+        for box in boxes:
+            assert min(box["x"], box["y"]) >= 0
+            assert box["x"] + box["width"] <= phone["width"]
+            assert box["y"] + box["height"] <= phone["height"]
 
 
 def test_damaged_pictures(open_page, tiny_server):
@@ -526,7 +547,7 @@ def test_lists_the_projects_weights():
 
 
 def run(*arguments, **options):
-    command = [sys.executable, "-m", "dvmsr_jax.web", *arguments]
+    command = [sys.executable, "-m", "dvmsr_jax", "web", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )

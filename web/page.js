@@ -71,10 +71,9 @@ async function chosenWeights() {
 // new one.
 at("weights").addEventListener("change", async () => {
   if (!selected) return;
-  const { file, busy } = selected;
   const replaced = selected;
-  await add([file]);
-  if (busy) remove(replaced);
+  await add([replaced.file]);
+  if (selected !== replaced && replaced.busy && pictures.includes(replaced)) remove(replaced);
 });
 
 // Pictures

@@ -33,6 +33,9 @@ export class Picture {
   //
   // `weights` is an entry of weights.json; `changed` is called after each change.
   static async of(file, weights, changed) {
+    if (file.type === "image/svg+xml") {
+      throw new PictureError("It is an SVG, which is sharp at any size.");
+    }
     const image = new Image();
     image.src = URL.createObjectURL(file);
     try {
@@ -41,7 +44,7 @@ export class Picture {
         image.onerror = reject;
       });
       const { naturalWidth: width, naturalHeight: height } = image;
-      if (!width || !height) throw new PictureError("It has no size in pixels."); // some SVGs
+      if (!width || !height) throw new PictureError("It has no size in pixels.");
       if (width * height > MAX_PIXELS || Math.max(width, height) > MAX_SIDE) {
         throw new PictureError(
           `It is too large: ${width} × ${height} pixels. At most 50 megapixels, and ` +

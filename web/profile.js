@@ -52,7 +52,8 @@ function inJpeg(bytes) {
     }
     at = end;
   }
-  return parts.length ? joined(parts.slice(1)) : null;
+  const numbered = Array.from(parts).slice(1);
+  return numbered.length && numbered.every(Boolean) ? joined(numbered) : null;
 }
 
 function inWebp(bytes) {

@@ -1,8 +1,8 @@
 // Reads a picture's pixels in strips of rows.
 
-// The file's own numbers, upright: without conversion to sRGB, and not multiplied by alpha.
+// The file's own numbers: without conversion to sRGB, and not multiplied by alpha. Pictures are
+// upright by default; older browsers refuse the option that says so.
 export const DECODING = {
-  imageOrientation: "from-image",
   premultiplyAlpha: "none",
   colorSpaceConversion: "none",
 };

@@ -40,14 +40,19 @@ async function keepAll() {
 }
 
 async function load(request) {
-  const cache = await caches.open(CACHE);
+  let response;
   try {
-    const response = await fetch(request, { cache: "no-cache" }); // asks whether it has changed
-    if (response.ok) await cache.put(request, response.clone());
-    return response;
+    response = await fetch(request, { cache: "no-cache" }); // asks whether it has changed
   } catch (error) {
-    const kept = await cache.match(request, { ignoreSearch: true });
+    const kept = await caches.match(request, { cacheName: CACHE, ignoreSearch: true });
     if (kept) return kept;
     throw error;
   }
+  if (response.ok) await keep(request, response.clone()).catch(() => {}); // storage may be full
+  return response;
+}
+
+async function keep(request, response) {
+  const cache = await caches.open(CACHE);
+  await cache.put(request, response);
 }

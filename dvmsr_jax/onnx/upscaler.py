@@ -67,7 +67,8 @@ def open_model(source: str | os.PathLike[str]) -> "onnxruntime.InferenceSession"
         raise UserError(f"{path}: no such file")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised as well
-    options.intra_op_num_threads = int(os.environ.get("NPROC", 0))  # as XLA; 0: one a core
+    threads = os.environ.get("NPROC", "")
+    options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0  # as XLA; 0: all
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no common base

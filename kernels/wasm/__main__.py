@@ -10,5 +10,5 @@ try:
 except FileNotFoundError:
     sys.exit("clang is not installed; on Debian: apt install clang lld")
 except subprocess.CalledProcessError:
-    sys.exit("clang failed; it needs wasm-ld, on Debian: apt install lld")
+    sys.exit("clang failed, see above; it needs wasm-ld (on Debian: apt install lld)")
 print(f"{PROGRAM}: {PROGRAM.stat().st_size:,} bytes")
