@@ -109,7 +109,8 @@ STUDY = Study(
     """,
     limits="""
     Short training favours networks that learn fast. The learning rate is chosen with one seed,
-    on the pictures that the table's validation column is from.
+    on the pictures that the table's validation column is from. Training times are not comparable:
+    the machine was also used for other work.
     """,
     tasks=tasks,
     report=report,

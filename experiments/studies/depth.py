@@ -54,7 +54,7 @@ def report(results: Results) -> Section:
     table = markdown([*columns, *benchmarks, "on the front"], rows)
 
     answer = ""
-    if front:
+    if len(scores) > 1:
         small, best = front[0], front[-1]
         answer = (
             f"From {small} to {best}, which costs {costs[best] / costs[small]:.1f} times the MACs, "
