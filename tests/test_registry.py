@@ -30,7 +30,7 @@ SHIPPED = [name for name, named in NAMED.items() if named.url is None]
 def test_shipped_weights(name):
     """The file is the registered one, loads by its name, and says where it comes from."""
     path = find(name)
-    assert path == ROOT / "checkpoints" / f"{name}.safetensors"
+    assert path.samefile(ROOT / "checkpoints" / f"{name}.safetensors")
     assert path.stat().st_size < 2e6
     weights = load_weights(name)
     assert weights.config.scale == NAMED[name].scale
