@@ -99,6 +99,13 @@ def spread(
         pool: _Pool[Item, Answer] = _Pool(ray, prepare, tasks, device, grows=bool(where))
         try:
             yield from pool.answers()
+        except ray.exceptions.RayTaskError:  # the worker's, not Ray's own
+            raise
+        except ray.exceptions.RayError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--ray: the cluster does not answer ({reason}); the same command resumes"
+            ) from error
         finally:
             pool.close()
 

@@ -308,6 +308,15 @@ def test_workers_that_cannot_start(nodes):
         list(cluster.spread((nodes.address,), refusing, [["a"]], device="tpu"))
 
 
+def test_the_guide_describes_a_cluster():
+    yaml = pytest.importorskip("yaml", reason="needs PyYAML")
+    guide = (ROOT / "docs/clusters.md").read_text()
+    described = yaml.safe_load(guide.partition("```yaml\n")[2].partition("```")[0])
+    assert described["head_node_type"] in described["available_node_types"]
+    (command,) = described["setup_commands"]
+    assert command.startswith("pip install ")
+
+
 @needs_ray
 def test_no_cluster_at_the_address(weights, monkeypatch):
     make("in", 1)
@@ -341,7 +350,10 @@ def test_the_command_is_stopped(nodes, weights, monkeypatch, number):
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    _, printed = process.communicate()
+    try:
+        _, printed = process.communicate(timeout=120)
+    finally:
+        process.kill()
     if number == signal.SIGKILL:
         assert process.returncode == -number
         again = subprocess.run(command, capture_output=True, text=True)
