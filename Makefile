@@ -20,7 +20,7 @@ test: $(VENV)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist loadgroup
 
 gpu: $(if $(PYTHON),,$(VENV_GPU))
 	$(or $(PYTHON),.venv-gpu/bin/python) -m benchmarks.gpu $(PARTS) $(if $(TORCH),--torch $(TORCH))

@@ -26,6 +26,9 @@ from dvmsr_jax.pictures import jobs, spread
 from dvmsr_jax.pictures.upscaler import PictureUpscaler, Upscaler
 from dvmsr_jax.pretrained import save_safetensors
 
+# One after the other: each cluster takes the machine's cores for its own.
+pytestmark = pytest.mark.xdist_group("ray")
+
 needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray")
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
