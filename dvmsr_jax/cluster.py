@@ -10,7 +10,6 @@ import importlib.util
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -41,8 +40,7 @@ _OBJECT_STORE = 200 * 2**20  # bytes; items and answers are small
 # Bytes that a worker occupies beyond its items: Python, JAX, the compiled network and its bands.
 _IDLE_WORKER = 700 * 2**20
 _DEATHS = 2  # of its workers, after which an item is given up
-_STILLBIRTHS = 3  # workers in a row that end while they start, when no other has started
-_PATIENCE = 15.0  # seconds without a worker until the user is told
+_STILLBIRTHS = 3  # workers in a row that end while they start
 _TICK, _GRACE = 2.0, 15.0  # seconds between looks at the cluster, and for workers to clean up
 # Environment of the workers. XLA has as many threads as NPROC says; JAX reports a missing GPU.
 _PLATFORMS = {
@@ -99,13 +97,6 @@ def spread(
         pool: _Pool[Item, Answer] = _Pool(ray, prepare, tasks, device, grows=bool(where))
         try:
             yield from pool.answers()
-        except ray.exceptions.RayTaskError:  # the worker's, not Ray's own
-            raise
-        except ray.exceptions.RayError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"--ray: the cluster does not answer ({reason}); the same command resumes"
-            ) from error
         finally:
             pool.close()
 
@@ -145,14 +136,12 @@ class _Actor:
         with contextlib.suppress(OSError):  # this machine may not have it, nor need it
             os.chdir(folder)
 
-    def machine(self) -> str:
-        """Returns the name of its machine in Ray, at once."""
+    def start(self) -> str:
+        """Prepares the worker, and returns the name of its machine in Ray."""
         import ray
 
-        return ray.get_runtime_context().get_node_id()
-
-    def start(self) -> None:
         self._answer = self._prepare(self._stop.is_set)
+        return ray.get_runtime_context().get_node_id()
 
     def answer(self, items: Sequence[Any], memory: float) -> list[Any]:
         answers: list[Any] = []
@@ -186,10 +175,7 @@ class _Machine(NamedTuple):
 class _Worker(Generic[Item]):
     actor: Any
     machine: str | None = None
-    """None until it has a process there."""
-    started: bool = False
-    awake: bool = False
-    """Whether it has answered since it was last without work."""
+    """None until it has started."""
     task: _Task[Item] | None = None
     """What it has in hand."""
 
@@ -209,19 +195,15 @@ class _Pool(Generic[Item, Answer]):
         self._waiting = collections.deque(tasks)
         self._workers: list[_Worker[Item]] = []
         self._calls: dict[Any, _Worker[Item]] = {}
-        """What runs in the workers, one call in each, by Ray's reference to its result."""
+        """What runs in the workers, by Ray's reference to its result."""
         self._machines: dict[str, _Machine] = {}
         self._stillbirths = 0
         self._counted = -_TICK
-        self._seen: float | None = time.monotonic()
-        """When there was a worker last; None once the user knows that there is none."""
         if device is None:
             device = "gpu" if ray.cluster_resources().get("GPU") else "cpu"
         if device not in _PLATFORMS:
             raise UserError(f"--device {device}: --ray uses CPUs or NVIDIA GPUs only")
         self._kind = device.upper()
-        if not grows and not ray.cluster_resources().get(self._kind):
-            raise UserError(f"--device {device}: Ray finds none on this machine")
         paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
         self._actor = ray.remote(_Actor).options(
             num_cpus=1,
@@ -239,9 +221,6 @@ class _Pool(Generic[Item, Answer]):
             self._hire()
             self._hand_out()
             calls = list(self._calls)
-            if not calls:
-                time.sleep(_TICK)
-                continue
             self._ray.wait(calls, timeout=_TICK)  # for one of them; then look for all
             done, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
             for call in done:
@@ -269,26 +248,14 @@ class _Pool(Generic[Item, Answer]):
         while len(self._workers) < wanted:
             worker: _Worker[Item] = _Worker(self._actor.remote(*self._arguments))
             self._workers.append(worker)
-            self._calls[worker.actor.machine.remote()] = worker
-        if any(worker.machine is not None for worker in self._workers):
-            self._seen = self._seen and time.monotonic()
-        elif self._seen is not None and time.monotonic() - self._seen > _PATIENCE:
-            self._seen = None
-            print(f"--ray: waiting for a free {self._kind} of the cluster", file=sys.stderr)
+            self._calls[worker.actor.start.remote()] = worker
 
     def _hand_out(self) -> None:
-        calling = set(self._calls.values())
         for worker in self._workers:
-            if worker.machine is None or not worker.started or worker in calling:
+            if worker.machine is None or worker.task is not None:
                 continue
             task = next((task for task in self._waiting if self._fits(task, worker)), None)
             if task is None:
-                worker.awake = False
-                continue
-            if not worker.awake:
-                # It may have died unnoticed, for example with the machine that has just lost this
-                # task: what it never began must not count as a death of the task.
-                self._calls[worker.actor.machine.remote()] = worker
                 continue
             self._waiting.remove(task)
             memory = self._machines[worker.machine].share if task.memory is None else float("inf")
@@ -315,17 +282,9 @@ class _Pool(Generic[Item, Answer]):
         except self._ray.exceptions.RayError as error:
             yield from self._bury(worker, error)
             return
-        if worker.machine is None:
-            worker.machine = result
-            self._calls[worker.actor.start.remote()] = worker
-            return
-        if not worker.started:
-            if not self._measure(worker.machine):
-                yield from self._bury(worker, self._ray.exceptions.ActorUnavailableError("", None))
-                return
-            worker.started, self._stillbirths = True, 0
-        worker.awake = True
         if worker.task is None:
+            worker.machine, self._stillbirths = result, 0
+            self._measure(result)
             return
         task, worker.task = worker.task, None
         for item, answer in zip(task.items, result, strict=True):
@@ -341,10 +300,7 @@ class _Pool(Generic[Item, Answer]):
         self._ray.kill(worker.actor)  # Ray may only have lost sight of it
         task = worker.task
         if task is None:
-            # A machine that dies takes all its workers with it, and Ray may not know it yet.
-            unreachable = isinstance(error, self._ray.exceptions.ActorUnavailableError)
-            gone = worker.machine is not None and self._resources(worker.machine) is None
-            if unreachable or gone or any(other.started for other in (worker, *self._workers)):
+            if "actor never ran" in str(error):  # Ray had no room for it yet, and gave up
                 return
             self._stillbirths += 1
             if self._stillbirths == _STILLBIRTHS:
@@ -360,25 +316,11 @@ class _Pool(Generic[Item, Answer]):
             else:
                 self._waiting.appendleft(_Task((item,), task.memory, task.deaths + 1))
 
-    def _measure(self, machine: str) -> bool:
-        """Learns how much memory a machine has. Returns False if it is dead."""
+    def _measure(self, machine: str) -> None:
         if machine in self._machines:
-            return True
-        resources = self._resources(machine)
-        if resources is None:
-            return False
+            return
+        (there,) = (node for node in self._ray.nodes() if node["NodeID"] == machine)
+        resources = there["Resources"]
         workers = int(resources[self._kind])
         memory = max(int(resources["memory"]) - workers * _IDLE_WORKER, 0)
         self._machines[machine] = _Machine(memory, memory // workers)
-        return True
-
-    def _resources(self, machine: str) -> dict[str, float] | None:
-        """What Ray has on a machine; None if it is dead."""
-        return next(
-            (
-                node["Resources"]
-                for node in self._ray.nodes()
-                if node["NodeID"] == machine and node["Alive"]
-            ),
-            None,
-        )

@@ -191,53 +191,6 @@ def test_a_machine_that_dies(nodes, weights):
 
 
 @needs_ray
-def test_an_idle_worker_of_a_machine_that_dies(nodes):
-    """It is not given, and does not lose again, what the machine has just lost."""
-    with warnings.catch_warnings(action="ignore"):
-        second = nodes.add_node(num_cpus=2, object_store_memory=100 * MIB)
-    dying, folder = second.node_id, Path().absolute()
-
-    def prepare(stopped):
-        import ray
-
-        here = ray.get_runtime_context().get_node_id()
-        Path(folder, f"ready-{os.getpid()}").touch()
-
-        def wait_for(count, pattern):
-            while len(list(folder.glob(pattern))) < count:
-                time.sleep(0.05)
-
-        def answer(item, memory):
-            if here != dying:  # busy until the death is noticed
-                wait_for(1, "killed")
-                time.sleep(5)
-                return here
-            try:
-                Path(folder, "first").touch(exist_ok=False)
-            except FileExistsError:
-                Path(folder, "victim").touch()
-                wait_for(1, "never")
-            wait_for(4, "ready-*")
-            time.sleep(1)
-            return here
-
-        return answer
-
-    answers = {}
-    for item, answer in cluster.spread((nodes.address,), prepare, [[item] for item in "abcd"]):
-        if not answers:
-            assert answer == dying
-            while not Path("victim").exists():
-                time.sleep(0.05)
-            # The other worker there is idle.
-            nodes.remove_node(second, allow_graceful=False)
-            Path("killed").touch()
-        answers[item] = answer
-    assert sorted(answers) == list("abcd")
-    assert not [answer for answer in answers.values() if isinstance(answer, cluster.Lost)]
-
-
-@needs_ray
 def test_a_picture_that_kills_its_worker(nodes, doubling):
     """Whatever is in the same batch is done by others."""
     make("in", 5)
@@ -305,19 +258,8 @@ def test_workers_that_cannot_start(nodes):
         list(cluster.spread((nodes.address,), refusing, [["a"]]))
     with pytest.raises(UserError, match=r"--ray: 3 workers ended while they started: .* died"):
         list(cluster.spread((nodes.address,), dying, [["a"]]))
-    with pytest.raises(UserError, match=r"^--device gpu: Ray finds none on this machine$"):
-        list(cluster.spread((), refusing, [["a"]], device="gpu"))
     with pytest.raises(UserError, match="--device tpu: --ray uses CPUs"):
         list(cluster.spread((nodes.address,), refusing, [["a"]], device="tpu"))
-
-
-def test_the_guide_describes_a_cluster():
-    yaml = pytest.importorskip("yaml", reason="needs PyYAML")
-    guide = (ROOT / "docs/clusters.md").read_text()
-    described = yaml.safe_load(guide.partition("```yaml\n")[2].partition("```")[0])
-    assert described["head_node_type"] in described["available_node_types"]
-    (command,) = described["setup_commands"]
-    assert command.startswith("pip install ")
 
 
 @needs_ray
@@ -347,23 +289,20 @@ def test_the_command_is_stopped(nodes, weights, monkeypatch, number):
         command.append(nodes.address)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list(Path("out").glob("**/.dvmsr-*")):
-        assert process.poll() is None
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     if number == signal.SIGINT:  # as a terminal does
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    try:
-        _, printed = process.communicate(timeout=120)
-    finally:
-        process.kill()
+    _, printed = process.communicate()
     if number == signal.SIGKILL:
         assert process.returncode == -number
         again = subprocess.run(command, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr
         assert len(list(Path("out").glob("**/*_x4.png"))) == 8
         return
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, printed
     assert not list(Path("out").glob("**/.dvmsr-*"))
     if number == signal.SIGINT:
         lines = [line for line in printed.splitlines() if "->" not in line]
