@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -40,7 +41,7 @@ _OBJECT_STORE = 200 * 2**20  # bytes; items and answers are small
 # Bytes that a worker occupies beyond its items: Python, JAX, the compiled network and its bands.
 _IDLE_WORKER = 700 * 2**20
 _DEATHS = 2  # of its workers, after which an item is given up
-_STILLBIRTHS = 3  # workers in a row that end while they start
+_STILLBIRTHS = 3  # workers in a row that end while they start, when no other has started
 _TICK, _GRACE = 2.0, 15.0  # seconds between looks at the cluster, and for workers to clean up
 # Environment of the workers. XLA has as many threads as NPROC says; JAX reports a missing GPU.
 _PLATFORMS = {
@@ -97,8 +98,18 @@ def spread(
         pool: _Pool[Item, Answer] = _Pool(ray, prepare, tasks, device, grows=bool(where))
         try:
             yield from pool.answers()
+        except ray.exceptions.RayTaskError:  # a worker's exception that has no cause
+            raise
+        except ray.exceptions.RayError as error:
+            raise UserError(
+                f"--ray: the cluster fails ({_line(error)}); run the same command again to resume"
+            ) from error
         finally:
             pool.close()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @contextlib.contextmanager
@@ -137,10 +148,13 @@ class _Actor:
             os.chdir(folder)
 
     def start(self) -> str:
-        """Prepares the worker, and returns the name of its machine in Ray."""
+        self._answer = self._prepare(self._stop.is_set)
+        return self.machine()
+
+    def machine(self) -> str:
+        """The name of the worker's machine in Ray."""
         import ray
 
-        self._answer = self._prepare(self._stop.is_set)
         return ray.get_runtime_context().get_node_id()
 
     def answer(self, items: Sequence[Any], memory: float) -> list[Any]:
@@ -176,6 +190,7 @@ class _Worker(Generic[Item]):
     actor: Any
     machine: str | None = None
     """None until it has started."""
+    free: bool = False
     task: _Task[Item] | None = None
     """What it has in hand."""
 
@@ -204,6 +219,10 @@ class _Pool(Generic[Item, Answer]):
         if device not in _PLATFORMS:
             raise UserError(f"--device {device}: --ray uses CPUs or NVIDIA GPUs only")
         self._kind = device.upper()
+        if not ray.cluster_resources().get(self._kind):
+            if not grows:
+                raise UserError(f"--device {device}: Ray finds none on this machine")
+            print(f"--ray: the cluster has no {self._kind}; waiting for one", file=sys.stderr)
         paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
         self._actor = ray.remote(_Actor).options(
             num_cpus=1,
@@ -221,6 +240,9 @@ class _Pool(Generic[Item, Answer]):
             self._hire()
             self._hand_out()
             calls = list(self._calls)
+            if not calls:  # there is no room for a worker at the moment
+                time.sleep(_TICK)
+                continue
             self._ray.wait(calls, timeout=_TICK)  # for one of them; then look for all
             done, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
             for call in done:
@@ -252,14 +274,14 @@ class _Pool(Generic[Item, Answer]):
 
     def _hand_out(self) -> None:
         for worker in self._workers:
-            if worker.machine is None or worker.task is not None:
+            if not worker.free or worker.machine is None:
                 continue
             task = next((task for task in self._waiting if self._fits(task, worker)), None)
             if task is None:
                 continue
             self._waiting.remove(task)
             memory = self._machines[worker.machine].share if task.memory is None else float("inf")
-            worker.task = task
+            worker.free, worker.task = False, task
             self._calls[worker.actor.answer.remote(task.items, memory)] = worker
 
     def _fits(self, task: _Task[Item], worker: _Worker[Item]) -> bool:
@@ -283,10 +305,12 @@ class _Pool(Generic[Item, Answer]):
             yield from self._bury(worker, error)
             return
         if worker.task is None:
-            worker.machine, self._stillbirths = result, 0
-            self._measure(result)
+            if self._measure(result):
+                worker.machine, worker.free, self._stillbirths = result, True, 0
+            else:
+                self._remove(worker)
             return
-        task, worker.task = worker.task, None
+        task, worker.task, worker.free = worker.task, None, True
         for item, answer in zip(task.items, result, strict=True):
             if isinstance(answer, TooLargeError):
                 self._waiting.appendleft(_Task((item,), answer.needed, task.deaths))
@@ -295,18 +319,24 @@ class _Pool(Generic[Item, Answer]):
 
     def _bury(self, worker: _Worker[Item], error: Exception) -> Iterator[tuple[Item, Lost]]:
         """Removes a dead worker; its items wait for another, or are lost."""
-        self._workers.remove(worker)
-        self._counted = -_TICK  # it is replaced at once
-        self._ray.kill(worker.actor)  # Ray may only have lost sight of it
+        self._remove(worker)
+        if worker.machine is not None:
+            # Perhaps its machine is dead, and the free workers there, too. They must not get the
+            # items that it has just lost, which would count as further deaths.
+            for other in self._workers:
+                if other.machine == worker.machine and other.free:
+                    other.free = False
+                    self._calls[other.actor.machine.remote()] = other
         task = worker.task
         if task is None:
-            if "actor never ran" in str(error):  # Ray had no room for it yet, and gave up
-                return
-            self._stillbirths += 1
+            if worker.machine is None and all(other.machine is None for other in self._workers):
+                self._stillbirths += 1
             if self._stillbirths == _STILLBIRTHS:
-                reason = " ".join(str(error).split())
-                raise UserError(f"--ray: {_STILLBIRTHS} workers ended while they started: {reason}")
+                raise UserError(
+                    f"--ray: {_STILLBIRTHS} workers ended while they started: {_line(error)}"
+                )
             return
+        self._counted = -_TICK  # it is replaced at once
         for item in task.items:
             if task.deaths + 1 == _DEATHS:
                 yield (
@@ -316,11 +346,18 @@ class _Pool(Generic[Item, Answer]):
             else:
                 self._waiting.appendleft(_Task((item,), task.memory, task.deaths + 1))
 
-    def _measure(self, machine: str) -> None:
-        if machine in self._machines:
-            return
-        (there,) = (node for node in self._ray.nodes() if node["NodeID"] == machine)
-        resources = there["Resources"]
-        workers = int(resources[self._kind])
-        memory = max(int(resources["memory"]) - workers * _IDLE_WORKER, 0)
-        self._machines[machine] = _Machine(memory, memory // workers)
+    def _remove(self, worker: _Worker[Item]) -> None:
+        self._workers.remove(worker)
+        self._ray.kill(worker.actor)  # Ray may only have lost sight of it
+
+    def _measure(self, machine: str) -> bool:
+        """Learns how much memory a machine has. Returns False if it is dead."""
+        if machine not in self._machines:
+            nodes = (node for node in self._ray.nodes() if node["NodeID"] == machine)
+            resources = next((node["Resources"] for node in nodes if node["Alive"]), None)
+            if resources is None:
+                return False
+            workers = int(resources[self._kind])
+            memory = max(int(resources["memory"]) - workers * _IDLE_WORKER, 0)
+            self._machines[machine] = _Machine(memory, memory // workers)
+        return True

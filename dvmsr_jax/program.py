@@ -15,8 +15,7 @@ from dvmsr_jax import parallel
 from dvmsr_jax.errors import StoppedError, UserError, is_out_of_memory
 from dvmsr_jax.kernels import user_cache
 
-# Exit status of a program ended by SIGINT, as shells report it.
-INTERRUPTED = 130
+_interrupted_by = signal.SIGINT
 
 
 def name() -> str:
@@ -29,6 +28,27 @@ def described(text: str | None) -> str:
     """The help text of a command, whose examples begin with `dvmsr COMMAND`, for this program."""
     assert text is not None
     return re.sub(r"dvmsr [a-z]+(?= )", name(), text) if name().startswith("python") else text
+
+
+def interrupted_status() -> int:
+    """Exit status of an interrupted program, as shells report it: 128 and the signal's number."""
+    return 128 + _interrupted_by
+
+
+def interrupt_on_termination() -> None:
+    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does.
+
+    A signal that is ignored, as by nohup, stays so.
+    """
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, _: object) -> None:
+    global _interrupted_by
+    _interrupted_by = signal.Signals(number)
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -52,11 +72,11 @@ def one_line_errors(
         yield
     except StoppedError as stopped:
         parallel.say(str(stopped))
-        sys.exit(INTERRUPTED)  # 0 would mean that the work is done
+        sys.exit(interrupted_status())  # 0 would mean that the work is done
     except KeyboardInterrupt:
         parallel.end_all(interrupted)
         print(interrupted, file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(interrupted_status())
     except Exception as error:
         line = _line(error, out_of_memory)
         if line is not None:

@@ -191,6 +191,53 @@ def test_a_machine_that_dies(nodes, weights):
 
 
 @needs_ray
+def test_an_idle_worker_of_a_machine_that_dies(nodes):
+    """It is not given, and does not lose again, what the machine has just lost."""
+    with warnings.catch_warnings(action="ignore"):
+        second = nodes.add_node(num_cpus=2, object_store_memory=100 * MIB)
+    dying, folder = second.node_id, Path().absolute()
+
+    def prepare(stopped):
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        Path(folder, f"ready-{os.getpid()}").touch()
+
+        def wait_for(count, pattern):
+            while len(list(folder.glob(pattern))) < count:
+                time.sleep(0.05)
+
+        def answer(item, memory):
+            if here != dying:  # busy until the death is noticed
+                wait_for(1, "killed")
+                time.sleep(5)
+                return here
+            try:
+                Path(folder, "first").touch(exist_ok=False)
+            except FileExistsError:
+                Path(folder, "victim").touch()
+                wait_for(1, "never")
+            wait_for(4, "ready-*")
+            time.sleep(1)
+            return here
+
+        return answer
+
+    answers = {}
+    for item, answer in cluster.spread((nodes.address,), prepare, [[item] for item in "abcd"]):
+        if not answers:
+            assert answer == dying
+            while not Path("victim").exists():
+                time.sleep(0.05)
+            # The other worker there is idle.
+            nodes.remove_node(second, allow_graceful=False)
+            Path("killed").touch()
+        answers[item] = answer
+    assert sorted(answers) == list("abcd")
+    assert not [answer for answer in answers.values() if isinstance(answer, cluster.Lost)]
+
+
+@needs_ray
 def test_a_picture_that_kills_its_worker(nodes, doubling):
     """Whatever is in the same batch is done by others."""
     make("in", 5)
@@ -270,6 +317,50 @@ def test_no_cluster_at_the_address(weights, monkeypatch):
     assert "\n" not in message
 
 
+@needs_ray
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="needs a machine without GPU")
+def test_no_gpu_on_this_machine(weights):
+    make("in", 1)
+    command = [sys.executable, ROOT / "upscale.py", "in", "--ckpt", weights, "--device", "gpu"]
+    result = subprocess.run([*command, "--ray"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr == "error: --device gpu: Ray finds none on this machine\n"
+
+
+@needs_ray
+def test_the_cluster_ends(nodes, weights, monkeypatch):
+    """While a worker runs: what it did is reported."""
+    make("in", 3)
+
+    def ending(where, prepare, batches, *, device):
+        for one in spread_(where, prepare, batches, device=device):
+            yield one
+            raise UserError("--ray: the cluster fails")
+
+    spread_ = cluster.spread
+    monkeypatch.setattr(cluster, "spread", ending)
+    monkeypatch.setattr(spread, "BATCH", 1)
+    arguments = ["in", "-o", "out", "--ckpt", weights, "--json", "report.json"]
+    assert run_main(monkeypatch, *arguments, "--ray", nodes.address) == 1
+    report = json.loads(Path("report.json").read_text())
+    assert (report["finished"], report["done"]) == (False, 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("in/0.png", "is the name of a picture; choose another"), ("in", "Is a directory")],
+)
+def test_a_summary_that_cannot_be_written(weights, monkeypatch, path, reason):
+    """Is found before the work."""
+    make("in", 1)
+    before = contents("in")
+    message = run_main(monkeypatch, "in", "-o", "out/", "--ckpt", weights, "--json", path)
+    assert message.startswith("error: ")
+    assert reason in message
+    assert contents("in") == before
+    assert not Path("out").exists()
+
+
 def test_without_ray(weights, monkeypatch):
     make("in", 1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -284,31 +375,36 @@ def test_the_command_is_stopped(nodes, weights, monkeypatch, number):
     make("in", 4)
     make("in/large", 4, size=(900, 700))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
-    command = [sys.executable, ROOT / "upscale.py", "in", "-o", "out", "--ckpt", weights, "--ray"]
+    command = [sys.executable, ROOT / "upscale.py", "in", "-o", "out", "--ckpt", weights]
+    command += ["--json", "report.json", "--ray"]
     if number != signal.SIGINT:
         command.append(nodes.address)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list(Path("out").glob("**/.dvmsr-*")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    if number == signal.SIGINT:  # as a terminal does
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    _, printed = process.communicate()
+    try:
+        while process.poll() is None and not list(Path("out").glob("**/.dvmsr-*")):
+            time.sleep(0.05)
+        if number == signal.SIGINT:  # as a terminal does
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, printed = process.communicate(timeout=120)
+    finally:
+        process.kill()
     if number == signal.SIGKILL:
-        assert process.returncode == -number
+        assert process.returncode == -number, printed
         again = subprocess.run(command, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr
         assert len(list(Path("out").glob("**/*_x4.png"))) == 8
         return
     assert process.returncode == 128 + number, printed
     assert not list(Path("out").glob("**/.dvmsr-*"))
-    if number == signal.SIGINT:
-        lines = [line for line in printed.splitlines() if "->" not in line]
-        assert lines[0] == "interrupted; run the same command again to resume"
-        assert lines[1].endswith(" done, 0 skipped, 0 failed")
-        assert len(lines) == 2
+    lines = [line for line in printed.splitlines() if "->" not in line]
+    assert lines[0] == "interrupted; run the same command again to resume"
+    assert lines[1].endswith(" done, 0 skipped, 0 failed")
+    assert len(lines) == 2
+    report = json.loads(Path("report.json").read_text())
+    assert not report["finished"]
+    assert report["failed"] == 0
 
 
 @needs_ray

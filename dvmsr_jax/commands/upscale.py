@@ -13,7 +13,6 @@ import functools
 import logging
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from dvmsr_jax.onnx import OnnxUpscaler
 from dvmsr_jax.onnx.protocol import SUFFIX
 from dvmsr_jax.pictures import formats, jobs, spread
 from dvmsr_jax.pictures.upscaler import PictureUpscaler, Upscaler
-from dvmsr_jax.program import INTERRUPTED, keep_compiled_programs, one_line_errors
+from dvmsr_jax.program import keep_compiled_programs, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,8 @@ def run(arguments: Arguments) -> int:
         lossy = formats.BY_SUFFIX.get(asked.lower()) in (formats.JPEG, formats.WEBP)
         if not lossy and asked != formats.SAME:
             raise UserError("--quality is for JPEG and WebP only: add --format jpg, webp or same")
+    if arguments.json is not None and arguments.json.suffix.lower() in formats.BY_SUFFIX:
+        raise UserError(f"--json {arguments.json}: is the name of a picture; choose another")
     if not 0 < arguments.max_megapixels < math.inf:
         raise UserError(f"--max-megapixels is {arguments.max_megapixels:g}, not a positive number")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the summary reports the same
@@ -140,6 +141,13 @@ def run(arguments: Arguments) -> int:
         max_pixels=int(arguments.max_megapixels * 1e6),
     )
     outcomes: list[jobs.Outcome] = []
+
+    def write_report() -> None:
+        if arguments.json is not None:
+            finished = len(outcomes) == len(planned)
+            files.write_json(arguments.json, jobs.report(outcomes, finished=finished))
+
+    write_report()  # fails before any work if it cannot be written
     try:
         silent = True if len(planned) == 1 else None  # None: if stderr is no terminal
         with contextlib.closing(results):
@@ -148,16 +156,17 @@ def run(arguments: Arguments) -> int:
                 if outcome.status == "done":
                     tqdm.write(printable(f"{outcome.source} -> {outcome.what}"), file=sys.stderr)
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = program.interrupted_status()
         print("interrupted; run the same command again to resume", file=sys.stderr)
-    except jobs.DiskFullError as error:
+    except UserError as error:
+        if not outcomes:
+            raise
         status = 1
         print(f"stopped: {error}", file=sys.stderr)
     else:
         status = int(any(outcome.status == "failed" for outcome in outcomes))
-    if arguments.json is not None:
-        finished = len(outcomes) == len(planned)
-        files.write_json(arguments.json, jobs.report(outcomes, finished=finished))
+    finally:
+        write_report()
     print(jobs.summary(outcomes), file=sys.stderr)
     return status
 
@@ -201,16 +210,9 @@ def use_device(name: str) -> None:
         raise UserError(f"--device {name}: JAX finds none, only {there} (see README, Install)")
 
 
-def _stop(number: int, _: object) -> None:
-    """Ends the process by an exception, so that unfinished files are removed."""
-    sys.exit(128 + number)
-
-
 def main() -> None:
     """Runs the program."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, _stop)
+    program.interrupt_on_termination()
     if sys.stderr is None:  # closed: print() would use standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with one_line_errors():
