@@ -1,5 +1,6 @@
 """Exceptions that users can act on, and text that is safe to print."""
 
+import errno
 import unicodedata
 
 
@@ -11,6 +12,10 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(map(printable, super().__str__().split("\n")))
+
+
+class DiskFullError(UserError):
+    """There is no space for a file, and thus none for the following ones."""
 
 
 class StoppedError(Exception):
@@ -27,6 +32,11 @@ def printable(text: object) -> str:
         c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
         for c in str(text)
     )
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a disk or the user's share of it is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -80,9 +80,22 @@ def doubling():
 
 @pytest.fixture
 def web():
-    """The URL of a server of the current folder, which lists folders too."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=os.getcwd())
-    handler.log_message = lambda *_: None
+    """The URL of a server of the current folder, which lists folders too. Files in signed/ need a
+    signature, which is for GET only."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def send_head(self):
+            path, _, query = self.path.partition("?")
+            signed = self.command == "GET" and query == "a=1/2&b=c*.png"
+            if path.startswith("/signed/") and not signed:
+                self.send_error(403)
+                return None
+            return super().send_head()
+
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Handler, directory=os.getcwd())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

@@ -1,6 +1,9 @@
 """Pictures at URLs: s3://, gs:// and others in place of local paths."""
 
+import errno
 import io
+import os
+import pickle
 from pathlib import Path
 
 import fsspec
@@ -175,6 +178,36 @@ def test_the_web(upscaler, web):
     assert outcome.what.endswith("0_x2 cannot be written: choose another --output")
     with pytest.raises(UserError, match=r"/out: https?: can only be read$"):
         run(upscaler, "pictures", output=f"{web}/out")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_signed_urls(upscaler, web):
+    pytest.importorskip("aiohttp", reason="needs aiohttp")
+    Path("signed").mkdir()
+    Path("signed/0.png").write_bytes(encoded())
+    signed = f"{web}/signed/0.png?a=1/2&b=c*.png"
+    (outcome,) = run(upscaler, signed, output="out/").values()
+    assert (outcome.status, outcome.what) == ("done", "out/0_x2.png")
+    assert str(outcome.source) == f"{web}/signed/0.png"  # signatures are not for logs
+    there = place(signed)
+    assert pickle.loads(pickle.dumps(there)).url == there.url == signed
+    outcomes = run(upscaler, f"{web}/signed/0.png?a=2", output="other/")
+    assert [one.status for one in outcomes.values()] == ["failed"]
+    # Two pictures that only their queries tell apart are not taken for one.
+    planned = jobs.plan([signed, f"{web}/signed/0.png?a=2"], "both/", scale=2.0, suffix=None)
+    assert "choose another --output" in planned[1].what
+
+
+def test_a_full_disk(upscaler, monkeypatch):
+    """Under the temporary copy of a remote picture: it ends the run, and says what to do."""
+    store("/bucket/a.png")
+
+    def get_file(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(MEMORY), "get_file", get_file)
+    with pytest.raises(jobs.DiskFullError, match=r"dvmsr-.*: No space.*set TMPDIR"):
+        run(upscaler, "memory://bucket/a.png", output="out/")
 
 
 def test_mistakes_name_the_place(upscaler, monkeypatch):

@@ -1,7 +1,6 @@
 """Upscales many pictures: finds the inputs, names the results, and reports on each."""
 
 import contextlib
-import errno
 import functools
 import glob
 import itertools
@@ -22,7 +21,13 @@ from tqdm import tqdm
 
 from dvmsr_jax import files, images
 from dvmsr_jax.cluster import Stopped, TooLargeError
-from dvmsr_jax.errors import UserError, is_out_of_memory, printable
+from dvmsr_jax.errors import (
+    DiskFullError,
+    UserError,
+    is_disk_full,
+    is_out_of_memory,
+    printable,
+)
 from dvmsr_jax.pictures import formats, places, reading
 from dvmsr_jax.pictures.places import Place, Remote, place
 from dvmsr_jax.pictures.reading import BandedFrame, Picture
@@ -59,10 +64,6 @@ class Job:
     target: Place
     suffix: str | None
     """Suffix to add to the target; None or formats.SAME: see `formats.choose_suffix`."""
-
-
-class DiskFullError(UserError):
-    """There is no space for a result, and thus none for the following ones."""
 
 
 def plan(
@@ -239,7 +240,7 @@ class Runner:
         """Runs a job.
 
         Raises:
-            DiskFullError: there is no room for the result.
+            DiskFullError: there is no room for the picture or its result.
             TooLargeError: the picture needs more than `memory` bytes, besides the upscaler's own.
             KeyboardInterrupt: the work is to be abandoned.
         """
@@ -301,7 +302,7 @@ class Runner:
             with _destination(target) as path:
                 formats.write(path, form, frames, picture, scale=scale, quality=quality)
         except OSError as error:
-            if error.errno in _FULL:
+            if is_disk_full(error):
                 raise DiskFullError(
                     f"{name}: {error.strerror}. Free some space, or choose another --output; then"
                     " run the same command again to resume"
@@ -428,7 +429,7 @@ def _find(
             found = _readable(places.files_in(path), fail)
         if not found:
             raise UserError(f"{name}: no pictures")
-    elif _PATTERN.search(name) and not places.exists(path):
+    elif _PATTERN.search(str(path)) and not places.exists(path):
         fixed = itertools.takewhile(lambda part: not _PATTERN.search(part), path.parts)
         if isinstance(path, Path):
             root = Path(*fixed)
@@ -493,9 +494,6 @@ def _long_stem(path: PurePath) -> str:
     return path.stem + path.suffix.replace(".", "_")
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 @contextlib.contextmanager
 def _destination(target: Place) -> Iterator[Path]:
     """Yields a path to write to; the file becomes the target only when it is complete."""
@@ -508,7 +506,7 @@ def _destination(target: Place) -> Iterator[Path]:
         try:
             yield path
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_disk_full(error):
                 raise
             name = "standard output" if target == STANDARD else target
             raise DiskFullError(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import DiskFullError, UserError, is_disk_full
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _LOCAL = ("file", "local")
@@ -27,6 +27,21 @@ class Remote(PurePosixPath):
 
     size: int | None = None
     """Bytes, if it is known from a listing of the folder."""
+    query = ""
+    """What follows the name in a URL of the web, such as a signature: with its question mark. It is
+    neither part of names nor printed."""
+
+    @property
+    def url(self) -> str:
+        return str(self) + self.query
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self.query == getattr(other, "query", "")
+
+    __hash__ = PurePosixPath.__hash__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return place, (self.url,)
 
     def __str__(self) -> str:
         return super().__str__().replace(":/", "://", 1)
@@ -46,7 +61,12 @@ def place(name: str) -> Place:
         return Path(name)
     if scheme[1].lower() in _LOCAL:
         return Path(name[scheme.end() :])
-    return Remote(name)
+    if scheme[1].lower() not in _READ_ONLY:
+        return Remote(name)
+    path, mark, query = name.partition("?")
+    there = Remote(path)
+    there.query = mark + query
+    return there
 
 
 def is_read_only(place: Place) -> bool:
@@ -63,7 +83,7 @@ def is_folder(name: str) -> bool:
     if isinstance(there, Path):
         return os.path.isdir(there)  # Path.is_dir raises for overlong names
     if is_read_only(there):
-        return name.endswith("/")
+        return name.endswith("/") and not there.query
     with _asking(there) as (system, path):
         return system.isdir(path)
 
@@ -79,7 +99,7 @@ def exists(place: Place) -> bool:
 def identity(place: Place) -> object:
     """What all names of a local file share; None if there is none. Of a remote one, its name."""
     if isinstance(place, Remote):
-        return place
+        return place.url
     try:
         status = place.stat()
     except OSError:
@@ -89,7 +109,7 @@ def identity(place: Place) -> object:
 
 def real(place: Place) -> str:
     """The path without symbolic links, or the URL."""
-    return os.path.realpath(place) if isinstance(place, Path) else str(place)
+    return os.path.realpath(place) if isinstance(place, Path) else place.url
 
 
 def is_link(place: Place) -> bool:
@@ -152,7 +172,15 @@ def local(place: Place) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="dvmsr-") as folder:
         copy = Path(folder, "picture").with_suffix(place.suffix)
         with _asking(place) as (system, path):
-            system.get_file(path, os.fspath(copy))
+            try:
+                system.get_file(path, os.fspath(copy))
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                raise DiskFullError(
+                    f"{folder}: {error.strerror}. Remote pictures are first copied there: free some"
+                    " space, or set TMPDIR to another folder"
+                ) from error
         try:
             yield copy
         except UserError as error:
@@ -176,7 +204,7 @@ def _asking(place: Remote) -> Iterator[tuple[Any, str]]:
     try:
         import fsspec
 
-        yield fsspec.url_to_fs(str(place))
+        yield fsspec.url_to_fs(place.url)
     except UserError:
         raise
     except FileNotFoundError as error:
