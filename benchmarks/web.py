@@ -26,7 +26,7 @@ from benchmarks.table import Measured, Report
 from dvmsr_jax import web
 from dvmsr_jax.registry import find
 
-WEIGHTS = web.WEIGHTS[0]
+WEIGHTS = "x4"
 
 ENGINE = f"""
 async (size) => {{

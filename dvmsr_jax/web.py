@@ -17,8 +17,8 @@ from dvmsr_jax.errors import UserError, printable
 PAGE = Path(__file__).parent / "page"
 """The page's own files."""
 
-WEIGHTS = ("x4", "x4-real", "x2", "x3")
-"""Names of the weights that the page offers; the first is chosen at first."""
+LIST = "weights.json"
+"""The page's list of the weights that it offers; the first are chosen at first."""
 
 _TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -52,19 +52,15 @@ def web(output: Path | None = None, port: int = 8765, browse: bool = True) -> No
 
 
 def site() -> dict[str, bytes]:
-    """The contents of all files, by path relative to the page: its own, WEIGHTS and their list.
+    """The contents of all files, by path relative to the page: its own, and the weights of LIST.
 
     Raises:
         RegistryError: weights are missing or damaged.
     """
-    files = {path.name: path.read_bytes() for path in PAGE.glob("[!.]*")}
-    listed = []
-    for name in WEIGHTS:
-        named, file = registry.NAMED[name], f"weights/{name}.safetensors"
-        purpose = named.purpose.partition(";")[0].removesuffix(", the default")
-        listed.append({"name": name, "scale": named.scale, "purpose": purpose, "file": file})
-        files[file] = registry.find(name).read_bytes()
-    return files | {"weights.json": json.dumps(listed, indent=1).encode()}
+    files = {path.name: path.read_bytes() for path in PAGE.glob("[!.]*") if path.is_file()}
+    # In the repository, web/weights is a link to these.
+    weights = {one["file"]: registry.find(one["name"]) for one in json.loads(files[LIST])}
+    return files | {file: path.read_bytes() for file, path in weights.items()}
 
 
 def write(files: Mapping[str, bytes], folder: Path) -> None:
