@@ -30,10 +30,10 @@ WEIGHTS = "x4"
 
 ENGINE = f"""
 async (size) => {{
-  const {{ Engine }} = await import("./engine.js");
+  const {{ Engine, programFile }} = await import("./engine.js");
   const load = async (name) => (await fetch(name)).arrayBuffer();
   const weights = await load("weights/{WEIGHTS}.safetensors");
-  const engine = await Engine.create(await load("dvmsr.wasm"), weights);
+  const engine = await Engine.create(await load(programFile()), weights);
   const rows = Float32Array.from({{ length: size * size * 3 }}, Math.random);
   const times = [];
   while (times.length < 2) {{
@@ -117,7 +117,7 @@ def _measure(size: int, rounds: int, browser: Any, site: str, report: Report) ->
         for name, worker in workers.items()
     }
     ways |= {
-        "WASM, Chromium": functools.partial(in_page, ENGINE, size, {}),
+        "engine, Chromium": functools.partial(in_page, ENGINE, size, {}),
         "page": functools.partial(in_page, PAGE, png, {}),
         "page, screen of a phone": functools.partial(in_page, PAGE, png, PHONE),
     }

@@ -1,12 +1,12 @@
 // Answers each line of its input with the time of upscaling a picture in web/engine.js, on one
-// thread: node web_engine.mjs WEIGHTS WIDTH HEIGHT. benchmarks/web_engine.py runs it.
+// thread: node web_engine.mjs WEIGHTS PROGRAM WIDTH HEIGHT. benchmarks/web_engine.py runs it.
 
 import fs from "node:fs";
 import readline from "node:readline";
 import { Engine } from "../web/engine.js";
 
-const [weights, width, height] = process.argv.slice(2);
-const wasm = fs.readFileSync(new URL("../web/dvmsr.wasm", import.meta.url));
+const [weights, program, width, height] = process.argv.slice(2);
+const wasm = fs.readFileSync(new URL(`../web/${program}`, import.meta.url));
 const { buffer, byteOffset, byteLength } = fs.readFileSync(weights);
 const engine = await Engine.create(wasm, buffer.slice(byteOffset, byteOffset + byteLength));
 const pixels = Float32Array.from({ length: width * height * 3 }, Math.random);

@@ -19,6 +19,7 @@ import tyro
 from benchmarks import machine
 from benchmarks.table import Measured, Report
 from dvmsr_jax.inference import make_streamer
+from dvmsr_jax.kernels.wasm.build import PROGRAMS
 from dvmsr_jax.pretrained import load_model
 from dvmsr_jax.registry import find
 
@@ -56,15 +57,22 @@ class Worker:
         self._process.communicate()
 
 
+def node() -> list[str]:
+    """The command that runs Node with relaxed SIMD, for which Node 20 needs an option."""
+    option = "--experimental-wasm-relaxed-simd"
+    options = subprocess.run(["node", "--v8-options"], capture_output=True, text=True).stdout
+    return ["node", option] if option in options else ["node"]
+
+
 def start_workers(path: str, size: int) -> dict[str, Worker]:
     """Processes for squares of this side, with this .safetensors file."""
-    arguments = [path, str(size), str(size)]
-    program = str(Path(__file__).with_suffix(".mjs"))
+    script = str(Path(__file__).with_suffix(".mjs"))
     jax_program = f"from benchmarks.web_engine import serve; serve({path!r}, {size}, {size})"
-    return {
-        "JAX": Worker([sys.executable, "-c", jax_program]),
-        "WASM": Worker(["node", program, *arguments]),
-    }
+    workers = {"JAX": Worker([sys.executable, "-c", jax_program])}
+    for program in PROGRAMS:
+        arguments = [script, path, program, str(size), str(size)]
+        workers[program] = Worker([*node(), *arguments])
+    return workers
 
 
 def main(sizes: tuple[int, ...] = (64, 256), weights: str = "x4", repetitions: int = 10) -> None:

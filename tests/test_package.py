@@ -64,7 +64,8 @@ def test_it_contains_the_package_and_no_other(wheel):
     }
     assert sources
     assert sources <= {*names}
-    page = {f"dvmsr_jax/page/{path.name}" for path in (ROOT / "web").iterdir()}
+    files = (path for path in (ROOT / "web").iterdir() if path.is_file())
+    page = {f"dvmsr_jax/page/{path.name}" for path in files}
     assert "dvmsr_jax/page/dvmsr.wasm" in page
     assert page <= {*names}
     presets = {f"dvmsr_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}

@@ -22,6 +22,7 @@ from benchmarks import chromium
 from dvmsr_jax import registry, web
 from dvmsr_jax.config import ModelConfig
 from dvmsr_jax.errors import UserError
+from dvmsr_jax.kernels.wasm.build import PROGRAMS
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pictures.upscaler import Upscaler
 from dvmsr_jax.pretrained import save_safetensors
@@ -405,10 +406,8 @@ def test_works_offline(open_page, tiny_site):
 def test_the_service_worker_keeps_all_files():
     listed = re.search(r"FILES = \[(.*?)\]", (web.PAGE / "sw.js").read_text(), re.DOTALL)[1]
     kept = set(re.findall(r'"(.*?)"', listed))
-    assert kept == {path.name for path in web.PAGE.iterdir()} - {"sw.js", "index.html"} | {
-        "./",
-        "weights.json",
-    }
+    files = {path.name for path in web.PAGE.iterdir() if path.is_file()}
+    assert kept == files - {"sw.js", "index.html"} | {"./"}
 
 
 def test_reaches_no_other_server(open_page, tiny_server, tiny_site):
@@ -421,7 +420,7 @@ def test_reaches_no_other_server(open_page, tiny_server, tiny_site):
 
 def test_a_browser_without_simd(open_page, tiny_site):
     """Its WebAssembly.validate says no to the network, as here to damaged bytes."""
-    with chromium.served(tiny_site | {"dvmsr.wasm": b"no program"}) as server:
+    with chromium.served(tiny_site | dict.fromkeys(PROGRAMS, b"no program")) as server:
         page = open_page(server)
         expect(page.locator("#messages")).to_contain_text("lacks WebAssembly SIMD")
 

@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from benchmarks.web_engine import node
 from dvmsr_jax.config import Compute, ModelConfig
-from dvmsr_jax.kernels.wasm.build import COMPILER, PROGRAM, build
+from dvmsr_jax.kernels.wasm.build import PAGE, PROGRAMS, TOOLS, VERSION, build
 from dvmsr_jax.pretrained import load_weights, save_safetensors
 from tests.conftest import ROOT
 from tests.random_weights import random_weights
@@ -38,17 +39,23 @@ def node_lacks() -> str | None:
 pytestmark = pytest.mark.skipif(node_lacks() is not None, reason=str(node_lacks()))
 
 
-def run_node(script, **variables):
+def run_node(script, command=None, **variables):
     """The object that a script leaves in `result`; `variables` are constants in it."""
     module = (ROOT / "tests" / "web_engine.mjs").as_uri()
     constants = "".join(f"const {name} = {json.dumps(x)};\n" for name, x in variables.items())
     program = (
         f"import fs from 'node:fs';\n"
-        f"import {{ Engine, parseSafetensors, wasm, fileBuffer, makeEngine, upscale, errorOf }}"
-        f" from '{module}';\n{constants}let result;\n{script}\nconsole.log(JSON.stringify(result));"
+        f"import {{ Engine, parseSafetensors, programFile }} from '{module}';\n"
+        f"import {{ fileBuffer, makeEngine, upscale, errorOf }} from '{module}';\n"
+        f"{constants}let result;\n{script}\nconsole.log(JSON.stringify(result));"
     )
-    command = ["node", "--input-type=module", "-e", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = command or node()
+    done = subprocess.run(
+        [*command, "--input-type=module", "-e", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -67,7 +74,7 @@ def _jitted(weights):
     return nnx.jit(weights.model(Compute("chunked-carried")))
 
 
-def by_engine(path, sizes_and_bands, folder):
+def by_engine(path, program, sizes_and_bands, folder):
     """Pictures through one engine, one after the other: the upscaled ones, and the scale."""
     pictures = []
     for i, (h, w, bands) in enumerate(sizes_and_bands):
@@ -76,7 +83,7 @@ def by_engine(path, sizes_and_bands, folder):
         pictures.append([str(pixels), w, h, bands, str(upscaled)])
     scale = run_node(
         """
-        const engine = await makeEngine(weights);
+        const engine = await makeEngine(weights, program);
         for (const [pixels, width, height, bands, upscaled] of pictures) {
           const rows = new Float32Array(fileBuffer(pixels));
           fs.writeFileSync(upscaled, upscale(engine, rows, width, height, bands));
@@ -84,6 +91,7 @@ def by_engine(path, sizes_and_bands, folder):
         result = engine.scale;
         """,
         weights=str(path),
+        program=program,
         pictures=pictures,
     )
     upscaled = [
@@ -93,10 +101,10 @@ def by_engine(path, sizes_and_bands, folder):
     return upscaled, scale
 
 
-def assert_equals_jax(weights, path, sizes, folder):
+def assert_equals_jax(weights, path, program, sizes, folder):
     """In bands of different sizes, which give the same bits."""
     pictures = [(h, w, bands) for h, w in sizes for bands in BANDS]
-    upscaled, scale = by_engine(path, pictures, folder)
+    upscaled, scale = by_engine(path, program, pictures, folder)
     assert scale == weights.config.scale
     for (h, w, bands), actual in zip(pictures, upscaled, strict=True):
         if bands is BANDS[0]:
@@ -106,20 +114,43 @@ def assert_equals_jax(weights, path, sizes, folder):
         np.testing.assert_array_equal(actual, first)
 
 
+@functools.cache
+def chosen(*command):
+    """The file of the program that the engine chooses in this Node."""
+    return run_node("result = programFile()", command or None)
+
+
+@pytest.fixture(params=PROGRAMS)
+def program(request):
+    if request.param not in ("dvmsr.wasm", chosen()):
+        pytest.skip("needs Node with relaxed SIMD")
+    return request.param
+
+
+def test_the_fastest_program_is_chosen():
+    for command in (["node"], node()):
+        relaxed = run_node(
+            "result = WebAssembly.validate(fs.readFileSync(file))",
+            command,
+            file=str(PAGE / "dvmsr-relaxed.wasm"),
+        )
+        assert chosen(*command) == ("dvmsr-relaxed.wasm" if relaxed else "dvmsr.wasm")
+
+
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [("x2", [(37, 53)]), ("x3", [(37, 53)]), ("x4", [(1, 1), (37, 53), (64, 64)])],
 )
-def test_equals_the_model(name, sizes, tmp_path):
+def test_equals_the_model(name, sizes, program, tmp_path):
     path = ROOT / "checkpoints" / f"{name}.safetensors"
-    assert_equals_jax(load_weights(path), path, sizes, tmp_path)
+    assert_equals_jax(load_weights(path), path, program, sizes, tmp_path)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_networks_of_other_sizes(name, tmp_path):
+def test_networks_of_other_sizes(name, program, tmp_path):
     weights, path = random_weights(OTHERS[name]), tmp_path / "weights.safetensors"
     save_safetensors(weights.model(), path)
-    assert_equals_jax(weights, path, [(9, 11), (3, 200)], tmp_path)
+    assert_equals_jax(weights, path, program, [(9, 11), (3, 200)], tmp_path)
 
 
 @pytest.fixture
@@ -294,12 +325,13 @@ def test_all_types_of_floats(tmp_path):
         assert bits == arrays[name].astype(np.float32).view(np.uint32).tolist()
 
 
-def test_the_program_is_what_its_sources_compile_to(tmp_path):
-    for tool in ("clang", "wasm-ld"):
+def test_the_programs_are_what_their_sources_compile_to(tmp_path):
+    for tool in TOOLS:
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
         found = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
-        if COMPILER not in found.split():
-            pytest.skip(f"needs {tool} {COMPILER}, not {found.splitlines()[0]}")
-    build(tmp_path / "rebuilt.wasm")
-    assert (tmp_path / "rebuilt.wasm").read_bytes() == PROGRAM.read_bytes()
+        if VERSION not in found.split():
+            pytest.skip(f"needs {tool} {VERSION}, not {found.splitlines()[0]}")
+    build(tmp_path)
+    for name in PROGRAMS:
+        assert (tmp_path / name).read_bytes() == (PAGE / name).read_bytes()

@@ -3,16 +3,15 @@
 import fs from "node:fs";
 
 export * from "../web/engine.js";
-import { Engine } from "../web/engine.js";
-
-export const wasm = fs.readFileSync(new URL("../web/dvmsr.wasm", import.meta.url));
+import { Engine, programFile } from "../web/engine.js";
 
 export function fileBuffer(path) {
   const bytes = fs.readFileSync(path);
   return bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length);
 }
 
-export async function makeEngine(weights) {
+export async function makeEngine(weights, program = programFile()) {
+  const wasm = fs.readFileSync(new URL(`../web/${program}`, import.meta.url));
   return await Engine.create(wasm, fileBuffer(weights));
 }
 

@@ -1,5 +1,6 @@
 // The page: takes pictures, runs several at once, and shows one of them.
 
+import { programFile } from "./engine.js";
 import { Picture, PictureError, resultName } from "./picture.js";
 import { DECODING } from "./reading.js";
 import { Viewer } from "./viewer.js";
@@ -25,7 +26,7 @@ registry.then(listWeights, report);
 
 async function compile() {
   const lacks = ["OffscreenCanvas", "CompressionStream", "createImageBitmap", "WebAssembly"];
-  const bytes = await (await fetched("dvmsr.wasm")).arrayBuffer();
+  const bytes = await (await fetched(programFile())).arrayBuffer();
   if (lacks.some((name) => !(name in globalThis)) || !WebAssembly.validate(bytes)) {
     throw new PictureError(
       "This browser is too old: it lacks WebAssembly SIMD or something else that the page needs. " +

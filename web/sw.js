@@ -6,6 +6,7 @@ const CACHE = "dvmsr";
 const FILES = [
   "./",
   "dvmsr.wasm",
+  "dvmsr-relaxed.wasm",
   "engine.js",
   "enlarging.js",
   "icon.svg",

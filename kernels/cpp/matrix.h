@@ -120,7 +120,8 @@ class Matrix {
             for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
               for (int v = 0; v < VECTORS; ++v)
-                sums[r][v] += x_k[r * BLOCK] * Load(weights + v * WIDTH, WIDTH);
+                sums[r][v] = MultiplyAdd(Fill(x_k[r * BLOCK]),
+                                         Load(weights + v * WIDTH, WIDTH), sums[r][v]);
         }
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r)

@@ -36,6 +36,8 @@ inline void ForCount(int64_t count, Function function) {
     function(count);
 }
 
+inline Floats Fill(float x) { return x - Floats{}; }
+
 // `count` floats and zeros.
 inline Floats Load(const float* from, int64_t count) {
   Floats x;
@@ -71,9 +73,9 @@ inline Floats AtLeast(float bound, Floats x) {
 #elif defined(__AVX__)
   return (Floats)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
 #elif defined(__wasm_simd128__)
-  return __builtin_wasm_pmax_f32x4(x, Floats{} + bound);
+  return __builtin_wasm_pmax_f32x4(x, Fill(bound));
 #else
-  return x < bound ? Floats{} + bound : x;
+  return x < bound ? Fill(bound) : x;
 #endif
 }
 
@@ -83,9 +85,18 @@ inline Floats AtMost(float bound, Floats x) {
 #elif defined(__AVX__)
   return (Floats)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
 #elif defined(__wasm_simd128__)
-  return __builtin_wasm_pmin_f32x4(x, Floats{} + bound);
+  return __builtin_wasm_pmin_f32x4(x, Fill(bound));
 #else
-  return x > bound ? Floats{} + bound : x;
+  return x > bound ? Fill(bound) : x;
+#endif
+}
+
+// a b + c: one instruction where there is one. Compilers do this by themselves, but not for WASM.
+inline Floats MultiplyAdd(Floats a, Floats b, Floats c) {
+#ifdef __wasm_relaxed_simd__
+  return __builtin_wasm_relaxed_madd_f32x4(a, b, c);
+#else
+  return a * b + c;
 #endif
 }
 
@@ -96,12 +107,12 @@ constexpr float MIN_EXPONENT = -126.0f, MAX_EXPONENT = 127.0f;
 inline Floats Exp2(Floats t) {
   const Floats shifted = t + 12582912.0f;  // 1.5 * 2^23: its last bits are now t, rounded
   const Floats f = t - (shifted - 12582912.0f);
-  Floats p = Floats{} + 1.326472615e-3f;  // fitted to 2^f for f from -1/2 to 1/2
-  p = p * f + 9.671512991e-3f;
-  p = p * f + 5.550733581e-2f;
-  p = p * f + 2.402224243e-1f;
-  p = p * f + 6.931470037e-1f;
-  p = p * f + 1.0f;
+  Floats p = Fill(1.326472615e-3f);  // fitted to 2^f for f from -1/2 to 1/2
+  p = MultiplyAdd(p, f, Fill(9.671512991e-3f));
+  p = MultiplyAdd(p, f, Fill(5.550733581e-2f));
+  p = MultiplyAdd(p, f, Fill(2.402224243e-1f));
+  p = MultiplyAdd(p, f, Fill(6.931470037e-1f));
+  p = MultiplyAdd(p, f, Fill(1.0f));
   return (Floats)((Ints)p + ((Ints)shifted << 23));  // adds to the exponent
 }
 
@@ -109,15 +120,15 @@ inline Floats Exp2(Floats t) {
 inline Floats Softplus(Floats x) {
   const Floats t = LOG2_E * (Floats)((Ints)x | INT32_MIN);
   const Floats e = Exp2(AtLeast(MIN_EXPONENT, t));
-  Floats p = Floats{} + 5.232693703e-3f;  // fitted to log(1 + e) / e for e from 0 to 1
-  p = p * e - 2.950524012e-2f;
-  p = p * e + 7.822596093e-2f;
-  p = p * e - 1.366324728e-1f;
-  p = p * e + 1.910600791e-1f;
-  p = p * e - 2.484298267e-1f;
-  p = p * e + 3.331909690e-1f;
-  p = p * e - 4.999949315e-1f;
-  p = p * e + 9.999999699e-1f;
+  Floats p = Fill(5.232693703e-3f);  // fitted to log(1 + e) / e for e from 0 to 1
+  p = MultiplyAdd(p, e, Fill(-2.950524012e-2f));
+  p = MultiplyAdd(p, e, Fill(7.822596093e-2f));
+  p = MultiplyAdd(p, e, Fill(-1.366324728e-1f));
+  p = MultiplyAdd(p, e, Fill(1.910600791e-1f));
+  p = MultiplyAdd(p, e, Fill(-2.484298267e-1f));
+  p = MultiplyAdd(p, e, Fill(3.331909690e-1f));
+  p = MultiplyAdd(p, e, Fill(-4.999949315e-1f));
+  p = MultiplyAdd(p, e, Fill(9.999999699e-1f));
   return AtLeast(0.0f, x) + (t < MIN_EXPONENT ? Floats{} : e * p);
 }
 

@@ -78,8 +78,8 @@ inline void Recur(int64_t tokens, int64_t n, const float* B, const float* C, Flo
 #pragma GCC unroll 8
     for (int i = 0; i < S; ++i) {
       if constexpr (std::is_same_v<State, DecayAndState>) state[q * S + i].h = h[i];
-      h[i] = state[q * S + i].decay * h[i] + x * B[i];
-      y += h[i] * C[i];
+      h[i] = MultiplyAdd(state[q * S + i].decay, h[i], x * B[i]);
+      y = MultiplyAdd(h[i], Fill(C[i]), y);
     }
     token[q].y = y;
   }
@@ -255,7 +255,7 @@ struct Gradient : Arrays {
       const Floats biased = Load(delta + at, count) + bias;
       t.u = Load(u + at, count);
       t.step = StepSize(biased);
-      t.slope = delta_softplus ? Sigmoid(biased) : Floats{} + 1.0f;
+      t.slope = delta_softplus ? Sigmoid(biased) : Fill(1.0f);
       largest = t.step > largest ? t.step : largest;
       t.x = t.step * t.u;
       t.y = D_c * t.u;

@@ -251,8 +251,8 @@ class ViMMPass {
     for (int64_t t = tokens - 1; t >= 0; --t) {  // backwards, as u_t is replaced
       Floats sum = bias;
       for (int64_t i = 0; i <= s_.history; ++i)
-        sum += Load(vimm_.taps[i * Blocks(s_.d)].at + channel, WIDTH) *
-               Load(u + (t + i) * BLOCK, WIDTH);
+        sum = MultiplyAdd(Load(vimm_.taps[i * Blocks(s_.d)].at + channel, WIDTH),
+                          Load(u + (t + i) * BLOCK, WIDTH), sum);
       Store(u + (t + s_.history) * BLOCK, Silu(sum), WIDTH);
     }
   }

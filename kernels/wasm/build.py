@@ -5,15 +5,16 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-PROGRAM = ROOT / "web" / "dvmsr.wasm"
-# What made the program that is in the repository: Debian's clang and lld.
-COMPILER = "14.0.6"
+PAGE = ROOT / "web"
+# The programs, and what they need of a browser. web/engine.js chooses one.
+PROGRAMS = {"dvmsr.wasm": ("-msimd128",), "dvmsr-relaxed.wasm": ("-mrelaxed-simd",)}
+# What made those that are in the repository: Debian's clang and lld.
+TOOLS, VERSION = ("clang-19", "wasm-ld-19"), "19.1.7"
 COMMAND = (
-    "clang",
+    TOOLS[0],
     "--target=wasm32",
     "-std=c++17",
     "-O3",
-    "-msimd128",
     "-mbulk-memory",  # memcpy and the like are instructions
     "-ffreestanding",
     "-fno-exceptions",
@@ -32,12 +33,13 @@ COMMAND = (
 )
 
 
-def build(program: Path = PROGRAM) -> None:
-    """Writes the program.
+def build(folder: Path = PAGE) -> None:
+    """Writes the programs.
 
     Raises:
-        FileNotFoundError: there is no clang.
+        FileNotFoundError: there is no such clang.
         subprocess.CalledProcessError: it fails; its messages are printed.
     """
-    subprocess.run([*COMMAND, "-o", str(program)], check=True)
-    program.chmod(0o644)
+    for name, options in PROGRAMS.items():
+        subprocess.run([*COMMAND, *options, "-o", str(folder / name)], check=True)
+        (folder / name).chmod(0o644)
