@@ -223,10 +223,14 @@ class _Pool(Generic[Item, Answer]):
             if not grows:
                 raise UserError(f"--device {device}: Ray finds none on this machine")
             print(f"--ray: the cluster has no {self._kind}; waiting for one", file=sys.stderr)
+        # Bytes reserved for a worker: with more, none would start on machines that have less.
+        most = max((there.get("memory", 0) for there in self._alive().values()), default=0)
+        self._reserved = int(min(most, _IDLE_WORKER))
         paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
         self._actor = ray.remote(_Actor).options(
             num_cpus=1,
             num_gpus=int(self._kind == "GPU"),
+            memory=self._reserved,
             max_concurrency=2,  # for `stop`
             runtime_env={
                 "env_vars": _PLATFORMS[device]
@@ -263,7 +267,7 @@ class _Pool(Generic[Item, Answer]):
         if time.monotonic() - self._counted < _TICK:
             return
         self._counted = time.monotonic()
-        room = int(self._ray.cluster_resources().get(self._kind, 0))
+        room = sum(map(self._room, self._alive().values()))
         # What does not fit makes a cluster that can grow start machines.
         wanted = max(2 * room, 1) if self._grows else room
         wanted = min(wanted, len(self._waiting) + sum(w.task is not None for w in self._workers))
@@ -350,14 +354,25 @@ class _Pool(Generic[Item, Answer]):
         self._workers.remove(worker)
         self._ray.kill(worker.actor)  # Ray may only have lost sight of it
 
+    def _alive(self) -> dict[str, dict[str, float]]:
+        """What Ray has on each machine, by the machine's name."""
+        nodes = (node for node in self._ray.nodes() if node["Alive"])
+        return {node["NodeID"]: node["Resources"] for node in nodes}
+
+    def _room(self, resources: dict[str, float]) -> int:
+        """The number of workers that a machine has room for."""
+        room = int(resources.get(self._kind, 0))
+        if self._reserved:
+            room = min(room, int(resources.get("memory", 0) // self._reserved))
+        return room
+
     def _measure(self, machine: str) -> bool:
         """Learns how much memory a machine has. Returns False if it is dead."""
         if machine not in self._machines:
-            nodes = (node for node in self._ray.nodes() if node["NodeID"] == machine)
-            resources = next((node["Resources"] for node in nodes if node["Alive"]), None)
+            resources = self._alive().get(machine)
             if resources is None:
                 return False
-            workers = int(resources[self._kind])
+            workers = max(self._room(resources), 1)
             memory = max(int(resources["memory"]) - workers * _IDLE_WORKER, 0)
             self._machines[machine] = _Machine(memory, memory // workers)
         return True

@@ -311,6 +311,30 @@ def test_large_items_wait_for_memory(nodes):
 
 
 @needs_ray
+def test_no_more_workers_than_memory(nodes):
+    with warnings.catch_warnings(action="ignore"):
+        small = nodes.add_node(num_cpus=6, memory=1500 * MIB, object_store_memory=100 * MIB)
+
+    def prepare(stopped):
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+
+        def answer(item, memory):
+            time.sleep(1)
+            return here, os.getpid(), memory
+
+        return answer
+
+    answers = [answer for _, answer in cluster.spread((nodes.address,), prepare, [[0]] * 16)]
+    nodes.remove_node(small)
+    assert len(answers) == 16
+    there = {(pid, memory) for here, pid, memory in answers if here == small.node_id}
+    assert len(there) == 2
+    assert {memory for _, memory in there} == {50 * MIB}
+
+
+@needs_ray
 def test_workers_that_cannot_start(nodes):
     def refusing(stopped):
         raise UserError("weights.pth: no such file")
