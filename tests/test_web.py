@@ -354,14 +354,15 @@ def test_damaged_pictures(open_page, tiny_server):
 
 
 def test_cancel(open_page, server):
-    page = open_page(server)
+    page = open_page(server, cores=2)
     add(page, large__png=encoded(waves(600, 600)), small__png=encoded(waves(8, 8)))
     item = page.locator("li", has_text="large.png")
     expect(item.locator(".state")).to_have_text(re.compile(r"[1-9]\d? %"))
-    (worker,) = page.workers
-    with worker.expect_event("close"):
-        page.get_by_label("Cancel large.png").click()
+    workers = page.workers
+    assert len(workers) == 3  # two of them have a part of the network each
+    page.get_by_label("Cancel large.png").click()
     expect(item).to_have_count(0)
+    wait_until(page, lambda: not {*workers} & {*page.workers})
     name, large = downloaded(page)  # the next one has begun, and is shown
     assert (name, large.size) == ("small_x4.png", (32, 32))
     page.get_by_label("Remove small.png").click()
@@ -374,12 +375,55 @@ def test_two_at_once(open_page, tiny_server, tiny):
     page = open_page(tiny_server, cores=3)
     add(page, **{name: encoded(picture) for name, picture in pictures.items()})
     working = page.locator("[data-state=working]")
-    wait_until(page, lambda: len(page.workers) == 2 and working.count() == 2)
+    # One for each picture, and one for its network.
+    wait_until(page, lambda: len(page.workers) == 4 and working.count() == 2)
     expect(page.locator("[data-state=done]")).to_have_count(3)
     upscale = Upscaler(tiny)
     for i, picture in enumerate(pictures.values()):
         page.locator(".choose").nth(i).click()
         assert_equal(downloaded(page)[1], upscale(Image.fromarray(picture)))
+
+
+PIPELINE = """
+async ([cores, width, height]) => {
+  const { programFile } = await import("./engine.js");
+  const { Pipeline } = await import("./pipeline.js");
+  const load = async (name) => (await fetch(name)).arrayBuffer();
+  const module = await WebAssembly.compile(await load(programFile()));
+  const pipeline = new Pipeline(module, await load("weights/x4.safetensors"), cores, width, height);
+  const pushed = [];
+  for (let first = 0; first < height; first += 2) {
+    const rows = new Float32Array(width * 3 * Math.min(2, height - first));
+    pushed.push(pipeline.push(rows.map((_, i) => ((first + 1) * i * 7 % 11) / 11)));
+  }
+  const all = await Promise.allSettled(pushed);
+  return [
+    pipeline.stages,
+    all.map(({ reason }) => reason?.message ?? ""),
+    all.flatMap(({ value }) => [...value ?? []]),
+  ];
+}
+"""
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 9), (37, 12)])
+def test_pipelines_give_the_same_bits(open_page, server, width, height):
+    page = open_page(server)
+    results = [page.evaluate(PIPELINE, [cores, width, height]) for cores in (1, 2, 3, 8)]
+    assert [stages for stages, _, _ in results] == [1, 2, 3, 4]
+    first = results[0][2]
+    assert len(first) == width * height * 16 * 3
+    for _, failures, rows in results:
+        assert not any(failures)
+        assert rows == first
+
+
+def test_a_stage_that_fails(open_page, server):
+    """All bands under way fail, as when memory runs out."""
+    stages, failures, rows = open_page(server).evaluate(PIPELINE, [2, 2**23, 3])
+    assert stages == 2
+    assert failures == ["there is not enough memory for this picture"] * 2
+    assert not rows
 
 
 def test_names(open_page, tiny_server):

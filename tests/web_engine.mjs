@@ -10,9 +10,9 @@ export function fileBuffer(path) {
   return bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length);
 }
 
-export async function makeEngine(weights, program = programFile()) {
+export async function makeEngine(weights, program = programFile(), ...stage) {
   const wasm = fs.readFileSync(new URL(`../web/${program}`, import.meta.url));
-  return await Engine.create(wasm, fileBuffer(weights));
+  return await Engine.create(wasm, fileBuffer(weights), ...stage);
 }
 
 /** The upscaled picture, from bands of these numbers of rows (again and again, until the end). */
@@ -23,7 +23,6 @@ export function upscale(engine, pixels, width, height, bands) {
     const last = Math.min(first + bands[i % bands.length], height);
     parts.push(engine.push(pixels.subarray(first * width * 3, last * width * 3)));
   }
-  parts.push(engine.finish());
   return Buffer.concat(parts.map((x) => Buffer.from(x.buffer)));
 }
 

@@ -100,31 +100,40 @@ function isObject(x) {
   return typeof x === "object" && x !== null && !Array.isArray(x);
 }
 
-/** Enlarges pictures, one after the other, in memory that does not grow with their height. */
+/**
+ * Enlarges pictures, one after the other, in memory that does not grow with their height.
+ *
+ * An engine can also be one of several stages, each of which takes in what the one before returns.
+ */
 export class Engine {
   #module;
   #config;
   #parameters;
+  #stage;
   #program = null;
   #picture = null;
 
   /**
    * @param {WebAssembly.Module | BufferSource} wasm see `programFile`
    * @param {ArrayBuffer} weights a .safetensors file of this project
+   * @param {number} stage which of the stages, from 0 on
+   * @param {number} stages how many there are, at most as many as RSSBs
    * @returns {Promise<Engine>}
    * @throws {WeightsError} the weights cannot be used
    */
-  static async create(wasm, weights) {
+  static async create(wasm, weights, stage = 0, stages = 1) {
     const { config, parameters } = readWeights(weights);
+    const [first, last] = [stage, stage + 1].map((i) => Math.floor((i * config.rssbs) / stages));
     const module = wasm instanceof WebAssembly.Module ? wasm : await WebAssembly.compile(wasm);
-    return new Engine(module, config, parameters);
+    return new Engine(module, config, parameters, { first, last });
   }
 
   /** For `create` only. */
-  constructor(module, config, parameters) {
+  constructor(module, config, parameters, { first, last }) {
     this.#module = module;
     this.#config = config;
     this.#parameters = parameters;
+    this.#stage = { first, last, head: first === 0, tail: last === config.rssbs };
     this.#load();
   }
 
@@ -149,22 +158,24 @@ export class Engine {
       }
     }
     if (this.#program === null) this.#load();
-    const bandRows = this.#call("start", width);
+    const bandRows = this.#call("start", width, this.#stage.first, this.#stage.last);
     this.#picture = { width, height, bandRows, received: 0 };
   }
 
   /**
    * Takes more rows of the picture.
    *
-   * @param {Float32Array} rows RGB in [0, 1], row by row: any number of rows
+   * @param {Float32Array} rows RGB in [0, 1], row by row: any number of rows; or what the stage
+   *   before has returned
    * @returns {Float32Array} the rows of the upscaled picture that are now finished, and were not
-   *   before; values may lie slightly outside [0, 1]
+   *   before: all that remain, if the picture's last row has come. Values may lie slightly outside
+   *   [0, 1]. Or what belongs to the next stage
    * @throws {RangeError} these are not whole rows, or more than the picture has
    * @throws {Error} no picture has been started
    */
   push(rows) {
     const picture = this.#started();
-    const rowLength = picture.width * 3;
+    const rowLength = this.#receivedLength();
     const count = rows.length / rowLength;
     if (!Number.isInteger(count)) {
       throw new RangeError(`${rows.length} numbers are not whole rows of ${rowLength}`);
@@ -174,48 +185,49 @@ export class Engine {
     }
     const before = this.#finished();
     picture.received += count;
-    const upscaled = new Output(this.#finished() - before, this.#rowLength());
+    const finished = new Output(this.#finished() - before, this.#finishedLength());
     for (let first = 0; first < count; first += picture.bandRows) {
       const band = rows.subarray(first * rowLength, (first + picture.bandRows) * rowLength);
-      this.#memory(this.#call("pixels"), band.length).set(band);
-      this.#collect(upscaled, this.#call("push", band.length / rowLength));
+      this.#memory(this.#call("received"), band.length).set(band);
+      this.#collect(finished, this.#call("push", band.length / rowLength));
     }
-    return upscaled.rows;
-  }
-
-  /**
-   * Ends the picture.
-   *
-   * @returns {Float32Array} the remaining rows of the upscaled picture
-   * @throws {Error} rows are missing, or no picture has been started
-   */
-  finish() {
-    const { height, received } = this.#started();
-    if (received !== height) throw new Error(`only ${received} of the picture's ${height} rows came`);
-    const upscaled = new Output(height - this.#finished(), this.#rowLength());
-    for (let i = 0; i < this.#rowsLate(); ++i) this.#collect(upscaled, this.#call("flush"));
-    this.#picture = null;
-    return upscaled.rows;
+    if (picture.received === picture.height) {
+      for (let i = 0; i < this.#rowsLate(); ++i) this.#collect(finished, this.#call("flush"));
+      this.#picture = null;
+    }
+    return finished.rows;
   }
 
   // Each 3x3 convolution waits for the row below.
   #rowsLate() {
-    return this.#config.rssbs + 3;
+    const { first, last, head, tail } = this.#stage;
+    return last - first + (head ? 1 : 0) + (tail ? 2 : 0);
   }
 
-  // The number of the picture's rows that are finished, as long as there are more to come.
+  // The number of the picture's rows that are finished.
   #finished() {
-    return Math.max(this.#picture.received - this.#rowsLate(), 0);
+    const { height, received } = this.#picture;
+    return received === height ? height : Math.max(received - this.#rowsLate(), 0);
   }
 
-  // Numbers in an upscaled picture for each row of the picture.
-  #rowLength() {
-    return this.#picture.width * 3 * this.scale ** 2;
+  // Numbers that come in for each row of the picture.
+  #receivedLength() {
+    return this.#stage.head ? this.#picture.width * 3 : this.#betweenLength();
+  }
+
+  // Numbers that go out for each row of the picture.
+  #finishedLength() {
+    return this.#stage.tail ? this.#picture.width * 3 * this.scale ** 2 : this.#betweenLength();
+  }
+
+  // A row's features, and those for the long skip connection.
+  #betweenLength() {
+    return this.#picture.width * 2 * this.#config.channels;
   }
 
   #collect(output, rows) {
     const { rowLength } = output;
-    output.add(this.#memory(this.#call("upscaled"), rows * rowLength));
+    output.add(this.#memory(this.#call("finished"), rows * rowLength));
   }
 
   #started() {
@@ -266,6 +278,17 @@ class Output {
     this.rows.set(rows, this.#filled);
     this.#filled += rows.length;
   }
+}
+
+/**
+ * The configuration of a network.
+ *
+ * @param {ArrayBuffer} weights see `Engine.create`
+ * @returns {{scale: number, rssbs: number}} and more
+ * @throws {WeightsError} the weights cannot be used
+ */
+export function configOf(weights) {
+  return readWeights(weights).config;
 }
 
 function readWeights(buffer) {

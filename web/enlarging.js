@@ -15,13 +15,13 @@ export function channelsOf({ grey, opaque }) {
 
 // Yields the enlarged rows from top to bottom, in Uint8ClampedArrays of any number of rows.
 //
-// `pixels` is a Pixels. `engines` are two Engines for a picture with alpha, otherwise one.
-export async function* enlarge(pixels, engines) {
-  yield* pixels.opaque ? enlargeOpaque(pixels, engines[0]) : enlargeTransparent(pixels, engines);
+// `pixels` is a Pixels. `pipelines` are two for a picture with alpha, otherwise one.
+export async function* enlarge(pixels, pipelines) {
+  yield* (pixels.opaque ? enlargeOpaque : enlargeTransparent)(pixels, pipelines);
 }
 
-async function* enlargeOpaque(pixels, engine) {
-  for await (const [rows] of outputs(pixels, [engine], [onBlack])) {
+async function* enlargeOpaque(pixels, pipelines) {
+  for await (const [rows] of outputs(pixels, pipelines, [onBlack])) {
     const colours = pixels.grey ? luma(rows) : rows;
     const bytes = new Uint8ClampedArray(colours.length); // rounds halves to even, and clamps
     for (let i = 0; i < bytes.length; i++) bytes[i] = fround(colours[i] * 255);
@@ -31,8 +31,8 @@ async function* enlargeOpaque(pixels, engine) {
 
 // Enlarges the picture blended with black, and blended with white. Alpha follows from the
 // difference of the two results, and the colour from alpha.
-async function* enlargeTransparent(pixels, engines) {
-  const scale = engines[0].scale;
+async function* enlargeTransparent(pixels, pipelines) {
+  const { scale } = pipelines[0];
   const width = pixels.width * scale;
   const colours = pixels.grey ? 1 : 3;
   const alpha = new Uint8Array(pixels.width * pixels.height);
@@ -41,7 +41,7 @@ async function* enlargeTransparent(pixels, engines) {
     for (let i = 0; i < rgba.length / 4; i++) alpha[start + i] = rgba[4 * i + 3];
   };
   let top = 0;
-  for await (const both of outputs(pixels, engines, [onBlack, onWhite], keepAlpha)) {
+  for await (const both of outputs(pixels, pipelines, [onBlack, onWhite], keepAlpha)) {
     const [black, white] = both.map((rows) => (pixels.grey ? luma(rows) : rows));
     const count = black.length / (width * colours);
     const bytes = new Uint8ClampedArray(width * count * (colours + 1));
@@ -73,20 +73,20 @@ async function* enlargeTransparent(pixels, engines) {
   }
 }
 
-// Yields the engines' finished rows, an array for each. `views` makes each engine's input of a
-// pixel's value and alpha; `seen` is called with each band's RGBA and the index of its first row.
-async function* outputs(pixels, engines, views, seen = () => {}) {
+// Yields the pipelines' finished rows, an array for each. `views` makes each one's input of a pixel's
+// value and alpha; `seen` is called with each band's RGBA and the index of its first row.
+async function* outputs(pixels, pipelines, views, seen = () => {}) {
   const { width, height } = pixels;
   const count = Math.min(MAX_BAND_ROWS, Math.max(1, Math.floor(BAND_PIXELS / width)));
-  for (const engine of engines) engine.start(width, height);
+  const underWay = []; // so many bands that no stage has to wait
   for (let first = 0; first < height; first += count) {
     const rgba = await pixels.read(first, Math.min(count, height - first));
     seen(rgba, first);
-    const rows = engines.map((engine, i) => engine.push(rgbRows(rgba, views[i])));
-    if (rows[0].length) yield rows;
+    const pushed = pipelines.map((pipeline, i) => pipeline.push(rgbRows(rgba, views[i])));
+    underWay.push(Promise.all(pushed));
+    if (underWay.length > pipelines[0].stages) yield await underWay.shift();
   }
-  const rows = engines.map((engine) => engine.finish());
-  if (rows[0].length) yield rows;
+  yield* underWay;
 }
 
 const onBlack = (value, alpha) => fround(value * alpha);

@@ -5,7 +5,8 @@ import { Picture, PictureError, resultName } from "./picture.js";
 import { DECODING } from "./reading.js";
 import { Viewer } from "./viewer.js";
 
-const AT_ONCE = Math.max(1, (navigator.hardwareConcurrency ?? 2) - 1);
+const CORES = navigator.hardwareConcurrency ?? 2;
+const AT_ONCE = Math.max(1, CORES - 1); // pictures
 const THUMB = 96; // pixels a side
 
 const at = (id) => document.getElementById(id);
@@ -109,7 +110,8 @@ async function start(picture) {
   picture.state = "working";
   try {
     const [module, weights] = await Promise.all([network, loadWeights(picture.weights)]);
-    if (pictures.includes(picture)) picture.start(module, weights);
+    const together = Math.min(pictures.filter(({ busy }) => busy).length, AT_ONCE);
+    if (pictures.includes(picture)) picture.start(module, weights, Math.floor(CORES / together));
   } catch (error) {
     picture.fail(error.message);
   }

@@ -86,8 +86,9 @@ export class Picture {
     return this.state === "waiting" || this.state === "working";
   }
 
-  // Starts the worker with the compiled module and the contents of the weights' file.
-  start(module, weights) {
+  // Starts the worker with the compiled module, the contents of the weights' file, and the number of
+  // cores that it may use.
+  start(module, weights, cores) {
     this.overview = new OffscreenCanvas(
       Math.ceil((this.width * this.scale) / this.reduction),
       Math.ceil((this.height * this.scale) / this.reduction),
@@ -98,7 +99,7 @@ export class Picture {
     spare = null; // until a picture has ended: the next worker's start would slow down this one's
     this.#worker.onmessage = ({ data }) => this.#receive(data);
     this.#worker.onerror = () => this.fail("The browser stopped the work. Reload the page.");
-    this.#worker.postMessage({ file: this.file, module, weights });
+    this.#worker.postMessage({ file: this.file, module, weights, cores });
     this.#changed(this);
   }
 

@@ -1,8 +1,9 @@
-// Enlarges one picture. Receives {file, module, weights}; sends what Preview posts, then {result}
-// with the PNG, or {failed} with the reason. It makes no requests.
+// Enlarges one picture. Receives {file, module, weights, cores}; sends what Preview posts, then
+// {result} with the PNG, or {failed} with the reason. It makes no requests.
 
-import { Engine, WeightsError } from "./engine.js";
+import { WeightsError } from "./engine.js";
 import { channelsOf, enlarge } from "./enlarging.js";
+import { Pipeline } from "./pipeline.js";
 import { PngWriter } from "./png.js";
 import { Preview } from "./preview.js";
 import { profileOf } from "./profile.js";
@@ -16,17 +17,20 @@ addEventListener("message", async ({ data }) => {
   }
 });
 
-async function run({ file, module, weights }) {
+async function run({ file, module, weights, cores }) {
   const pixels = await Pixels.of(file);
   const channels = channelsOf(pixels);
-  const engines = [];
-  for (let i = 0; i < (pixels.opaque ? 1 : 2); i++) {
-    engines.push(await Engine.create(module, weights));
-  }
-  const [width, height] = [pixels.width, pixels.height].map((size) => size * engines[0].scale);
+  const count = pixels.opaque ? 1 : 2;
+  const share = Math.max(1, Math.floor(cores / count));
+  const pipelines = Array.from(
+    { length: count },
+    () => new Pipeline(module, weights, share, pixels.width, pixels.height),
+  );
+  const [width, height] = [pixels.width, pixels.height].map((size) => size * pipelines[0].scale);
   const png = new PngWriter(width, height, channels, await profileOf(file, channels));
   const preview = new Preview(width, height, pixels.opaque, postMessage.bind(globalThis));
-  for await (const rows of enlarge(pixels, engines)) {
+  for await (const rows of enlarge(pixels, pipelines)) {
+    if (!rows.length) continue;
     await preview.add(toRgba(rows, channels));
     await png.write(rows);
   }

@@ -32,15 +32,16 @@ void MakeNetwork(int32_t scale, int32_t channels, int32_t rssbs, int32_t vimms_p
   delete[] parameters;
 }
 
-// Begins a picture, and gives up the one before. Returns the most rows that a band may have.
-EXPORT(start) int32_t Start(int32_t width) {
+// Begins a picture in RSSBs from `first` to before `last`, and gives up the one before. Returns the
+// most rows that a band may have.
+EXPORT(start) int32_t Start(int32_t width, int32_t first, int32_t last) {
   delete picture;
-  picture = new kernels::Picture(*network, width);
+  picture = new kernels::Picture(*network, width, first, last);
   return picture->band_rows();
 }
 
-// Where the rows of a band belong, RGB.
-EXPORT(pixels) float* Pixels() { return picture->pixels(); }
+// Where the rows of a band belong; see network.h for what they are.
+EXPORT(received) float* Received() { return picture->received(); }
 
 // Takes a band in, and returns the number of the picture's rows that are now finished.
 EXPORT(push) int32_t Push(int32_t rows) { return picture->Push(rows); }
@@ -48,5 +49,5 @@ EXPORT(push) int32_t Push(int32_t rows) { return picture->Push(rows); }
 // The same after the last band, to be called once for each 3x3 convolution.
 EXPORT(flush) int32_t Flush() { return picture->Flush(); }
 
-// The rows that were finished by the last call, RGB.
-EXPORT(upscaled) const float* Upscaled() { return picture->upscaled(); }
+// The rows that were finished by the last call.
+EXPORT(finished) const float* Finished() { return picture->finished(); }

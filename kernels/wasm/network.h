@@ -172,43 +172,63 @@ class BandViMM {
   std::vector<float> previous_, state_;
 };
 
-// A picture on its way through the network.
+// A picture on its way through a stage of the network: RSSBs that follow each other, with what lies
+// before the first of all, and behind the last.
+//
+// Stages hand on rows of features, each followed by the same row of the first convolution's result,
+// which the long skip connection adds behind the last RSSB.
 class Picture {
  public:
-  Picture(const Network& network, int64_t width)
+  // RSSBs from `first` to before `last`.
+  Picture(const Network& network, int64_t width, int64_t first, int64_t last)
       : network_(network),
         width_(width),
+        head_(first == 0),
+        tail_(last == network.config.rssbs),
         band_rows_(std::max<int64_t>(BAND_PIXELS / width, 1)),
-        pixels_(band_rows_ * width * 3),
-        shallow_(network.config.rssbs + 1 + band_rows_, Row()),
-        channels_(band_rows_ * width * 3 * network.config.scale * network.config.scale),
-        upscaled_(channels_.size()) {
-    AddConvolution(*network.conv_first);
-    for (const auto& rssb : network.rssbs) {
-      AddConvolution(*rssb->conv);
+        received_(band_rows_ * (head_ ? width * 3 : 2 * Row())),
+        shallow_(last - first + 1 + band_rows_, Row()),
+        computed_(band_rows_ *
+                  (tail_ ? width * 3 * network.config.scale * network.config.scale : Row())),
+        finished_(tail_ ? computed_.size() : band_rows_ * 2 * Row()) {
+    if (head_) AddConvolution(*network.conv_first);
+    for (int64_t i = first; i < last; ++i) {
+      const RSSB& rssb = *network.rssbs[i];
+      AddConvolution(*rssb.conv);
       features_.emplace_back(new Rows(1 + band_rows_, Row()));
-      for (const auto& vimm : rssb->vimms) vimms_.emplace_back(new BandViMM(*vimm));
+      for (const auto& vimm : rssb.vimms) vimms_.emplace_back(new BandViMM(*vimm));
     }
-    AddConvolution(*network.conv_last);
-    AddConvolution(*network.reconstruct);
+    if (tail_) {
+      AddConvolution(*network.conv_last);
+      AddConvolution(*network.reconstruct);
+    }
   }
 
   int64_t band_rows() const { return band_rows_; }  // at most, in a band
-  float* pixels() { return pixels_.data(); }        // a band's, (rows, width, 3)
-  float* upscaled() { return upscaled_.data(); }    // the finished rows
+  float* received() { return received_.data(); }    // a band's: RGB, or from the stage before
+  float* finished() { return finished_.data(); }    // upscaled RGB, or for the next stage
 
   // Takes a band in. Returns the number of the picture's rows that are now finished.
   int64_t Push(int64_t rows) {
-    float* x = convs_[0]->Append(rows);
-    for (int64_t i = 0; i < rows * width_ * 3; ++i) x[i] = pixels_[i] - RGB_MEAN[i % 3];
-    return Advance();
+    if (head_) {
+      float* x = convs_[0]->Append(rows);
+      for (int64_t i = 0; i < rows * width_ * 3; ++i) x[i] = received_[i] - RGB_MEAN[i % 3];
+    } else {
+      float *features = features_[0]->Append(rows), *shallow = shallow_.Append(rows);
+      for (int64_t row = 0; row < rows; ++row) {
+        const float* from = received_.data() + row * 2 * Row();
+        std::memcpy(features + row * Row(), from, sizeof(float) * Row());
+        std::memcpy(shallow + row * Row(), from + Row(), sizeof(float) * Row());
+      }
+    }
+    return Advance(rows);
   }
 
   // The same after the last band, once for each convolution: it gets the row of zeros below its
   // last one.
   int64_t Flush() {
     convs_[flushed_++]->AppendZeros();
-    return Advance();
+    return Advance(0);
   }
 
  private:
@@ -220,31 +240,41 @@ class Picture {
     convs_.emplace_back(new BandConvolution(convolution, band_rows_, width_));
   }
 
-  // Takes the rows that the first convolution has got as far as possible.
-  int64_t Advance() {
-    const int64_t rssbs = network_.config.rssbs, per_rssb = network_.config.vimms_per_rssb;
-    int64_t rows = convs_[0]->Ready();
-    float* features = shallow_.Append(rows);
-    convs_[0]->Run(features);
-    Normalise(*network_.norm_first, features, features_[0]->Append(rows), rows);
+  // Takes the rows that have come as far as possible.
+  int64_t Advance(int64_t rows) {
+    const int64_t rssbs = features_.size(), per_rssb = network_.config.vimms_per_rssb;
+    auto conv = convs_.begin();
+    float* features;
+    if (head_) {
+      rows = (*conv)->Ready();
+      features = shallow_.Append(rows);
+      (*conv++)->Run(features);
+      Normalise(*network_.norm_first, features, features_[0]->Append(rows), rows);
+    }
     for (int64_t i = 0; i < rssbs; ++i) {
-      float* refined = convs_[1 + i]->Append(rows);
+      float* refined = (*conv)->Append(rows);
       const float* tokens = features_[i]->data() + (features_[i]->count() - rows) * Row();
       for (int64_t j = 0; j < per_rssb; ++j, tokens = refined)
         vimms_[i * per_rssb + j]->Run(tokens, refined, rows, width_);
-      rows = convs_[1 + i]->Ready();
-      features = i + 1 < rssbs ? features_[i + 1]->Append(rows) : convs_[1 + rssbs]->Append(rows);
-      convs_[1 + i]->Run(features);
+      rows = (*conv)->Ready();
+      features = i + 1 < rssbs ? features_[i + 1]->Append(rows)
+                 : tail_       ? conv[1]->Append(rows)
+                               : computed_.data();
+      (*conv++)->Run(features);
       AddOldest(*features_[i], features, rows);
     }
-    Normalise(*network_.norm_last, features, features, rows);
-    rows = convs_[1 + rssbs]->Ready();
-    float* deep = convs_[2 + rssbs]->Append(rows);
-    convs_[1 + rssbs]->Run(deep);
-    AddOldest(shallow_, deep, rows);
-    rows = convs_[2 + rssbs]->Ready();
-    convs_[2 + rssbs]->Run(channels_.data());
-    Shuffle(rows);
+    if (tail_) {
+      Normalise(*network_.norm_last, features, features, rows);
+      rows = (*conv)->Ready();
+      float* deep = conv[1]->Append(rows);
+      (*conv++)->Run(deep);
+      AddOldest(shallow_, deep, rows);
+      rows = (*conv)->Ready();
+      (*conv)->Run(computed_.data());
+      Shuffle(rows);
+    } else {
+      HandOn(rows);
+    }
     return rows;
   }
 
@@ -266,27 +296,39 @@ class Picture {
     }
   }
 
+  // Puts features and the oldest rows for the long skip connection together, and drops these.
+  void HandOn(int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      float* to = finished_.data() + row * 2 * Row();
+      std::memcpy(to, computed_.data() + row * Row(), sizeof(float) * Row());
+      std::memcpy(to + Row(), shallow_.data() + row * Row(), sizeof(float) * Row());
+    }
+    shallow_.DropOldest(rows);
+  }
+
   // Moves channels, ordered by colour, row and column, to their places in the upscaled rows.
   void Shuffle(int64_t rows) {
     const int64_t s = network_.config.scale;
-    const float* from = channels_.data();
+    const float* from = computed_.data();
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t column = 0; column < width_; ++column)
         for (int64_t colour = 0; colour < 3; ++colour)
           for (int64_t i = 0; i < s; ++i)
             for (int64_t j = 0; j < s; ++j)
-              upscaled_[(((row * s + i) * width_ + column) * s + j) * 3 + colour] =
+              finished_[(((row * s + i) * width_ + column) * s + j) * 3 + colour] =
                   *from++ + RGB_MEAN[colour];
   }
 
   const Network& network_;
-  const int64_t width_, band_rows_;
-  std::vector<float> pixels_;
+  const int64_t width_;
+  const bool head_, tail_;
+  const int64_t band_rows_;
+  std::vector<float> received_;
   Rows shallow_;
   std::vector<std::unique_ptr<BandConvolution>> convs_;  // from the first to the last
   std::vector<std::unique_ptr<Rows>> features_;          // before each RSSB, for its skip
   std::vector<std::unique_ptr<BandViMM>> vimms_;
-  std::vector<float> channels_, upscaled_;
+  std::vector<float> computed_, finished_;
   int64_t flushed_ = 0;  // convolutions that have got their last row
 };
 
