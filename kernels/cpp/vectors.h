@@ -36,6 +36,7 @@ inline void ForCount(int64_t count, Function function) {
     function(count);
 }
 
+// Compilers leave out the subtraction, but would keep an addition, since -0 + 0 is 0.
 inline Floats Fill(float x) { return x - Floats{}; }
 
 // `count` floats and zeros.
