@@ -55,8 +55,8 @@ NAMED: Mapping[str, Named] = {
     "x4-real": Named(
         scale=4,
         purpose="blurred, noisy or compressed photographs; x4, fine-tuned on mild degradations",
-        sha256="964c5b4c45a3f7d3ee963bb33b2c324b8f9e88dfc82f09a322c3371daf6a87f6",
-        scores={"Set5": (31.625, 0.8876), "Set14": (28.215, 0.7654)},
+        sha256="679c00727ae3c1f1bf38df78233529de8343703c26d71e8d634dfae238a49f75",
+        scores={"Set5": (31.602, 0.8879), "Set14": (28.250, 0.7685)},
     ),
     "x4-scratch": Named(
         scale=4,
