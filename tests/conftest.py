@@ -10,14 +10,15 @@ import threading
 from pathlib import Path
 
 # Before JAX starts a backend.
-flags = os.environ.get("XLA_FLAGS", "")
 if list(Path("/dev").glob("nvidia*")):
     # Tests run side by side, and some in processes of their own.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # Without it, sums in another order may round differently each time.
+    flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = flags + " --xla_gpu_deterministic_ops=true"
 else:
     # On CPUs, tests spend most of their time compiling programs that run once.
+    flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = flags + " --xla_backend_optimization_level=0"
 
 import jax
