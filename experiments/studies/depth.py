@@ -56,6 +56,8 @@ def report(results: Results) -> Section:
     answer = ""
     if len(scores) > 1:
         small, best = front[0], front[-1]
+        answer = f"No network is better than the cheapest, {small}."
+    if len(front) > 1:
         answer = (
             f"From {small} to {best}, which costs {costs[best] / costs[small]:.1f} times the MACs, "
             f"quality gains {results.compare(best, small)}. No cheaper network is as good as one "

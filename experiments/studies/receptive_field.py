@@ -154,11 +154,8 @@ def report(results: Results) -> Section:
             ax.set(xticks=[], yticks=[])
             ax.set_title(f"{name}: {kind}", size=8)
     areas = {name: maps["gradient"]["pixels"]["0.99"] for name, maps in found.items()}
-    wide, narrow = (choose(areas, key=areas.__getitem__) for choose in (max, min))
-    answer = f"99% of the gradient lies in {areas[wide]:,} of the pixels for {wide}"
-    if narrow != wide:
-        answer += f", and in {areas[narrow]:,} for {narrow}"
-    answer += "."
+    held = [f"{name} {areas[name]:,}" for name in sorted(areas, key=areas.__getitem__)]
+    answer = f"99% of the gradient lies in this many pixels: {', '.join(held)}."
     return Section(answer, table, figure)
 
 
