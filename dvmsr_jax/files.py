@@ -17,14 +17,32 @@ from typing import IO, Any
 from dvmsr_jax.errors import UserError, printable
 
 
+def hidden(folder: Path) -> Path:
+    """A hidden name in a folder that nothing else has.
+
+    It is short, because it may take the place of a name as long as names can be. It is random
+    instead of made of the process number, because containers that share a folder may have equal
+    numbers.
+    """
+    return folder / f".dvmsr-{secrets.token_hex(8)}"
+
+
+def appears(path: Path) -> bool:
+    """Whether there is a file. If not, looks again for some seconds, as network file systems may
+    show the files of other machines late."""
+    for seconds in (0, 1, 2, 3):
+        time.sleep(seconds)
+        if path.exists():
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Creates an empty hidden file beside PATH to write to, and PATH's folder if needed. At the
     end, the file replaces PATH; after an exception, it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Short, because PATH's name may be as long as names can be. Random instead of by process
-    # number, because containers that share a folder may have equal numbers.
-    temporary = path.with_name(f".dvmsr-{secrets.token_hex(8)}")
+    temporary = hidden(path.parent)
     try:
         temporary.touch()  # fails before any work if the folder cannot be written to
         yield temporary

@@ -4,14 +4,17 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from PIL import Image
 from dvmsr_jax import cluster
 from dvmsr_jax.commands import upscale
 from dvmsr_jax.config import DataConfig, ModelConfig
-from dvmsr_jax.errors import UserError
+from dvmsr_jax.errors import DiskFullError, UserError
 from dvmsr_jax.model import DVMSR
 from dvmsr_jax.pictures import jobs, spread
 from dvmsr_jax.pictures.upscaler import PictureUpscaler, Upscaler
@@ -123,6 +126,65 @@ def test_the_command(nodes, weights, monkeypatch, capsys):
     assert refused == "error: --ray is for files: leave it out for standard input and output"
 
 
+# A kind of remote place that processes share.
+SHARED = """
+import os
+from fsspec.implementations.local import LocalFileSystem
+
+class Shared(LocalFileSystem):
+    protocol = "shared"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol("/" + path.removeprefix("shared:").lstrip("/"))
+"""
+
+
+@needs_ray
+def test_remote_places(nodes, weights, monkeypatch, tmp_path):
+    """With the summary there, too."""
+    Path("package/shared-1.dist-info").mkdir(parents=True)
+    Path("package/shared.py").write_text(SHARED)
+    entry = "[fsspec.specs]\nshared = shared:Shared\n"
+    Path("package/shared-1.dist-info/entry_points.txt").write_text(entry)
+    Path("package/shared-1.dist-info/METADATA").write_text("Name: shared\nVersion: 1\n")
+    monkeypatch.setenv("PYTHONPATH", str(Path("package").absolute()))
+    monkeypatch.syspath_prepend("package")
+    fsspec.register_implementation("shared", "shared.Shared")
+    make("in", 3)
+    there = f"shared:/{tmp_path}"  # as a bucket and a name
+    summary = ["--json", f"{there}/summary.json"]
+    remote = [f"{there}/in", "-o", f"{there}/remote/", *summary, "--ray", nodes.address]
+    assert run_main(monkeypatch, *remote[:-2], "--ckpt", weights, *remote[-2:]) == 0
+    assert run_main(monkeypatch, "in", "-o", "local", "--ckpt", weights) == 0
+    assert contents("remote") == contents("local")
+    report = json.loads(Path("summary.json").read_text())
+    assert (report["done"], report["finished"]) == (3, True)
+    assert report["pictures"][0]["what"].startswith(f"{there}/remote/")
+
+
+@needs_ray
+def test_workers_share_compiled_programs(weights, monkeypatch):
+    make("in", 2)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").absolute()))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    program = [sys.executable, ROOT / "upscale.py", "in", "-o", "out", "--ckpt", weights, "--ray"]
+    subprocess.run(program, check=True, capture_output=True)
+    assert list(Path("cache").glob("**/programs/jit_step-*"))  # which only workers compile
+
+
+def test_the_largest_pictures_first(monkeypatch):
+    """One by one; and small ones together."""
+    make("in", 3)
+    make("in/large", 3, size=(300, 200))
+    Image.new("RGB", (3000, 2000)).save("in/flat.png")
+    (found,) = [jobs.plan(["in"], "out/", scale=2.0, suffix=None)]
+    batches = [[job.source.name for job in batch] for batch in spread._batches(found)]
+    assert [len(batch) for batch in batches] == [1, 1, 1, 4]
+    assert batches[-1][0] == "flat.png"  # 18 kB
+
+
 @needs_ray
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_inputs_are_not_overwritten(nodes, doubling, overwrite):
@@ -140,15 +202,83 @@ def test_inputs_are_not_overwritten(nodes, doubling, overwrite):
     assert contents("in") == before
 
 
+@pytest.fixture
+def apart(nodes, folder):
+    """A machine with two cores that has another folder in the place of `folder`."""
+    command = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none "$0"; exec "$@"', folder]
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("needs the permission to mount")
+    process = start_machine(nodes, *command)
+    try:
+        with connected(nodes) as ray:
+            while sum(node["Alive"] for node in ray.nodes()) < 2:
+                assert process.poll() is None
+                time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+        with connected(nodes) as ray:
+            while sum(node["Alive"] for node in ray.nodes()) > 1:
+                time.sleep(0.2)
+
+
+def start_machine(nodes, *command):
+    """Starts a machine with two cores, by a command if there is one."""
+    ray = [Path(sys.executable).parent / "ray", "start", "--block", "--address", nodes.address]
+    sizes = ["--num-cpus=2", f"--memory={4096 * MIB}", f"--object-store-memory={100 * MIB}"]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([*command, *ray, *sizes], **silent, start_new_session=True)
+
+
+@contextlib.contextmanager
+def connected(nodes):
+    import ray
+
+    with warnings.catch_warnings(action="ignore"):
+        ray.init(nodes.address, log_to_driver=False, logging_level="CRITICAL")
+    yield ray
+    ray.shutdown()
+
+
 @needs_ray
-def test_machines_that_do_not_share_the_results(nodes, doubling, monkeypatch):
-    """All nodes are this machine, so the file that tells is missing here."""
-    make("in", 1)
-    monkeypatch.setattr(spread, "_LATE", 1)
-    monkeypatch.setattr(spread, "_sign", lambda _: contextlib.nullcontext(Path("/nowhere/.sign")))
+def test_machines_that_do_not_share_the_results(nodes, apart, doubling, monkeypatch, capsys):
+    """They are left out: nothing is lost there."""
+    make("in", 20)
+    monkeypatch.setattr(spread, "BATCH", 1)
     planned = jobs.plan(["in"], "out/", scale=2.0, suffix=None)
-    with pytest.raises(UserError, match=r"^/nowhere: .* has not the same folder there; name one"):
-        list(spread.run(planned, lambda: PictureUpscaler(doubling, 2), ray=(nodes.address,)))
+
+    def slowly(image):
+        time.sleep(1)
+        return doubling(image)
+
+    outcomes = list(spread.run(planned, lambda: PictureUpscaler(slowly, 2), ray=(nodes.address,)))
+    assert [one.status for one in outcomes] == ["done"] * 20
+    assert len(contents("out")) == 20
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"--ray: (\S+) is left out: \S+/out: \1 does not have the same folder there; name one that"
+        " all machines share",
+        line,
+    )
+
+
+@needs_ray
+def test_preparing_and_distilling_on_machines_apart(nodes, apart, weights, monkeypatch):
+    pytest.importorskip("tensorflow_datasets", reason="needs the packages for training")
+    from dvmsr_jax.data import check
+    from dvmsr_jax.data.prepare import prepare
+    from dvmsr_jax.data.sources import find_sources
+    from dvmsr_jax.training import targets
+
+    monkeypatch.setattr("dvmsr_jax.data.prepare.PICTURES_PER_SHARD", 1)
+    monkeypatch.setattr(targets, "PER_SHARD", 1)
+    make("in", 8, size=(72, 80))
+    sources = find_sources(DataConfig(hr_dirs=(Path("in"),), val_images=1))
+    prepare(sources, 4, Path("out"), ray=(nodes.address,))
+    targets.distill(weights, Path("out"), self_ensemble=False, batch_size=2, ray=(nodes.address,))
+    assert check.find_problems(Path("out")) == targets.find_problems(Path("out")) == []
+    assert not targets.find_unfinished(Path("out"))
 
 
 @needs_ray
@@ -255,6 +385,84 @@ def test_an_idle_worker_of_a_machine_that_dies(nodes):
 
 
 @needs_ray
+def test_deaths_of_machines_do_not_count(nodes):
+    """Two machines die with the same items in hand."""
+    folder = Path().absolute()
+    head = nodes.head_node.node_id
+
+    def prepare(stopped):
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+
+        def answer(item, memory):
+            Path(folder, f"{here}-{item}").touch()
+            while here != head or not Path(folder, "released").exists():
+                time.sleep(0.05)
+            return here
+
+        return answer
+
+    def kill_machines():
+        for begun in (4, 6):
+            machine = start_machine(nodes)
+            while len(list(folder.iterdir())) < begun and machine.poll() is None:
+                time.sleep(0.05)
+            os.killpg(machine.pid, signal.SIGKILL)
+            machine.wait()
+        Path(folder, "released").touch()
+
+    thread = threading.Thread(target=kill_machines)
+    thread.start()
+    answers = dict(cluster.spread((nodes.address,), prepare, [[item] for item in "abcd"]))
+    thread.join()
+    assert answers == dict.fromkeys("abcd", head)
+    assert len(list(folder.iterdir())) == 2 + 2 + 2 + 2 + 1  # here, there, there, here
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("refuses", "no such file"),
+        ("dies", "--ray: 3 workers ended while they started: "),
+        ("is full", "/tmp: No space left on device"),
+    ],
+)
+def test_a_machine_that_cannot_be_used(nodes, capfd, fault, reason):
+    """Others do its work. Its workers are not started again and again."""
+    with warnings.catch_warnings(action="ignore"):
+        bad = nodes.add_node(num_cpus=2, object_store_memory=100 * MIB)
+    folder, name = Path().absolute(), bad.node_id
+
+    def prepare(stopped):
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        if here == name:
+            Path(folder, f"{os.getpid()}.started").touch()
+        if here == name and fault == "refuses":
+            raise UserError("no such file")
+        if here == name and fault == "dies":
+            os._exit(1)
+
+        def answer(item, memory):
+            if here == name:
+                raise DiskFullError("/tmp: No space left on device")
+            time.sleep(1)
+            return here
+
+        return answer
+
+    answers = dict(cluster.spread((nodes.address,), prepare, [[i] for i in range(30)]))
+    nodes.remove_node(bad)
+    assert answers == dict.fromkeys(range(30), nodes.head_node.node_id)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    assert f" is left out: {reason}" in line
+    assert len(list(folder.glob("*.started"))) <= 4
+
+
+@needs_ray
 def test_a_picture_that_kills_its_worker(nodes, doubling):
     """Whatever is in the same batch is done by others."""
     make("in", 5)
@@ -297,23 +505,28 @@ def test_large_items_wait_for_memory(nodes):
 
         return answer
 
-    items = [2000 * MIB, 2001 * MIB, 100 * MIB, 9000 * MIB, 101 * MIB, 102 * MIB]
+    large = [2000 * MIB, 2001 * MIB, 9000 * MIB]
+    items = [*large, *(i * MIB for i in range(100, 110))]
     answers = dict(cluster.spread((nodes.address,), prepare, [[item] for item in items]))
     assert answers == {item: item for item in items}
-    in_hand, most = set(), 0
+    in_hand, most, begun = set(), 0, []
     for line in log.read_text().splitlines():
         what, size = line.split()
+        if what == "start":
+            begun.append(int(size))
         (in_hand.add if what == "start" else in_hand.remove)(int(size))
         most = max(most, len(in_hand))
         if len(in_hand) > 1:
             assert max(in_hand) < 1400 * MIB or sum(in_hand) < 2700 * MIB
     assert most == 2
+    # They do not wait until nothing else is left.
+    assert max(begun.index(size) for size in large) < len(items) - 4
 
 
 @needs_ray
 def test_no_more_workers_than_memory(nodes):
     with warnings.catch_warnings(action="ignore"):
-        small = nodes.add_node(num_cpus=6, memory=1500 * MIB, object_store_memory=100 * MIB)
+        small = nodes.add_node(num_cpus=6, memory=2500 * MIB, object_store_memory=100 * MIB)
 
     def prepare(stopped):
         import ray
@@ -331,7 +544,7 @@ def test_no_more_workers_than_memory(nodes):
     assert len(answers) == 16
     there = {(pid, memory) for here, pid, memory in answers if here == small.node_id}
     assert len(there) == 2
-    assert {memory for _, memory in there} == {50 * MIB}
+    assert {memory for _, memory in there} == {550 * MIB}
 
 
 @needs_ray
@@ -373,8 +586,8 @@ def test_the_cluster_ends(nodes, weights, monkeypatch):
     """While a worker runs: what it did is reported."""
     make("in", 3)
 
-    def ending(where, prepare, batches, *, device):
-        for one in spread_(where, prepare, batches, device=device):
+    def ending(*arguments, **options):
+        for one in spread_(*arguments, **options):
             yield one
             raise UserError("--ray: the cluster fails")
 
@@ -435,7 +648,12 @@ def test_the_command_is_stopped(nodes, weights, monkeypatch, number):
         assert process.returncode == -number, printed
         again = subprocess.run(command, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr
-        assert len(list(Path("out").glob("**/*_x4.png"))) == 8
+        found = {path.relative_to("out") for path in Path("out").glob("**/*_x4.png")}
+        assert len(found) == 8
+        undisturbed = ["in", "-o", "undisturbed", "--ckpt", weights]
+        assert run_main(monkeypatch, *undisturbed) == 0
+        for path in found:
+            assert Path("out", path).read_bytes() == Path("undisturbed", path).read_bytes()
         return
     assert process.returncode == 128 + number, printed
     assert not list(Path("out").glob("**/.dvmsr-*"))
@@ -450,20 +668,39 @@ def test_the_command_is_stopped(nodes, weights, monkeypatch, number):
 
 @needs_ray
 def test_preparing_and_distilling(nodes, weights, monkeypatch):
-    """The same bytes as without, although one file is there already."""
+    """The same bytes as without, although one file is there already, and workers die."""
     pytest.importorskip("tensorflow_datasets", reason="needs the packages for training")
-    from dvmsr_jax.data import check
-    from dvmsr_jax.data.prepare import prepare
+    from dvmsr_jax.data import check, prepare
     from dvmsr_jax.data.sources import find_sources
     from dvmsr_jax.training import targets
 
-    monkeypatch.setattr("dvmsr_jax.data.prepare.PICTURES_PER_SHARD", 1)
+    def spread_and_kill(where, prepare, batches, **options):
+        """The first worker that begins dies."""
+        mark = Path(f"killed-{len(marks)}").absolute()
+        marks.append(mark)
+
+        def prepare_worker(stopped):
+            answer = prepare(stopped)
+
+            def kill_or_answer(item, memory):
+                with contextlib.suppress(FileExistsError):
+                    mark.touch(exist_ok=False)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return answer(item, memory)
+
+            return kill_or_answer
+
+        return spread_(where, prepare_worker, batches, **options)
+
+    marks, spread_ = [], cluster.spread
+    monkeypatch.setattr(cluster, "spread", spread_and_kill)
+    monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 1)
     monkeypatch.setattr(targets, "PER_SHARD", 1)
     make("in", 5, size=(72, 80))
     Path("in/unreadable.png").write_text("no picture")
     sources = find_sources(DataConfig(hr_dirs=(Path("in"),), val_images=1))
     for name, where in (("one", None), ("two", (nodes.address,))):
-        prepare(sources, 4, Path(name), max_unreadable=0.5, ray=where)
+        prepare.prepare(sources, 4, Path(name), max_unreadable=0.5, ray=where)
     options = {"self_ensemble": False, "batch_size": 2}
     path = targets.distill(weights, Path("one"), **options)
     there = Path("two") / path.relative_to("one")
@@ -479,3 +716,37 @@ def test_preparing_and_distilling(nodes, weights, monkeypatch):
     assert len(list(there.glob("*.npy"))) == 4
     assert contents_below("two") == contents_below("one")
     assert check.find_problems(Path("two")) == targets.find_problems(Path("two")) == []
+    assert [mark.exists() for mark in marks] == [True, True]
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("number", "on_ray"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGKILL, True)],
+)
+def test_preparing_is_stopped(nodes, number, on_ray):
+    """The same command resumes it, and the bytes are those of an undisturbed run."""
+    pytest.importorskip("tensorflow_datasets", reason="needs the packages for training")
+    make("in", 100, size=(400, 400))
+    program = [sys.executable, "-m", "dvmsr_jax", "data", "prepare", "--hr-dirs", "in"]
+    program += ["--val-images", "1", "--out"]
+    here = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+    command = [*program, "out", *(["--ray", nodes.address] if on_ray else [])]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, **here)
+    try:
+        while process.poll() is None and not list(Path().glob("**/*.json")):
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, printed = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert not Path("out").exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + number, printed
+        assert printed.splitlines()[-1] == "stopped; the same command resumes"
+        assert not Path(".dvmsr").exists()
+    done = {path: path.stat().st_mtime_ns for path in Path().glob("**/*.json")}
+    assert done
+    subprocess.run(command, check=True, capture_output=True, **here)
+    subprocess.run([*program, "undisturbed"], check=True, capture_output=True, **here)
+    assert contents("out") == contents("undisturbed")

@@ -191,8 +191,10 @@ def test_signed_urls(upscaler, web):
     assert str(outcome.source) == f"{web}/signed/0.png"  # signatures are not for logs
     there = place(signed)
     assert pickle.loads(pickle.dumps(there)).url == there.url == signed
-    outcomes = run(upscaler, f"{web}/signed/0.png?a=2", output="other/")
-    assert [one.status for one in outcomes.values()] == ["failed"]
+    (outcome,) = run(upscaler, f"{web}/signed/0.png?a=2&secret=3", output="other/").values()
+    assert outcome.status == "failed"
+    assert "403" in outcome.what
+    assert "secret" not in outcome.what
     # Two pictures that only their queries tell apart are not taken for one.
     planned = jobs.plan([signed, f"{web}/signed/0.png?a=2"], "both/", scale=2.0, suffix=None)
     assert "choose another --output" in planned[1].what

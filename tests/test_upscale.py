@@ -596,6 +596,29 @@ def test_signals(upscaler, monkeypatch, capsys, number):
     assert sorted(map(str, Path().iterdir())) == ["a.png", "a_x2.tif", "b.png", "c.png"]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(monkeypatch, capsys, terminal):
+    """On a terminal, a bar, and elsewhere a line from time to time."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    seconds = iter(range(0, 1000, 25))
+    clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr(jobs, "time", clock)
+    outcomes = [jobs.Outcome(Path(f"{i}.png"), "done", "", 2.5) for i in range(5)]
+    outcomes[1] = outcomes[1]._replace(status="failed", megapixels=0)
+    assert list(jobs.shown(outcomes, 8)) == outcomes
+    printed = capsys.readouterr().err
+    if terminal:
+        assert "5/8" in printed
+        assert "10.0 MP, 0.08 MP/s, 1 failed" in printed
+    else:
+        (line,) = printed.splitlines()
+        assert line.startswith("38%")
+        assert " 3/8 " in line
+        assert "5.0 MP, 0.07 MP/s, 1 failed" in line
+    assert list(jobs.shown(outcomes[:1], 1, silent=True)) == outcomes[:1]
+    assert not capsys.readouterr().err
+
+
 def test_no_picture_on_a_terminal(weights, monkeypatch):
     make("a.png")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from tqdm import tqdm
 
 from dvmsr_jax import program
 from dvmsr_jax.cluster import RayOption
@@ -125,13 +126,14 @@ def _summary(folder: Path) -> str:
     pictures = sum(len(shard.pictures) for shard in shards)
     left_out = sum(len(shard.left_out) for shard in shards)
     counts = ", ".join(f"{n:,} for {split}" for split, n in read_counts(folder).items())
-    size = sum(shard.bytes for shard in shards) / 1e9
+    size = tqdm.format_sizeof(sum(shard.bytes for shard in shards), "B")
     pictures_used = f"{pictures:,} pictures ({left_out} left out)"
-    return f"{folder}: {counts} sub-images of {pictures_used}, {size:.1f} GB"
+    return f"{folder}: {counts} sub-images of {pictures_used}, {size}"
 
 
 def main() -> None:
     """Runs the command line."""
+    program.interrupt_on_termination()
     with one_line_errors(
         out_of_memory="try a smaller --batch-size",
         interrupted="stopped; the same command resumes",

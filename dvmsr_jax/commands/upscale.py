@@ -23,12 +23,13 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from dvmsr_jax import files, program
+from dvmsr_jax import program
 from dvmsr_jax.cluster import RayOption
 from dvmsr_jax.errors import UserError, printable
 from dvmsr_jax.onnx import OnnxUpscaler
 from dvmsr_jax.onnx.protocol import SUFFIX
-from dvmsr_jax.pictures import formats, jobs, spread
+from dvmsr_jax.pictures import formats, jobs, places, spread
+from dvmsr_jax.pictures.places import place
 from dvmsr_jax.pictures.upscaler import PictureUpscaler, Upscaler
 from dvmsr_jax.program import keep_compiled_programs, one_line_errors
 
@@ -79,8 +80,9 @@ class Arguments:
     ray: RayOption = None
     """Spread the pictures, with Ray, over all GPUs or cores of this machine or, given an address
     (auto, HOST:PORT), of a running cluster. Without one, another option or nothing must follow."""
-    json: Path | None = None
-    """Also write the summary to this file, with all pictures."""
+    json: str | None = None
+    """Also write the summary to this file, with all pictures. It may be a URL, as may pictures and
+    the output."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -101,7 +103,8 @@ def run(arguments: Arguments) -> int:
         lossy = formats.BY_SUFFIX.get(asked.lower()) in (formats.JPEG, formats.WEBP)
         if not lossy and asked != formats.SAME:
             raise UserError("--quality is for JPEG and WebP only: add --format jpg, webp or same")
-    if arguments.json is not None and arguments.json.suffix.lower() in formats.BY_SUFFIX:
+    report = None if arguments.json is None else place(arguments.json)
+    if report is not None and report.suffix.lower() in formats.BY_SUFFIX:
         raise UserError(f"--json {arguments.json}: is the name of a picture; choose another")
     if not 0 < arguments.max_megapixels < math.inf:
         raise UserError(f"--max-megapixels is {arguments.max_megapixels:g}, not a positive number")
@@ -143,31 +146,30 @@ def run(arguments: Arguments) -> int:
     outcomes: list[jobs.Outcome] = []
 
     def write_report() -> None:
-        if arguments.json is not None:
+        if report is not None:
             finished = len(outcomes) == len(planned)
-            files.write_json(arguments.json, jobs.report(outcomes, finished=finished))
+            places.write_json(report, jobs.report(outcomes, finished=finished))
 
     write_report()  # fails before any work if it cannot be written
-    try:
-        silent = True if len(planned) == 1 else None  # None: if stderr is no terminal
-        with contextlib.closing(results):
-            for outcome in jobs.shown(results, len(planned), silent=silent):
-                outcomes.append(outcome)
-                if outcome.status == "done":
-                    tqdm.write(printable(f"{outcome.source} -> {outcome.what}"), file=sys.stderr)
-    except KeyboardInterrupt:
-        status = program.interrupted_status()
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-    except UserError as error:
-        if not outcomes:
-            raise
-        status = 1
-        print(f"stopped: {error}", file=sys.stderr)
-    else:
-        status = int(any(outcome.status == "failed" for outcome in outcomes))
-    finally:
-        write_report()
-    print(jobs.summary(outcomes), file=sys.stderr)
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(write_report)
+        try:
+            with contextlib.closing(results):
+                for outcome in jobs.shown(results, len(planned), silent=len(planned) == 1):
+                    outcomes.append(outcome)
+                    if outcome.status == "done":
+                        tqdm.write(printable(f"{outcome.source} -> {outcome.what}"), sys.stderr)
+        except KeyboardInterrupt:
+            status = program.interrupted_status()
+            print("interrupted; run the same command again to resume", file=sys.stderr)
+        except UserError as error:
+            if not outcomes:
+                raise
+            status = 1
+            print(f"stopped: {error}", file=sys.stderr)
+        else:
+            status = int(any(outcome.status == "failed" for outcome in outcomes))
+        print(jobs.summary(outcomes), file=sys.stderr)
     return status
 
 

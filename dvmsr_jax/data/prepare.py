@@ -19,7 +19,7 @@ from dvmsr_jax.data import records
 from dvmsr_jax.data.records import DataError, PictureInfo, Preparation, Records, ShardInfo
 from dvmsr_jax.data.sources import Source, find_sources
 from dvmsr_jax.errors import printable
-from dvmsr_jax.files import checksum, replacing, turn, write_json
+from dvmsr_jax.files import appears, checksum, replacing, turn, write_json
 
 PICTURES_PER_SHARD = 16
 # File in a folder made by `load_records`: a hash of the source folders, or of the dataset's name.
@@ -153,6 +153,9 @@ def _make(
     for split in sizes:
         if not sum(count for count, _ in sizes[split]):
             raise DataError(f"none of the pictures for {split!r} can be read")
+    for name in infos:
+        if not appears(unfinished / name):
+            raise DataError(f"{unfinished / name}: has disappeared; run the same command again")
     records.write_metadata(unfinished, scale, sizes)
     preparation.write(unfinished)
     os.rename(unfinished, folder)
@@ -272,9 +275,8 @@ def _on_cluster(
 
     start = functools.partial(_start_worker, scale, folder)
     batches = [[shard] for shard in shards]
-    for shard, info in cluster.spread(ray, start, batches, device="cpu"):
-        if isinstance(info, cluster.Lost):
-            raise DataError(f"{shard.name}: {info.reason}; run the same command again to resume")
+    answers = cluster.spread(ray, start, batches, device="cpu", folder=folder)
+    for shard, info in cluster.complete(answers, lambda shard: shard.name):
         bar.update(len(shard.pictures))
         yield shard, info
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 STANDARD = Path("-")
 """Standard input as a source, standard output as a target."""
+
+_LINE_EVERY = 60.0
+"""Seconds between lines of progress."""
 
 SKIPPED_SHOWN = 3
 """Largest number of skipped pictures that a summary names."""
@@ -361,22 +365,30 @@ def report(outcomes: Sequence[Outcome], *, finished: bool) -> dict[str, Any]:
     }
 
 
-def shown(
-    results: Iterable[Outcome], total: int, *, silent: bool | None = None
-) -> Iterator[Outcome]:
+def shown(results: Iterable[Outcome], total: int, *, silent: bool = False) -> Iterator[Outcome]:
     """Yields the outcomes, with a progress bar on stderr: pictures, megapixels and failures.
 
-    `silent` None: if stderr is no terminal.
+    If stderr is no terminal, a line in its place appears every minute.
     """
     megapixels, failed = 0.0, 0
-    with tqdm(total=total, unit="picture", disable=silent) as bar:
-        for outcome in results:
+    began = told = time.monotonic()
+    terminal = sys.stderr.isatty()
+    with tqdm(total=total, unit="picture", disable=silent or not terminal) as bar:
+        for count, outcome in enumerate(results, 1):
             megapixels += outcome.megapixels
             failed += outcome.status == "failed"
-            rate = megapixels / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{megapixels:.1f} MP, {rate:.2f} MP/s, {failed} failed", False)
+            now = time.monotonic()
+            rate = megapixels / max(now - began, 1e-9)
+            counts = f"{megapixels:.1f} MP, {rate:.2f} MP/s, {failed} failed"
+            bar.set_postfix_str(counts, False)
             bar.update()
             yield outcome
+            if not (silent or terminal) and now - told >= _LINE_EVERY:
+                told = now
+                line = tqdm.format_meter(
+                    count, total, now - began, ncols=0, unit="picture", postfix=counts
+                )
+                print(line.strip(), file=sys.stderr)
 
 
 _OUT_OF_MEMORY = (

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dvmsr_jax import files
 from dvmsr_jax.errors import DiskFullError, UserError, is_disk_full
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
@@ -165,7 +166,8 @@ def _listed(root: Remote, path: str, found: dict[str, dict[str, Any]]) -> Iterat
 
 @contextlib.contextmanager
 def local(place: Place) -> Iterator[Path]:
-    """Yields the path of a local file, or of a copy; UserErrors that name that name the place."""
+    """Yields the path of a local file, or of a copy of a remote one. UserErrors about the copy name
+    the place."""
     if isinstance(place, Path):
         yield place
         return
@@ -186,6 +188,17 @@ def local(place: Place) -> Iterator[Path]:
         except UserError as error:
             error.args = (str(error.args[0]).replace(str(copy), str(place)),)
             raise
+
+
+def write_json(target: Place, content: Any) -> None:
+    """Writes JSON, completely or not at all. Local failures raise OSError."""
+    if isinstance(target, Path):
+        files.write_json(target, content)
+        return
+    with tempfile.TemporaryDirectory(prefix="dvmsr-") as folder:
+        path = Path(folder, "content.json")
+        files.write_json(path, content)
+        send(path, target)
 
 
 def send(path: Path, target: Remote) -> None:
@@ -211,4 +224,6 @@ def _asking(place: Remote) -> Iterator[tuple[Any, str]]:
         raise UserError(f"{place}: no such file") from error
     except Exception as error:  # each file system has its own, as for missing credentials
         reason = " ".join(str(error).split()) or type(error).__name__
+        if place.query:  # it may be a signature
+            reason = reason.replace(place.query, "")
         raise UserError(f"{place}: {reason}") from error

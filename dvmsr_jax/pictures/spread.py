@@ -1,11 +1,7 @@
 """Runs jobs on Ray's workers, many pictures at a time."""
 
-import contextlib
 import functools
 import os
-import platform
-import secrets
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +14,8 @@ from dvmsr_jax.pictures.places import Place
 from dvmsr_jax.pictures.upscaler import PictureUpscaler
 
 # Limits of a batch: small pictures are sent to a worker together, because one may take no longer
-# than sending it. A batch takes seconds at most, so that workers end at about the same time.
+# than sending it. A batch usually takes seconds, so that workers end at about the same time.
 BATCH, BATCH_BYTES = 16, 128 * 1024
-_LATE = 5  # seconds
 
 
 def run(
@@ -44,66 +39,27 @@ def run(
         keep: see `Runner`, as for the other options.
 
     Raises:
-        UserError: as `cluster.spread`; for standard input and output; or a machine does not share
-            the local folder of the results.
-        DiskFullError: there is no room for a result.
+        UserError: as `cluster.spread`, and for standard input and output.
     """
     yield from (job for job in jobs if isinstance(job, Outcome))
     waiting = [job for job in jobs if isinstance(job, Job)]
     if any(STANDARD in (job.source, job.target) for job in waiting):
         raise UserError("--ray is for files: leave it out for standard input and output")
     options |= {"sources": _endangered(waiting), "keep": tuple(keep)}
-    with _sign(waiting) as sign:
-        prepare = functools.partial(_prepare, make_upscaler, sign, **options)
-        for job, answer in cluster.spread(ray, prepare, _batches(waiting), device=device):
-            if isinstance(answer, cluster.Lost):
-                yield Outcome(job.source, "failed", answer.reason)
-            else:
-                yield answer
+    prepare = functools.partial(_prepare, make_upscaler, **options)
+    folder = next((job.target.parent for job in waiting if isinstance(job.target, Path)), None)
+    answers = cluster.spread(ray, prepare, _batches(waiting), device=device, folder=folder)
+    for job, answer in answers:
+        if isinstance(answer, cluster.Lost):
+            yield Outcome(job.source, "failed", answer.reason)
+        else:
+            yield answer
 
 
 def _prepare(
-    make_upscaler: Callable[[], PictureUpscaler],
-    sign: Path | None,
-    stopped: cluster.Stopped,
-    **options: Any,
+    make_upscaler: Callable[[], PictureUpscaler], stopped: cluster.Stopped, **options: Any
 ) -> Runner:
-    if sign is not None and not _seen(sign):
-        raise UserError(
-            f"{sign.parent}: {platform.node()} has not the same folder there; name one that all"
-            " machines share, or a bucket"
-        )
     return Runner(make_upscaler(), stopped=stopped, **options)
-
-
-@contextlib.contextmanager
-def _sign(jobs: Iterable[Job]) -> Iterator[Path | None]:
-    """A file in a folder of results, by which workers see that their machine shares the folder.
-
-    None if no result is local, or the folder cannot be written to, which is reported later.
-    """
-    folder = next((job.target.parent for job in jobs if isinstance(job.target, Path)), None)
-    sign = None
-    if folder is not None:
-        sign = folder.absolute() / f".dvmsr-{secrets.token_hex(8)}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            sign.touch()
-        except OSError:
-            sign = None
-    try:
-        yield sign
-    finally:
-        if sign is not None:
-            sign.unlink(missing_ok=True)
-
-
-def _seen(sign: Path) -> bool:
-    for _ in range(_LATE):  # network file systems may show it late
-        if sign.exists():
-            return True
-        time.sleep(1)
-    return False
 
 
 def _endangered(jobs: Iterable[Job]) -> list[Place]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dvmsr_jax import cluster, parallel
 from dvmsr_jax.data.records import DataError, Preparation, hr_side, open_records
-from dvmsr_jax.files import checksum, replacing, write_json
+from dvmsr_jax.files import appears, checksum, replacing, write_json
 from dvmsr_jax.inference import upscale_pixels
 from dvmsr_jax.model import Weights
 from dvmsr_jax.pretrained import load_weights
@@ -229,9 +229,11 @@ def distill(
             write = prepare(advance=bar.update)
             written = ((task, write(task)) for task in missing)
         else:
-            written = _on_cluster(missing, prepare, bar, ray)
+            written = _on_cluster(missing, prepare, path, bar, ray)
         with contextlib.closing(written):
             for (shard, _), digest in written:
+                if not appears(shard):
+                    raise DataError(f"{shard}: has disappeared; run the same command again")
                 info.sha256[shard.name] = digest
                 info.write(path)
     return path
@@ -242,14 +244,18 @@ _Task = tuple[Path, range]
 
 
 def _on_cluster(
-    tasks: Sequence[_Task], prepare: Callable[..., "_Writer"], bar: tqdm, ray: cluster.Where
+    tasks: Sequence[_Task],
+    prepare: Callable[..., "_Writer"],
+    folder: Path,
+    bar: tqdm,
+    ray: cluster.Where,
 ) -> Generator[tuple[_Task, str], None, None]:
     """Yields each task with the checksum of its file."""
 
     start = functools.partial(_start_worker, prepare)
-    for task, digest in cluster.spread(ray, start, [[task] for task in tasks]):
-        if isinstance(digest, cluster.Lost):
-            raise DataError(f"{task[0]}: {digest.reason}; run the same command again to resume")
+    batches = [[task] for task in tasks]
+    answers = cluster.spread(ray, start, batches, folder=folder)
+    for task, digest in cluster.complete(answers, lambda task: task[0]):
         bar.update(len(task[1]))
         yield task, digest
 
