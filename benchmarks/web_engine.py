@@ -6,6 +6,7 @@ and `seconds` the best of the later ones. `CPU time` is that of the process, in 
 matter less, and `ratio` is that of CPU times.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -57,6 +58,7 @@ class Worker:
         self._process.communicate()
 
 
+@functools.cache
 def node() -> list[str]:
     """The command that runs Node with relaxed SIMD, for which Node 20 needs an option."""
     option = "--experimental-wasm-relaxed-simd"
