@@ -91,7 +91,7 @@ def report(results: Results) -> Section:
     answer = f"MACs do not predict time: {'; '.join(answers)}." if answers else ""
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
+    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"](range(12)))
     curves: dict[str, list[tuple[float, float]]] = {}
     for name, facts in found:
         way, case, platform = name.rsplit(", ", 2)
