@@ -118,7 +118,7 @@ class Compute:
     @property
     def may_be_native(self) -> bool:
         """Whether whole layers may be computed in C++, where that is possible."""
-        return self.scan == "auto" and self.precision == "float32"
+        return self.scan == "auto"
 
     @property
     def products(self) -> Literal["highest"] | None:

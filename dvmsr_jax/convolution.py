@@ -28,13 +28,14 @@ class Conv3x3(nnx.Conv):
             rngs=rngs,
         )
         self.may_be_native = compute.may_be_native
+        self.factors = compute.precision
 
     def __call__(  # type: ignore[override]
         self, x: Float[Array, "b h w _"], band: Whole | Band
     ) -> Float[Array, "b h w _"]:
         """Convolves, in inference with kernels/conv3x3 if it can run."""
         x = band.with_neighbours(x)
-        if not self.may_be_native or conv3x3.missing():
+        if not self.may_be_native or conv3x3.missing(self.factors):
             return self.in_jax(x)
         return unless_differentiated(Conv3x3.native, Conv3x3.in_jax, self, x)
 
@@ -45,4 +46,4 @@ class Conv3x3(nnx.Conv):
     def native(self, x: Float[Array, "b rows w _"]) -> Float[Array, "b h w _"]:
         """The same result from kernels/conv3x3, which cannot be differentiated."""
         assert self.bias is not None
-        return conv3x3.conv3x3(x, self.kernel[...], self.bias[...])
+        return conv3x3.conv3x3(x, self.kernel[...], self.bias[...], factors=self.factors)

@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 
 from dvmsr_jax import parallel
+from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import StoppedError, UserError, is_out_of_memory
-from dvmsr_jax.kernels import user_cache
+from dvmsr_jax.kernels import user_cache, vimm
 
 _interrupted_by = signal.SIGINT
 
@@ -114,3 +115,16 @@ def keep_compiled_programs() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         with contextlib.suppress(OSError):
             jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "programs"))
+
+
+def warn_of_bfloat16(compute: Compute, *, training: bool = False) -> None:
+    """Says in one line on stderr that bfloat16 saves no time here, where that is so."""
+    if compute.precision != "bfloat16" or jax.default_backend() != "cpu":
+        return
+    reason = vimm.missing("bfloat16")
+    if training:
+        reason = "on CPUs, it is for inference only"
+    elif not compute.may_be_native:
+        reason = f"with --scan {compute.scan}, JAX computes in float32 and rounds"
+    if reason is not None:
+        parallel.say(f"--precision bfloat16 saves no time: {reason}", sys.stderr)

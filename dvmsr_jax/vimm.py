@@ -108,6 +108,7 @@ class ViMM(nnx.Module):
         c, d = config.channels, config.inner_channels
         self.index = index
         self.may_be_fused = compute.may_be_native and not config.bidirectional
+        self.factors = compute.precision
         self.drop_path = config.drop_path * index / max(config.vimms - 1, 1)
         self.norm = nnx.LayerNorm(c, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
         self.in_proj = projection(c, 2 * d, dense_init, compute, rngs)
@@ -124,7 +125,7 @@ class ViMM(nnx.Module):
         """Mixes an image's tokens, given in raster order. With `keys`, drop-path is active."""
         if keys is not None and self.drop_path:
             tokens = drop_samples(tokens, self.drop_path, _fold_in(keys, self.index))
-        if not self.may_be_fused or kernel.missing():
+        if not self.may_be_fused or kernel.missing(self.factors):
             return self.unfused(tokens, band)
         if isinstance(band, Band):
             return self.fused(tokens, band)
@@ -170,6 +171,7 @@ class ViMM(nnx.Module):
             band.scan_state(b, d, n),
             **band.place(l)._asdict(),
             epsilon=LAYER_NORM_EPSILON,
+            factors=self.factors,
         )
         band.at("conv").keep_previous(previous)
         band.keep_scan_state(state)

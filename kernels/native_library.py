@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,12 @@ KERNELS = Path(__file__).parent
 # Clang accepts -march=native on ARM only since version 15.
 _NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 FLAGS = ("-O3", _NATIVE, "-std=c++17", "-shared", "-fPIC", "-w")
+
+Factors = Literal["float32", "bfloat16"]
+"""Types to which the factors of products may be rounded (cpp/factors.h)."""
+SUFFIXES = {"float32": "Float32", "bfloat16": "BFloat16"}
+"""How the names of functions for these types end."""
+
 # The compiler runs once, and not in several threads at a time.
 _LOCK = threading.Lock()
 
@@ -46,12 +52,17 @@ class NativeLibrary:
     functions: tuple[str, ...]
 
     @functools.cache  # noqa: B019 - libraries are constants of modules
-    def missing(self) -> str | None:
-        """The reason why the functions cannot run here, or None. May compile them, in seconds."""
+    def missing(self, factors: Factors = "float32") -> str | None:
+        """The reason why the functions cannot run here, or None. May compile them, in seconds.
+
+        With bfloat16 they could run on any CPU, but are faster than without only on some.
+        """
         try:
             self.register()
         except NativeUnavailableError as error:
             return str(error)
+        if factors == "bfloat16" and not has_bfloat16():
+            return "this CPU has no instructions of AVX512-BF16"
         return None
 
     def function(self, name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Array]]:
@@ -83,9 +94,7 @@ class NativeLibrary:
         The name contains a checksum, because loading a truncated library can crash the process.
         Raises NativeUnavailableError.
         """
-        compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-        if compiler is None:
-            raise NativeUnavailableError("there is no C++ compiler (c++, g++ or clang++)")
+        compiler = _compiler()
         try:
             folder = user_cache.binaries_folder()
             made_of = repr((*self._texts(), *_surroundings(compiler)))
@@ -112,6 +121,21 @@ class NativeLibrary:
     def _texts(self) -> Iterator[str]:
         """The source and every header of `kernels`, whether included or not."""
         return (path.read_text() for path in (self.source, *sorted(KERNELS.rglob("*.h"))))
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 (AVX512-BF16). Raises NativeUnavailableError."""
+    command = [_compiler(), _NATIVE, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60).stdout
+    return "__AVX512BF16__" in macros
+
+
+def _compiler() -> str:
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise NativeUnavailableError("there is no C++ compiler (c++, g++ or clang++)")
+    return compiler
 
 
 def _compile(compiler: str, source: Path, folder: Path, stem: str) -> Path:

@@ -189,6 +189,28 @@ def test_evaluation_prints_and_writes_scores(weights, tmp_path, monkeypatch, cap
     assert "GMACs" in printed
 
 
+@pytest.mark.parametrize("reason", [None, "there is a reason"])
+def test_commands_say_where_bfloat16_saves_no_time(reason, weights, tmp_path, monkeypatch, capsys):
+    def said(module, *arguments):
+        with contextlib.suppress(SystemExit):
+            run_main(module, monkeypatch, *arguments, "--precision", "bfloat16")
+        return [line for line in capsys.readouterr().err.splitlines() if "bfloat16" in line]
+
+    monkeypatch.setattr(parallel, "start", lambda cluster: None)  # JAX is running already
+    monkeypatch.setattr(train, "dry_run", lambda config: None)
+    monkeypatch.setattr("dvmsr_jax.kernels.vimm.missing", lambda factors="float32": reason)
+    images.write_png(tmp_path / "Mine" / "HR" / "one.png", np.zeros((24, 24, 3), np.uint8))
+    evaluation = evaluate, "--ckpt", weights, "--data", tmp_path / "Mine"
+    line = "--precision bfloat16 saves no time: {}".format
+    expected = [] if reason is None else [line(reason)]
+    assert said(*evaluation) == expected
+    assert said(upscale, "--ckpt", weights, str(tmp_path / "Mine/HR/one.png")) == expected
+    says = said(*evaluation, "--scan", "sequential")
+    assert says == [line("with --scan sequential, JAX computes in float32 and rounds")]
+    says = said(train, "--phase=teacher", "--dry-run")
+    assert says == [line("on CPUs, it is for inference only")]
+
+
 def test_evaluation_of_degraded_pictures(weights, tmp_path, monkeypatch, capsys):
     picture = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
     images.write_png(tmp_path / "Mine" / "HR" / "one.png", picture)

@@ -25,11 +25,17 @@ def make_image(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+def rounded(x):
+    """To bfloat16, and back, so that XLA can compute with it in float32."""
+    return np.asarray(x.astype(jnp.bfloat16).astype(jnp.float32))
+
+
 def is_native(program):
     calls = (e for e in equations(program.jaxpr) if e.primitive.name == "ffi_call")
     return any("Conv3x3" in call.params["target_name"] for call in calls)
 
 
+@pytest.mark.parametrize("factors", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("b", "h", "w", "c_in", "c_out"),
     [
@@ -40,10 +46,13 @@ def is_native(program):
         (1, 2, 3, 17, 16),
     ],
 )
-def test_equals_xlas(b, h, w, c_in, c_out):
+def test_equals_xlas(b, h, w, c_in, c_out, factors):
     conv, rows = make_conv(c_in, c_out), make_image(b, h + 2, w, c_in)
-    expected = nnx.jit(Conv3x3.in_jax)(conv, rows)
+    conv.factors = factors
     actual = nnx.jit(Conv3x3.native)(conv, rows)
+    if factors == "bfloat16":
+        conv.kernel[...], rows = rounded(conv.kernel[...]), rounded(rows)
+    expected = nnx.jit(Conv3x3.in_jax)(conv, rows)
     assert actual.shape == (b, h, w, c_out)
     np.testing.assert_allclose(actual, expected, atol=3e-6, rtol=0)
 
@@ -66,10 +75,21 @@ def test_gradients_are_those_of_xla():
     assert all(np.any(x) for x in jax.tree.leaves(actual))
 
 
-@pytest.mark.parametrize("compute", [Compute(precision="bfloat16"), Compute(scan="native")])
-def test_everything_else_is_left_to_xla(compute):
-    conv = make_conv(5, 7, compute)
+def test_other_scans_are_left_to_xla():
+    conv = make_conv(5, 7, Compute(scan="native"))
     assert not is_native(jax.make_jaxpr(lambda x: conv(x, WHOLE))(make_image(1, 6, 8, 5)))
+
+
+@pytest.mark.parametrize("reason", [None, "this CPU has no instructions of AVX512-BF16"])
+def test_bfloat16_is_native_where_it_is_faster(monkeypatch, reason):
+    def missing(factors):
+        assert factors == "bfloat16"
+        return reason
+
+    monkeypatch.setattr(conv3x3, "missing", missing)
+    conv = make_conv(5, 7, Compute(precision="bfloat16"))
+    program = jax.make_jaxpr(lambda x: conv(x, WHOLE))(make_image(1, 6, 8, 5))
+    assert is_native(program) == (reason is None)
 
 
 def test_nan_is_not_hidden():

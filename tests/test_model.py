@@ -384,7 +384,8 @@ def test_bfloat16_is_for_convolutions_and_projections():
 
     model = jax.eval_shape(lambda: Weights(TINY, parameters).model(Compute(precision="bfloat16")))
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
-    program = jax.make_jaxpr(lambda p: compiled(TINY, precision="bfloat16")(p, x))(parameters)
+    in_jax = compiled(TINY, "sequential", precision="bfloat16")
+    program = jax.make_jaxpr(lambda p: in_jax(p, x))(parameters)
     types = collections.defaultdict(set)
     for equation in equations(program.jaxpr):
         if equation.primitive.name in ("dot_general", "conv_general_dilated", "exp", "rsqrt"):

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -14,14 +15,27 @@ from flax import nnx
 
 from dvmsr_jax.bands import WHOLE, Band
 from dvmsr_jax.config import Compute, ModelConfig
+from dvmsr_jax.kernels import native_library
 from dvmsr_jax.kernels import vimm as fused
+from dvmsr_jax.kernels.native_library import NativeLibrary
 from dvmsr_jax.vimm import ViMM
 from tests.conftest import ROOT
 from tests.jaxprs import equations
 
 pytestmark = pytest.mark.skipif(fused.missing() is not None, reason="needs a C++ compiler")
 
+BFLOAT16 = Compute(precision="bfloat16")
 SMALL = ModelConfig(channels=10, states=4)
+CONFIGS = {
+    "student": ModelConfig(),
+    "small": SMALL,
+    "no-history": ModelConfig(channels=10, states=16, conv_width=1),
+    "expand-1": ModelConfig(channels=96, states=20, expand=1, conv_width=7),
+    "expand-3": ModelConfig(channels=7, states=1, expand=3),
+    "17-channels": ModelConfig(channels=17),
+    "teacher": ModelConfig(channels=192),
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 # Of the largest output.
 TOLERANCE = 5e-6
 
@@ -68,22 +82,51 @@ def is_fused(program):
 
 
 @pytest.mark.parametrize(("b", "l"), [(1, 1), (2, 63), (3, 1000)])
-@pytest.mark.parametrize(
-    "config",
-    [
-        ModelConfig(),
-        SMALL,
-        ModelConfig(channels=10, states=16, conv_width=1),
-        ModelConfig(channels=96, states=20, expand=1, conv_width=7),
-        ModelConfig(channels=7, states=1, expand=3),
-        ModelConfig(channels=192),
-    ],
-    ids=["student", "small", "no-history", "expand-1", "expand-3", "teacher"],
-)
+@each_config
 def test_equals_the_specification(config, b, l):
     tokens = make_tokens(b, l, config.channels)
     expected = run(make_vimm(config, Compute("sequential")), tokens)
     assert_close(run(make_vimm(config), tokens), expected)
+
+
+@pytest.fixture
+def on_any_cpu(monkeypatch):
+    """bfloat16 is used even if this CPU has no instructions for it."""
+    monkeypatch.setattr(native_library, "has_bfloat16", lambda: True)
+    NativeLibrary.missing.cache_clear()
+    yield
+    NativeLibrary.missing.cache_clear()
+
+
+def rounded_product(x, kernel, *arguments, **options):
+    """A product of float32 factors that are rounded to bfloat16."""
+    x, kernel = (factor.astype(jnp.bfloat16).astype(jnp.float32) for factor in (x, kernel))
+    return jax.lax.dot_general(x, kernel, *arguments, **options)
+
+
+def make_rounding_vimm(config):
+    """The specification of BFLOAT16's products."""
+    vimm = make_vimm(config, Compute("sequential"))
+    direction = vimm.forward
+    for layer in (vimm.in_proj, direction.x_proj, direction.dt_proj, vimm.out_proj):
+        layer.dot_general = rounded_product
+    return vimm
+
+
+def assert_close_but_for_rounding(actual, expected, unrounded):
+    """Some factors lie so close to the middle of two bfloat16 that they are rounded the other way.
+    Far fewer than all of them, which is how `unrounded` differs."""
+    distance, all_of_them = (np.std(x - expected) for x in (actual, unrounded))
+    assert distance < 0.1 * all_of_them
+
+
+@pytest.mark.parametrize(("b", "l"), [(1, 1), (2, 63), (3, 1000)])
+@each_config
+def test_bfloat16_rounds_the_factors_of_products(on_any_cpu, config, b, l):
+    tokens = make_tokens(b, l, config.channels)
+    expected = run(make_rounding_vimm(config), tokens)
+    actual = run(make_vimm(config, BFLOAT16), tokens)
+    assert_close_but_for_rounding(actual, expected, run(make_vimm(config), tokens))
 
 
 def test_a_convolution_may_be_wider_than_a_piece():
@@ -124,9 +167,10 @@ def test_bands_equal_the_specification(width, columns, conv_width):
         carried = [expected_left, left]
 
 
-def test_a_band_continues_the_batch():
+@pytest.mark.parametrize("compute", [Compute(), BFLOAT16], ids=["float32", "bfloat16"])
+def test_a_band_continues_the_batch(on_any_cpu, compute):
     """Each sequence has its own state and its own last tokens."""
-    vimm, tokens = make_vimm(SMALL), make_tokens(3, 400, 10)
+    vimm, tokens = make_vimm(SMALL, compute), make_tokens(3, 400, 10)
     whole = run(vimm, tokens)
     above, left = run_band(vimm, tokens[:, :200], 0, 10, 40, None, columns=40)
     below, _ = run_band(vimm, tokens[:, 200:], 5, 10, 40, left, columns=40)
@@ -154,7 +198,6 @@ def test_gradients_are_those_of_the_unfused():
     ("config", "compute"),
     [
         (SMALL, Compute(scan="native")),
-        (SMALL, Compute(precision="bfloat16")),
         (ModelConfig(channels=10, bidirectional=True), Compute()),
     ],
 )
@@ -168,6 +211,22 @@ def test_it_is_never_required():
     assert is_fused(jax.make_jaxpr(vimm)(tokens))
     with mock.patch("dvmsr_jax.kernels.vimm.missing", return_value="there is no C++ compiler"):
         assert not is_fused(jax.make_jaxpr(lambda x: vimm(x))(tokens))
+
+
+def test_bfloat16_is_fused_where_it_is_faster(on_any_cpu, monkeypatch):
+    vimm, tokens = make_vimm(SMALL, BFLOAT16), make_tokens(1, 9, 10)
+    assert is_fused(jax.make_jaxpr(lambda x: vimm(x))(tokens))
+    monkeypatch.setattr(native_library, "has_bfloat16", lambda: False)
+    NativeLibrary.missing.cache_clear()
+    assert fused.missing("bfloat16") == "this CPU has no instructions of AVX512-BF16"
+    assert fused.missing() is None
+    assert not is_fused(jax.make_jaxpr(lambda x: vimm(x))(tokens))
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux lists a CPU's instructions")
+def test_the_compiler_knows_what_this_cpu_has():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert native_library.has_bfloat16() == ("avx512_bf16" in flags)
 
 
 def test_under_vmap():
@@ -188,11 +247,12 @@ def test_among_64_bit_types():
     assert_close(actual, expected)
 
 
-def test_nan_is_not_hidden():
+@pytest.mark.parametrize("compute", [Compute(), BFLOAT16], ids=["float32", "bfloat16"])
+def test_nan_is_not_hidden(on_any_cpu, compute):
     """It spreads to all later tokens and to no earlier one."""
     tokens = make_tokens(1, 300, 10)
     tokens[0, 150, 3] = np.nan
-    nan = np.isnan(run(make_vimm(SMALL), tokens))
+    nan = np.isnan(run(make_vimm(SMALL, compute), tokens))
     assert nan[0, 150:].all()
     assert not nan[0, :150].any()
 

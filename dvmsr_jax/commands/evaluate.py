@@ -65,6 +65,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
 def run(arguments: Arguments) -> dict[str, Any]:
     """Evaluates, prints a table line by line, and returns the contents for --json."""
     model = load_model(arguments.ckpt, compute=arguments.compute)
+    program.warn_of_bfloat16(arguments.compute)
     scale = model.config.scale
     if arguments.data:
         found = evaluation.find_benchmarks(arguments.data, scale)

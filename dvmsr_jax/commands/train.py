@@ -82,6 +82,7 @@ def main() -> None:
     ):
         arguments = parse(sys.argv[1:])
         parallel.start(arguments.cluster)
+        program.warn_of_bfloat16(arguments.config.compute, training=True)
         if arguments.dry_run:
             dry_run(arguments.config)
         else:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from dvmsr_jax import program
 from dvmsr_jax.cluster import RayOption
+from dvmsr_jax.config import Compute
 from dvmsr_jax.errors import UserError, printable
 from dvmsr_jax.onnx import OnnxUpscaler
 from dvmsr_jax.onnx.protocol import SUFFIX
@@ -65,7 +66,8 @@ class Arguments:
     """The library that computes. onnx: ONNX Runtime, on the CPU. None: onnx for an .onnx file,
     otherwise jax."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is faster on GPUs and TPUs; results differ by rounding."""
+    """bfloat16 is faster on GPUs, on TPUs and on CPUs with AVX512-BF16; results differ by
+    rounding."""
     device: Literal["cpu", "gpu", "tpu"] | None = None
     """None: the fastest one available."""
     tile: int | None = None
@@ -114,6 +116,8 @@ def run(arguments: Arguments) -> int:
         use_device("cpu")
         here = replace(arguments, device=arguments.device and "cpu")
     upscaler = make_upscaler(here)
+    if arguments.ray is None:
+        program.warn_of_bfloat16(Compute(precision=arguments.precision))
     planned = jobs.plan(
         arguments.inputs,
         arguments.output,

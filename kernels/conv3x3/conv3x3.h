@@ -1,5 +1,5 @@
-// A 3x3 convolution on a CPU, in float32, for inference: a product with the nine neighbours of each
-// pixel.
+// A 3x3 convolution on a CPU for inference: a product with the nine neighbours of each pixel. Its
+// arrays are float32.
 
 #ifndef KERNELS_CONV3X3_CONV3X3_H_
 #define KERNELS_CONV3X3_CONV3X3_H_
@@ -14,6 +14,7 @@
 namespace kernels {
 
 // A convolution's parameters, packed for products.
+template <typename Factor>
 class Convolution {
  public:
   Convolution(const float* kernel, const float* bias, int64_t c_in, int64_t c_out)
@@ -31,15 +32,15 @@ class Convolution {
     const int64_t row = part / Across(w) * ROWS, column = part % Across(w) * COLUMNS;
     const int64_t rows = std::min(ROWS, h - row), columns = std::min(COLUMNS, w - column);
     const int64_t begin = std::max<int64_t>(column - 1, 0), end = std::min(column + columns + 1, w);
-    const int64_t stride = COLUMNS + 2, blocks = Blocks(c_in_);
+    const int64_t stride = COLUMNS + 2, blocks = Blocks<Factor>(c_in_);
     // (rows + 2, blocks of inputs, columns + 2); zeros beyond the image's sides
     Lines inputs(new Line[(rows + 2) * blocks * stride]());
     for (int64_t i = 0; i < rows + 2; ++i)
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t j = begin; j < end; ++j)
-          Copy(inputs[(i * blocks + block) * stride + j - column + 1].at,
-               x + ((row + i) * w + j) * c_in_ + block * BLOCK,
-               std::min(BLOCK, c_in_ - block * BLOCK));
+          Factor::Pack(inputs[(i * blocks + block) * stride + j - column + 1].at,
+                       x + ((row + i) * w + j) * c_in_ + block * CHANNELS,
+                       std::min(CHANNELS, c_in_ - block * CHANNELS));
     Lines outputs(new Line[Blocks(c_out_) * TOKENS]);
     for (int64_t i = 0; i < rows; ++i) {
       std::vector<const Line*> neighbours;
@@ -59,12 +60,13 @@ class Convolution {
  private:
   // The largest part; its inputs should fit the cache.
   static constexpr int64_t ROWS = 4, COLUMNS = TOKENS;
+  static constexpr int64_t CHANNELS = Factor::CHANNELS * BLOCK;  // in a line of inputs
 
   static int64_t Down(int64_t h) { return (h + ROWS - 1) / ROWS; }
   static int64_t Across(int64_t w) { return (w + COLUMNS - 1) / COLUMNS; }
 
   const int64_t c_in_, c_out_;
-  Matrix kernel_;
+  Matrix<Factor> kernel_;
   const Lines bias_;
 };
 

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dvmsr_jax.kernels.native_library import NativeLibrary
+from dvmsr_jax.kernels.native_library import SUFFIXES, Factors, NativeLibrary
 
-LIBRARY = NativeLibrary(Path(__file__).with_name("vimm.cc"), ("FusedViMM",))
+LIBRARY = NativeLibrary(
+    Path(__file__).with_name("vimm.cc"), ("FusedViMMFloat32", "FusedViMMBFloat16")
+)
 
 missing = LIBRARY.missing
 
@@ -46,6 +48,7 @@ def vimm(
     width: Int[Array, ""],
     columns: int,
     epsilon: float,
+    factors: Factors = "float32",
 ) -> tuple[Float[Array, "b l c"], Float[Array, "b h d"], Float[Array, "b d n"]]:
     """LayerNorm, then the Mamba mixer, for the tokens of a band of rows; not differentiable.
 
@@ -59,6 +62,7 @@ def vimm(
         width: of the image, int32.
         columns: the band's width, at least that of the image.
         epsilon: LayerNorm's.
+        factors: type to which the factors of products are rounded; sums are float32.
 
     Returns:
         (the result, zero outside the image; `previous` and `state` for the band below).
@@ -67,7 +71,7 @@ def vimm(
         NativeUnavailableError: it cannot run here; `missing()` gives the reason.
     """
     shapes = tokens.shape, previous.shape, state.shape
-    out, last, end = LIBRARY.function("FusedViMM", *shapes)(
+    out, last, end = LIBRARY.function(f"FusedViMM{SUFFIXES[factors]}", *shapes)(
         tokens,
         *weights,
         previous,

@@ -16,6 +16,7 @@ using Buffer = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 using Integer = ffi::BufferR0<ffi::S32>;
 
+template <typename Factor>
 ffi::Error CallViMM(ffi::ThreadPool pool, Buffer tokens, Buffer norm_scale, Buffer norm_bias,
                     Buffer in_proj, Buffer conv_kernel, Buffer conv_bias, Buffer x_proj,
                     Buffer dt_proj, Buffer dt_bias, Buffer A, Buffer D, Buffer out_proj,
@@ -47,36 +48,40 @@ ffi::Error CallViMM(ffi::ThreadPool pool, Buffer tokens, Buffer norm_scale, Buff
     return ffi::Error::Success();
   }
   const int64_t threads = std::clamp<int64_t>(pool.num_threads(), 1, 2 * b * inside.Pieces());
-  const ViMM vimm(s, weights, epsilon);
-  ViMMPass pass(vimm, arrays, inside, threads);
+  const ViMM<Factor> vimm(s, weights, epsilon);
+  ViMMPass<Factor> pass(vimm, arrays, inside, threads);
   InParallel(pool, threads, [&](int64_t) { pass.Help(); });
   return ffi::Error::Success();
 }
 
+auto Binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Buffer>()   // tokens
+      .Arg<Buffer>()   // the weights: norm_scale
+      .Arg<Buffer>()   // norm_bias
+      .Arg<Buffer>()   // in_proj
+      .Arg<Buffer>()   // conv_kernel
+      .Arg<Buffer>()   // conv_bias
+      .Arg<Buffer>()   // x_proj
+      .Arg<Buffer>()   // dt_proj
+      .Arg<Buffer>()   // dt_bias
+      .Arg<Buffer>()   // A
+      .Arg<Buffer>()   // D
+      .Arg<Buffer>()   // out_proj
+      .Arg<Buffer>()   // u of the tokens before, unconvolved
+      .Arg<Buffer>()   // the state before the first token
+      .Arg<Integer>()  // the place: the first row
+      .Arg<Integer>()  // the image's height
+      .Arg<Integer>()  // its width
+      .Ret<Buffer>()   // the result
+      .Ret<Buffer>()   // u of the last tokens, unconvolved
+      .Ret<Buffer>()   // the state after the last token
+      .Attr<int64_t>("columns")
+      .Attr<float>("epsilon");
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedViMM, CallViMM,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()   // tokens
-                                  .Arg<Buffer>()   // the weights: norm_scale
-                                  .Arg<Buffer>()   // norm_bias
-                                  .Arg<Buffer>()   // in_proj
-                                  .Arg<Buffer>()   // conv_kernel
-                                  .Arg<Buffer>()   // conv_bias
-                                  .Arg<Buffer>()   // x_proj
-                                  .Arg<Buffer>()   // dt_proj
-                                  .Arg<Buffer>()   // dt_bias
-                                  .Arg<Buffer>()   // A
-                                  .Arg<Buffer>()   // D
-                                  .Arg<Buffer>()   // out_proj
-                                  .Arg<Buffer>()   // u of the tokens before, unconvolved
-                                  .Arg<Buffer>()   // the state before the first token
-                                  .Arg<Integer>()  // the place: the first row
-                                  .Arg<Integer>()  // the image's height
-                                  .Arg<Integer>()  // its width
-                                  .Ret<Buffer>()   // the result
-                                  .Ret<Buffer>()   // u of the last tokens, unconvolved
-                                  .Ret<Buffer>()   // the state after the last token
-                                  .Attr<int64_t>("columns")
-                                  .Attr<float>("epsilon"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedViMMFloat32, CallViMM<kernels::Float32>, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedViMMBFloat16, CallViMM<kernels::BFloat16>, Binding());

@@ -1,4 +1,5 @@
-// A whole ViMM on a CPU, in float32, for inference; README.md describes the design.
+// A whole ViMM on a CPU, for inference; README.md describes the design. Arrays are float32, and all
+// is computed so except the factors of products.
 //
 // The tokens inside the image form the sequence. It is cut into pieces of TOKENS tokens, and each
 // piece goes through three stages:
@@ -25,13 +26,6 @@
 
 namespace kernels {
 
-// The blocks of these channels, `stride` lines apart.
-inline std::vector<const Line*> BlocksOf(const Line* lines, int64_t channels, int64_t stride) {
-  std::vector<const Line*> blocks;
-  for (int64_t i = 0; i < Blocks(channels); ++i) blocks.push_back(lines + i * stride);
-  return blocks;
-}
-
 // Puts a product's outputs into blocks that are `stride` lines apart.
 inline auto Into(Line* lines, int64_t stride) {
   return [=](int64_t t, int64_t o, Floats x) {
@@ -51,6 +45,7 @@ struct ViMMWeights {
 };
 
 // A ViMM's parameters, packed for products and vectors.
+template <typename Factor>
 struct ViMM {
   ViMM(const ViMMSizes& sizes, const ViMMWeights& weights, float epsilon)
       : s(sizes),
@@ -81,7 +76,7 @@ struct ViMM {
 
   const ViMMSizes s;
   LayerNorm norm;
-  Matrix in_u, in_gate, to_BC, to_low_rank, to_delta, out;
+  Matrix<Factor> in_u, in_gate, to_BC, to_low_rank, to_delta, out;
   Lines taps, conv_bias, dt_bias, D;
   std::vector<Floats> A2;  // A log2(e): of each vector of channels, n
 };
@@ -115,7 +110,7 @@ struct Piece {
 
   Lines u;         // after the tokens before the piece; in the end y
   Lines gate;      // in the end the result
-  Lines delta;     // at first the normalised tokens
+  Lines delta;     // at other times the inputs of products with u, and at first normalised tokens
   Lines BC;        // a token's B and C are next to each other
   Lines low_rank;
   Lines tail;      // the last tokens of u before the convolution
@@ -136,9 +131,11 @@ inline void Wait(const std::atomic<int64_t>& progress, int64_t needed) {
 }
 
 // One pass of tokens through a ViMM.
+template <typename Factor>
 class ViMMPass {
  public:
-  ViMMPass(const ViMM& vimm, const ViMMTokens& arrays, const Inside& inside, int64_t threads)
+  ViMMPass(const ViMM<Factor>& vimm, const ViMMTokens& arrays, const Inside& inside,
+           int64_t threads)
       : vimm_(vimm),
         s_(vimm.s),
         arrays_(arrays),
@@ -192,7 +189,7 @@ class ViMMPass {
     }
     Gather(tokens, s_.c, [&](int64_t t) { return arrays_.tokens + piece.positions[t] * s_.c; }, x);
     vimm_.norm.Normalise(tokens, x);
-    const auto normalised = BlocksOf(x, s_.c, TOKENS);
+    const auto normalised = InputsOf<Factor>(x, s_.c, TOKENS, tokens, x);
     vimm_.in_u.Multiply(normalised, tokens, Into(u + s_.history, u_stride));
     vimm_.in_gate.Multiply(normalised, tokens, Into(piece.gate.get(), TOKENS));
     for (int64_t i = 0; i < s_.d; i += WIDTH) {
@@ -204,12 +201,13 @@ class ViMMPass {
     MoveTails(k);
     for (int64_t i = 0; i < s_.d; i += WIDTH) Convolve(piece, tokens, i);
 
-    const auto convolved = BlocksOf(u + s_.history, s_.d, u_stride);
+    const auto convolved = InputsOf<Factor>(u + s_.history, s_.d, u_stride, tokens, x);
     vimm_.to_BC.Multiply(convolved, tokens, [&](int64_t t, int64_t o, Floats y) {
       Store(piece.BC[t * 2 * Blocks(s_.n)].at + o, y, WIDTH);
     });
-    vimm_.to_low_rank.Multiply(convolved, tokens, Into(piece.low_rank.get(), TOKENS));
-    vimm_.to_delta.Multiply(BlocksOf(piece.low_rank.get(), s_.rank, TOKENS), tokens,
+    Line* low_rank = piece.low_rank.get();
+    vimm_.to_low_rank.Multiply(convolved, tokens, Into(low_rank, TOKENS));
+    vimm_.to_delta.Multiply(InputsOf<Factor>(low_rank, s_.rank, TOKENS, tokens, low_rank), tokens,
                             Into(piece.delta.get(), TOKENS));
     for (int64_t i = 0; i < s_.d; i += WIDTH) {
       const Floats bias = Load(vimm_.dt_bias[0].at + i, WIDTH);
@@ -305,13 +303,14 @@ class ViMMPass {
     for (Scanned& scanned : scanned_) Wait(scanned.pieces, k + 1);
     const int64_t tokens = Tokens(k);
     Line* out = piece.gate.get();
-    vimm_.out.Multiply(BlocksOf(&piece.u[s_.history], s_.d, s_.history + TOKENS), tokens,
-                       Into(out, TOKENS));
+    const auto y = InputsOf<Factor>(&piece.u[s_.history], s_.d, s_.history + TOKENS, tokens,
+                                    piece.delta.get());
+    vimm_.out.Multiply(y, tokens, Into(out, TOKENS));
     Scatter(tokens, s_.c, out, [&](int64_t t) { return arrays_.out + piece.positions[t] * s_.c; });
     piece.progress.store(STAGES * k + FINISHED, std::memory_order_release);
   }
 
-  const ViMM& vimm_;
+  const ViMM<Factor>& vimm_;
   const ViMMSizes s_;
   const ViMMTokens arrays_;
   const Inside inside_;

@@ -41,9 +41,9 @@ class Parameters {
 };
 
 // Braces evaluate their items from left to right.
-inline Convolution* MakeConvolution(Parameters& from, int64_t c_in, int64_t c_out) {
+inline Convolution<Float32>* MakeConvolution(Parameters& from, int64_t c_in, int64_t c_out) {
   const float *kernel = from.Take(9 * c_in * c_out), *bias = from.Take(c_out);
-  return new Convolution(kernel, bias, c_in, c_out);
+  return new Convolution<Float32>(kernel, bias, c_in, c_out);
 }
 
 inline LayerNorm* MakeLayerNorm(Parameters& from, int64_t channels) {
@@ -51,7 +51,7 @@ inline LayerNorm* MakeLayerNorm(Parameters& from, int64_t channels) {
   return new LayerNorm(scale, bias, channels, LAYER_NORM_EPSILON);
 }
 
-inline ViMM* MakeViMM(Parameters& from, const ViMMSizes& s) {
+inline ViMM<Float32>* MakeViMM(Parameters& from, const ViMMSizes& s) {
   const ViMMWeights weights{from.Take(s.c),
                             from.Take(s.c),
                             from.Take(s.c * 2 * s.d),
@@ -63,7 +63,7 @@ inline ViMM* MakeViMM(Parameters& from, const ViMMSizes& s) {
                             from.Take(s.d * s.n),
                             from.Take(s.d),
                             from.Take(s.d * s.c)};
-  return new ViMM(s, weights, LAYER_NORM_EPSILON);
+  return new ViMM<Float32>(s, weights, LAYER_NORM_EPSILON);
 }
 
 struct RSSB {
@@ -73,8 +73,8 @@ struct RSSB {
     conv.reset(MakeConvolution(from, config.vimm.c, config.vimm.c));
   }
 
-  std::vector<std::unique_ptr<ViMM>> vimms;
-  std::unique_ptr<Convolution> conv;
+  std::vector<std::unique_ptr<ViMM<Float32>>> vimms;
+  std::unique_ptr<Convolution<Float32>> conv;
 };
 
 struct Network {
@@ -90,11 +90,11 @@ struct Network {
   }
 
   const Config config;
-  std::unique_ptr<Convolution> conv_first;
+  std::unique_ptr<Convolution<Float32>> conv_first;
   std::unique_ptr<LayerNorm> norm_first;
   std::vector<std::unique_ptr<RSSB>> rssbs;
   std::unique_ptr<LayerNorm> norm_last;
-  std::unique_ptr<Convolution> conv_last, reconstruct;
+  std::unique_ptr<Convolution<Float32>> conv_last, reconstruct;
 };
 
 // Rows that wait for others, the oldest first.
@@ -126,7 +126,7 @@ class Rows {
 // A convolution whose rows come one band after the other.
 class BandConvolution {
  public:
-  BandConvolution(const Convolution& convolution, int64_t band_rows, int64_t width)
+  BandConvolution(const Convolution<Float32>& convolution, int64_t band_rows, int64_t width)
       : convolution_(convolution),
         width_(width),
         x_(band_rows + 2, width * convolution.inputs()) {
@@ -143,13 +143,13 @@ class BandConvolution {
   // Computes these.
   void Run(float* y) {
     const int64_t rows = Ready();
-    for (int64_t i = 0; i < Convolution::Parts(rows, width_); ++i)
+    for (int64_t i = 0; i < Convolution<Float32>::Parts(rows, width_); ++i)
       convolution_.Run(x_.data(), y, rows, width_, i);
     x_.DropOldest(rows);
   }
 
  private:
-  const Convolution& convolution_;
+  const Convolution<Float32>& convolution_;
   const int64_t width_;
   Rows x_;
 };
@@ -157,18 +157,18 @@ class BandConvolution {
 // A ViMM whose tokens come one band after the other.
 class BandViMM {
  public:
-  explicit BandViMM(const ViMM& vimm)
+  explicit BandViMM(const ViMM<Float32>& vimm)
       : vimm_(vimm), previous_(vimm.s.history * vimm.s.d), state_(vimm.s.d * vimm.s.n) {}
 
   // `out` may be `tokens`.
   void Run(const float* tokens, float* out, int64_t rows, int64_t width) {
     const ViMMTokens arrays{1,   rows * width,     tokens,       previous_.data(), state_.data(),
                             out, previous_.data(), state_.data()};
-    ViMMPass(vimm_, arrays, Inside{0, rows, width, width}, 1).Help();
+    ViMMPass<Float32>(vimm_, arrays, Inside{0, rows, width, width}, 1).Help();
   }
 
  private:
-  const ViMM& vimm_;
+  const ViMM<Float32>& vimm_;
   std::vector<float> previous_, state_;
 };
 
@@ -236,7 +236,7 @@ class Picture {
 
   int64_t Row() const { return width_ * network_.config.vimm.c; }
 
-  void AddConvolution(const Convolution& convolution) {
+  void AddConvolution(const Convolution<Float32>& convolution) {
     convs_.emplace_back(new BandConvolution(convolution, band_rows_, width_));
   }
 
