@@ -241,30 +241,46 @@ def connected(nodes):
     ray.shutdown()
 
 
-@needs_ray
-def test_machines_that_do_not_share_the_results(nodes, apart, doubling, monkeypatch, capsys):
-    """They are left out: nothing is lost there."""
-    make("in", 20)
-    monkeypatch.setattr(spread, "BATCH", 1)
-    planned = jobs.plan(["in"], "out/", scale=2.0, suffix=None)
+@pytest.fixture
+def slow(monkeypatch):
+    """An item takes a second, so that no machine comes too late."""
+    spread_at_speed = cluster.spread
 
-    def slowly(image):
-        time.sleep(1)
-        return doubling(image)
+    def spread_slowly(where, prepare, *arguments, **options):
+        def prepare_slowly(stopped):
+            answer = prepare(stopped)
+            return lambda *item: time.sleep(1) or answer(*item)
 
-    outcomes = list(spread.run(planned, lambda: PictureUpscaler(slowly, 2), ray=(nodes.address,)))
-    assert [one.status for one in outcomes] == ["done"] * 20
-    assert len(contents("out")) == 20
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(
-        r"--ray: (\S+) is left out: \S+/out: \1 does not have the same folder there; name one that"
-        " all machines share",
-        line,
+        return spread_at_speed(where, prepare_slowly, *arguments, **options)
+
+    monkeypatch.setattr(cluster, "spread", spread_slowly)
+
+
+def assert_left_out_once(printed):
+    assert len(re.findall("is left out", printed)) == 1
+    assert re.search(
+        r"--ray: (\S+) is left out: \S+: \1 does not have the same folder there; name one that"
+        " all machines share\n",
+        printed,
     )
 
 
 @needs_ray
-def test_preparing_and_distilling_on_machines_apart(nodes, apart, weights, monkeypatch):
+def test_machines_that_do_not_share_the_results(nodes, apart, slow, doubling, monkeypatch, capsys):
+    """They are left out: nothing is lost there."""
+    make("in", 20)
+    monkeypatch.setattr(spread, "BATCH", 1)
+    planned = jobs.plan(["in"], "out/", scale=2.0, suffix=None)
+    outcomes = list(spread.run(planned, lambda: PictureUpscaler(doubling, 2), ray=(nodes.address,)))
+    assert [one.status for one in outcomes] == ["done"] * 20
+    assert len(contents("out")) == 20
+    assert_left_out_once(capsys.readouterr().err)
+
+
+@needs_ray
+def test_preparing_and_distilling_on_machines_apart(
+    nodes, apart, slow, weights, monkeypatch, capsys
+):
     pytest.importorskip("tensorflow_datasets", reason="needs the packages for training")
     from dvmsr_jax.data import check
     from dvmsr_jax.data.prepare import prepare
@@ -273,10 +289,12 @@ def test_preparing_and_distilling_on_machines_apart(nodes, apart, weights, monke
 
     monkeypatch.setattr("dvmsr_jax.data.prepare.PICTURES_PER_SHARD", 1)
     monkeypatch.setattr(targets, "PER_SHARD", 1)
-    make("in", 8, size=(72, 80))
+    make("in", 20, size=(72, 80))
     sources = find_sources(DataConfig(hr_dirs=(Path("in"),), val_images=1))
     prepare(sources, 4, Path("out"), ray=(nodes.address,))
+    assert_left_out_once(capsys.readouterr().err)
     targets.distill(weights, Path("out"), self_ensemble=False, batch_size=2, ray=(nodes.address,))
+    assert_left_out_once(capsys.readouterr().err)
     assert check.find_problems(Path("out")) == targets.find_problems(Path("out")) == []
     assert not targets.find_unfinished(Path("out"))
 
