@@ -129,6 +129,8 @@ class ViMM(nnx.Module):
             return self.unfused(tokens, band)
         if isinstance(band, Band):
             return self.fused(tokens, band)
+        if kernel.gradient_is_fast(len(tokens), self.factors):
+            return kernel.vimm_of_images(tokens, self.weights, LAYER_NORM_EPSILON)
         return unless_differentiated(ViMM.fused, ViMM.unfused, self, tokens)
 
     def unfused(
@@ -142,15 +144,13 @@ class ViMM(nnx.Module):
             y = y + self.backward(u[:, ::-1], z[:, ::-1], WHOLE)[:, ::-1]
         return self.out_proj(y).astype(jnp.float32)
 
-    def fused(
-        self, tokens: Float[Array, "b l c"], band: Whole | Band = WHOLE
-    ) -> Float[Array, "b l c"]:
-        """The same result from kernels/vimm, which cannot be differentiated."""
+    @property
+    def weights(self) -> kernel.Weights:
+        """The parameters, as kernels/vimm takes them."""
         assert self.norm.scale is not None
         assert self.norm.bias is not None
         direction = self.forward
-        band = band.at("forward")
-        weights = kernel.Weights(
+        return kernel.Weights(
             norm_scale=self.norm.scale[...],
             norm_bias=self.norm.bias[...],
             in_proj=self.in_proj.kernel[...],
@@ -163,6 +163,13 @@ class ViMM(nnx.Module):
             D=direction.D[...],
             out_proj=self.out_proj.kernel[...],
         )
+
+    def fused(
+        self, tokens: Float[Array, "b l c"], band: Whole | Band = WHOLE
+    ) -> Float[Array, "b l c"]:
+        """The same result from kernels/vimm, which cannot be differentiated."""
+        weights = self.weights
+        band = band.at("forward")
         (b, l, _), (d, n) = tokens.shape, weights.A.shape
         out, previous, state = kernel.vimm(
             tokens,

@@ -510,7 +510,8 @@ def test_the_same_bits_twice(config, model):
 
 
 def test_remat_saves_memory(config):
-    """Only the activations of a single RSSB remain."""
+    """Only the activations of a single RSSB remain. (A fused ViMM keeps few of them anyway.)"""
+    config = dataclasses.replace(config, compute=Compute("chunked"))
     model = dataclasses.replace(TEACHER, rssbs=4)
     data = dataclasses.replace(config.data, lr_crop=24)
     lr = np.zeros((2, 24, 24, 3), np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dvmsr_jax.bands import WHOLE, Band
+from dvmsr_jax.bands import Band
 from dvmsr_jax.config import Compute, ModelConfig
 from dvmsr_jax.kernels import native_library
 from dvmsr_jax.kernels import vimm as fused
@@ -38,6 +38,7 @@ CONFIGS = {
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 # Of the largest output.
 TOLERANCE = 5e-6
+GRADIENT_TOLERANCE = 3e-5
 
 
 def make_vimm(config, compute=Compute(), memory=2):
@@ -177,21 +178,88 @@ def test_a_band_continues_the_batch(on_any_cpu, compute):
     np.testing.assert_array_equal(np.concatenate([above, below], axis=1), whole)
 
 
-def test_gradients_are_those_of_the_unfused():
-    graph, parameters = nnx.split(make_vimm(SMALL))
-    tokens = make_tokens(2, 30, 10)
+@nnx.jit
+def gradients(vimm, tokens, by_result):
+    """{name: gradient}, by the tokens and by each parameter."""
 
-    def loss(method, parameters, tokens):
-        return jnp.sum(getattr(nnx.merge(graph, parameters), method)(tokens, band=WHOLE) ** 2)
+    def product(vimm, tokens):
+        return jnp.sum(vimm(tokens) * by_result)
 
-    def gradients(method):
-        return jax.jit(jax.grad(lambda *arguments: loss(method, *arguments), argnums=(0, 1)))
+    by_vimm, by_tokens = nnx.grad(product, argnums=(0, 1))(vimm, tokens)
+    named = {".".join(path): x[...] for path, x in nnx.to_flat_state(by_vimm)}
+    return {"tokens": by_tokens, **named}
 
-    assert is_fused(jax.make_jaxpr(lambda *x: loss("__call__", *x))(parameters, tokens))
-    assert not is_fused(jax.make_jaxpr(gradients("__call__"))(parameters, tokens))
-    actual, expected = (gradients(m)(parameters, tokens) for m in ("__call__", "unfused"))
+
+def assert_gradients_are_close(config, tokens, memory=2):
+    by_result = make_tokens(*tokens.shape, seed=3)
+    expected = gradients(make_vimm(config, Compute("sequential"), memory), tokens, by_result)
+    actual = gradients(make_vimm(config, memory=memory), tokens, by_result)
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        # Sums over all tokens, in which large terms cancel.
+        atol = GRADIENT_TOLERANCE * np.abs(x).max()
+        np.testing.assert_allclose(actual[name], x, atol=atol, rtol=0, err_msg=name)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """The fused gradient is fast enough for a single image."""
+    monkeypatch.setattr(fused.op, "_threads", lambda: 1)
+
+
+@pytest.mark.parametrize(("b", "l"), [(1, 1), (2, 63), (3, 1000)])
+@each_config
+def test_gradients_equal_the_specification(one_thread, config, b, l):
+    assert_gradients_are_close(config, make_tokens(b, l, config.channels))
+
+
+def test_gradients_of_a_convolution_wider_than_a_piece(one_thread):
+    config = ModelConfig(channels=10, states=1, conv_width=110)
+    assert_gradients_are_close(config, make_tokens(2, 250, 10))
+
+
+def test_gradients_where_decays_vanish(one_thread):
+    assert_gradients_are_close(SMALL, make_tokens(1, 100, 10), memory=-6)
+
+
+def gradient_program(b, compute=Compute(), config=SMALL):
+    """The program of the gradient for b images."""
+    graph, parameters = nnx.split(make_vimm(config, compute))
+    tokens = make_tokens(b, 30, 10)
+
+    def loss(parameters, tokens):
+        return jnp.sum(nnx.merge(graph, parameters)(tokens))
+
+    return jax.make_jaxpr(jax.grad(loss))(parameters, tokens)
+
+
+def test_the_gradient_is_fused_where_it_is_faster(on_any_cpu, monkeypatch):
+    monkeypatch.setattr(fused.op, "_threads", lambda: 8)
+    assert is_fused(gradient_program(4))
+    assert not is_fused(gradient_program(3))
+    assert not is_fused(gradient_program(4, BFLOAT16))
+
+
+def test_the_unfused_gradient_is_that_of_the_code_in_jax(monkeypatch):
+    monkeypatch.setattr(fused.op, "_threads", lambda: 8)
+    tokens, by_result = make_tokens(2, 30, 10), make_tokens(2, 30, 10, seed=3)
+    actual, expected = (
+        gradients(make_vimm(SMALL, compute), tokens, by_result)
+        for compute in (Compute(), Compute("native"))
+    )
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
-    assert all(np.any(x) for x in jax.tree.leaves(actual))
+
+
+def test_gradients_under_vmap(one_thread):
+    graph, parameters = nnx.split(make_vimm(SMALL))
+    tokens = jnp.asarray(make_tokens(6, 50, 10))
+
+    def loss(parameters, tokens):
+        return jnp.sum(nnx.merge(graph, parameters)(tokens) ** 2)
+
+    expected = jax.grad(loss)(parameters, tokens)
+    of_each = jax.vmap(jax.grad(loss), (None, 0))(parameters, tokens[:, None])
+    jax.tree.map(lambda x, y: assert_close(jnp.sum(x, axis=0), y), of_each, expected)
 
 
 @pytest.mark.parametrize(
@@ -258,9 +326,12 @@ def test_nan_is_not_hidden(on_any_cpu, compute):
 
 
 def digest():
-    """Identifies the bits of a result that several threads have computed."""
-    result = run(make_vimm(ModelConfig()), make_tokens(2, 2000, 60))
-    return hashlib.sha256(np.asarray(result).tobytes()).hexdigest()
+    """Identifies the bits of a result and its gradient that several threads have computed."""
+    vimm, tokens = make_vimm(ModelConfig()), make_tokens(2, 2000, 60)
+    with mock.patch.object(fused.op, "_threads", return_value=1):
+        results = run(vimm, tokens), gradients(vimm, tokens, tokens)
+    digests = (np.asarray(x).tobytes() for x in jax.tree.leaves(results))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 @pytest.mark.parametrize("threads", [1, 5])

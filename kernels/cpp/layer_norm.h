@@ -21,37 +21,82 @@ class LayerNorm {
 
   // Normalises a piece in place. Its blocks are TOKENS lines apart and filled up with zeros.
   void Normalise(int64_t tokens, Line* x) const {
-    const int64_t vectors = (channels_ + WIDTH - 1) / WIDTH;
-    const auto at = [x](int64_t t, int64_t v) {
-      return x[v * WIDTH / BLOCK * TOKENS + t].at + v * WIDTH % BLOCK;
-    };
-    Floats inside = {};  // the lanes of the last vector that hold channels
-    for (int64_t i = 0; i < channels_ - (vectors - 1) * WIDTH; ++i) inside[i] = 1.0f;
     float mean[TOKENS], factor[TOKENS];
+    Statistics(tokens, x, mean, factor);
+    for (int64_t v = 0; v < Vectors(); ++v) {
+      const Floats scale = Load(scale_[0].at + v * WIDTH, WIDTH);
+      const Floats bias = Load(bias_[0].at + v * WIDTH, WIDTH);
+      for (int64_t t = 0; t < tokens; ++t)
+        Store(At(x, t, v), (Load(At(x, t, v), WIDTH) - mean[t]) * (factor[t] * scale) + bias,
+              WIDTH);
+    }
+  }
+
+  // Turns the gradient by the normalised tokens into that by x, in place, and adds those by scale
+  // and bias to rows of blocks.
+  void Differentiate(int64_t tokens, const Line* x, Line* gradient, Line* dscale,
+                     Line* dbias) const {
+    float mean[TOKENS], factor[TOKENS], mean_g[TOKENS], mean_gx[TOKENS];
+    Statistics(tokens, x, mean, factor);
+    for (int64_t t = 0; t < tokens; ++t) {
+      Floats sum_g = {}, sum_gx = {};
+      for (int64_t v = 0; v < Vectors(); ++v) {
+        const Floats normal = (Load(At(x, t, v), WIDTH) - mean[t]) * factor[t];
+        const Floats g = Load(At(gradient, t, v), WIDTH) * Load(scale_[0].at + v * WIDTH, WIDTH);
+        sum_g += g;
+        sum_gx += g * normal;
+      }
+      mean_g[t] = Sum(sum_g) / channels_;
+      mean_gx[t] = Sum(sum_gx) / channels_;
+    }
+    for (int64_t v = 0; v < Vectors(); ++v) {
+      const Floats scale = Load(scale_[0].at + v * WIDTH, WIDTH);
+      float *to_scale = dscale[0].at + v * WIDTH, *to_bias = dbias[0].at + v * WIDTH;
+      Floats sum_scale = Load(to_scale, WIDTH), sum_bias = Load(to_bias, WIDTH);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const Floats normal = (Load(At(x, t, v), WIDTH) - mean[t]) * factor[t];
+        const Floats dy = Load(At(gradient, t, v), WIDTH);
+        sum_scale += dy * normal;
+        sum_bias += dy;
+        Store(At(gradient, t, v), (dy * scale - mean_g[t] - normal * mean_gx[t]) * factor[t],
+              WIDTH);
+      }
+      Store(to_scale, sum_scale, WIDTH);
+      Store(to_bias, sum_bias, WIDTH);
+    }
+  }
+
+ private:
+  int64_t Vectors() const { return (channels_ + WIDTH - 1) / WIDTH; }
+
+  // Where a token's vector v is in blocks.
+  template <typename L>
+  static auto At(L* x, int64_t t, int64_t v) -> decltype(x->at + v) {
+    return x[v * WIDTH / BLOCK * TOKENS + t].at + v * WIDTH % BLOCK;
+  }
+
+  // Each token's mean, and the inverse of its deviation.
+  void Statistics(int64_t tokens, const Line* x, float* mean, float* factor) const {
+    const int64_t last = Vectors() - 1;
+    Floats inside = {};  // the lanes of the last vector that hold channels
+    for (int64_t i = 0; i < channels_ - last * WIDTH; ++i) inside[i] = 1.0f;
     for (int64_t t = 0; t < tokens; ++t) {
       Floats sum = {};
-      for (int64_t v = 0; v < vectors; ++v) sum += Load(at(t, v), WIDTH);
+      for (int64_t v = 0; v <= last; ++v) sum += Load(At(x, t, v), WIDTH);
       mean[t] = Sum(sum) / channels_;
     }
     for (int64_t t = 0; t < tokens; ++t) {
-      Floats difference = (Load(at(t, vectors - 1), WIDTH) - mean[t]) * inside;
+      Floats difference = (Load(At(x, t, last), WIDTH) - mean[t]) * inside;
       Floats squares = difference * difference;
-      for (int64_t v = 0; v < vectors - 1; ++v) {
-        difference = Load(at(t, v), WIDTH) - mean[t];
+      for (int64_t v = 0; v < last; ++v) {
+        difference = Load(At(x, t, v), WIDTH) - mean[t];
         squares += difference * difference;
       }
       factor[t] = Sum(squares) / channels_;
     }
     for (int64_t t = 0; t < tokens; ++t) factor[t] = 1.0f / std::sqrt(factor[t] + epsilon_);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const Floats scale = Load(scale_[0].at + v * WIDTH, WIDTH);
-      const Floats bias = Load(bias_[0].at + v * WIDTH, WIDTH);
-      for (int64_t t = 0; t < tokens; ++t)
-        Store(at(t, v), (Load(at(t, v), WIDTH) - mean[t]) * (factor[t] * scale) + bias, WIDTH);
-    }
   }
 
- private:
   const int64_t channels_;
   const float epsilon_;
   const Lines scale_, bias_;

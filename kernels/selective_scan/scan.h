@@ -177,6 +177,7 @@ struct Gradient : Arrays {
   float *du, *ddelta, *dz, *dstart;
   float *dA, *dD, *ddelta_bias;  // of each sequence: (b, n, d), (b, d), (b, d)
   float *dB, *dC;                // of each group of channels: (groups, b, l, n)
+  float* y;                      // the scan's result once more; null if not needed
 
   // Values that a vector of channels carries from chunk to chunk; A2 = A log2(e).
   struct Carry {
@@ -290,6 +291,7 @@ struct Gradient : Arrays {
       const Floats ddelta_q = (t.dstep + t.dx * t.u) * t.slope;
       carry.dD += t.dy * t.u;
       carry.dbias += ddelta_q;
+      if (y) Store(y + at, gated ? t.y * Silu(Load(z + at, count)) : t.y, count);
       if (gated) Store(dz + at, t.dgate * t.y, count);
       Store(ddelta + at, ddelta_q, count);
       Store(du + at, t.dx * t.step + D_c * t.dy, count);

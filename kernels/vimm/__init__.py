@@ -1,5 +1,5 @@
-"""A whole ViMM as one function, for inference on CPUs: `vimm`. README.md describes its design."""
+"""A whole ViMM as one function, for CPUs: `vimm`. README.md describes its design."""
 
-from dvmsr_jax.kernels.vimm.op import Weights, missing, vimm
+from dvmsr_jax.kernels.vimm.op import Weights, gradient_is_fast, missing, vimm, vimm_of_images
 
-__all__ = ["Weights", "missing", "vimm"]
+__all__ = ["Weights", "gradient_is_fast", "missing", "vimm", "vimm_of_images"]

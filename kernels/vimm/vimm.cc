@@ -1,9 +1,10 @@
-// The entry point of vimm.h for XLA. op.py compiles and calls it.
+// The entry points of vimm.h and gradient.h for XLA. op.py compiles and calls them.
 
 #include <algorithm>
 #include <cstdint>
 
 #include "kernels/cpp/threads.h"
+#include "kernels/vimm/gradient.h"
 #include "kernels/vimm/vimm.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -16,21 +17,38 @@ using Buffer = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 using Integer = ffi::BufferR0<ffi::S32>;
 
+ViMMSizes SizesOf(Buffer tokens, Buffer conv_kernel, Buffer dt_proj, Buffer A) {
+  return {tokens.dimensions()[2], A.dimensions()[0], A.dimensions()[1], dt_proj.dimensions()[0],
+          conv_kernel.dimensions()[0] - 1};
+}
+
+template <typename... Weights>
+ViMMWeights WeightsOf(const Weights&... weights) {
+  return {weights.typed_data()...};
+}
+
 template <typename Factor>
 ffi::Error CallViMM(ffi::ThreadPool pool, Buffer tokens, Buffer norm_scale, Buffer norm_bias,
                     Buffer in_proj, Buffer conv_kernel, Buffer conv_bias, Buffer x_proj,
                     Buffer dt_proj, Buffer dt_bias, Buffer A, Buffer D, Buffer out_proj,
                     Buffer previous, Buffer state, Integer first, Integer height, Integer width,
-                    Result out, Result last, Result end, int64_t columns, float epsilon) {
+                    Result out, Result last, Result end, Result tails, Result borders,
+                    int64_t columns, float epsilon) {
   const int64_t b = tokens.dimensions()[0], l = tokens.dimensions()[1];
-  const ViMMSizes s{tokens.dimensions()[2], A.dimensions()[0], A.dimensions()[1],
-                    dt_proj.dimensions()[0], previous.dimensions()[1]};
-  const ViMMWeights weights{norm_scale.typed_data(), norm_bias.typed_data(), in_proj.typed_data(),
-                            conv_kernel.typed_data(), conv_bias.typed_data(), x_proj.typed_data(),
-                            dt_proj.typed_data(),    dt_bias.typed_data(),   A.typed_data(),
-                            D.typed_data(),          out_proj.typed_data()};
-  const ViMMTokens arrays{b, l, tokens.typed_data(), previous.typed_data(), state.typed_data(),
-                          out->typed_data(), last->typed_data(), end->typed_data()};
+  const ViMMSizes s = SizesOf(tokens, conv_kernel, dt_proj, A);
+  const ViMMWeights weights = WeightsOf(norm_scale, norm_bias, in_proj, conv_kernel, conv_bias,
+                                        x_proj, dt_proj, dt_bias, A, D, out_proj);
+  const bool keep = borders->element_count() > 0;
+  const ViMMTokens arrays{b,
+                          l,
+                          tokens.typed_data(),
+                          previous.typed_data(),
+                          state.typed_data(),
+                          out->typed_data(),
+                          last->typed_data(),
+                          end->typed_data(),
+                          keep ? tails->typed_data() : nullptr,
+                          keep ? borders->typed_data() : nullptr};
   const int64_t rows = l / columns, place = *first.typed_data();
   const int64_t begin = std::clamp<int64_t>(-place, 0, rows);
   const int64_t stop = std::clamp<int64_t>(*height.typed_data() - place, begin, rows);
@@ -54,7 +72,32 @@ ffi::Error CallViMM(ffi::ThreadPool pool, Buffer tokens, Buffer norm_scale, Buff
   return ffi::Error::Success();
 }
 
-auto Binding() {
+ffi::Error CallGradient(ffi::ThreadPool pool, Buffer tokens, Buffer norm_scale, Buffer norm_bias,
+                        Buffer in_proj, Buffer conv_kernel, Buffer conv_bias, Buffer x_proj,
+                        Buffer dt_proj, Buffer dt_bias, Buffer A, Buffer D, Buffer out_proj,
+                        Buffer tails, Buffer borders, Buffer dout, Result dtokens,
+                        Result dnorm_scale, Result dnorm_bias, Result din_proj,
+                        Result dconv_kernel, Result dconv_bias, Result dx_proj, Result ddt_proj,
+                        Result ddt_bias, Result dA, Result dD, Result dout_proj, float epsilon) {
+  const ViMMSizes s = SizesOf(tokens, conv_kernel, dt_proj, A);
+  const ViMMWeights weights = WeightsOf(norm_scale, norm_bias, in_proj, conv_kernel, conv_bias,
+                                        x_proj, dt_proj, dt_bias, A, D, out_proj);
+  const ViMMGradientArrays arrays{
+      tokens.dimensions()[1],     tokens.typed_data(),      tails.typed_data(),
+      borders.typed_data(),           dout.typed_data(),        dtokens->typed_data(),
+      dnorm_scale->typed_data(),  dnorm_bias->typed_data(), din_proj->typed_data(),
+      dconv_kernel->typed_data(), dconv_bias->typed_data(), dx_proj->typed_data(),
+      ddt_proj->typed_data(),     ddt_bias->typed_data(),   dA->typed_data(),
+      dD->typed_data(),           dout_proj->typed_data()};
+  const ViMM<Float32> vimm(s, weights, epsilon);
+  const TransposedViMM transposed(s, weights);
+  InParallel(pool, tokens.dimensions()[0],
+             [&](int64_t i) { ViMMGradient(vimm, transposed, arrays, i).Run(); });
+  return ffi::Error::Success();
+}
+
+// The first arguments of all functions.
+auto BindWeights() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .Arg<Buffer>()   // tokens
@@ -68,7 +111,11 @@ auto Binding() {
       .Arg<Buffer>()   // dt_bias
       .Arg<Buffer>()   // A
       .Arg<Buffer>()   // D
-      .Arg<Buffer>()   // out_proj
+      .Arg<Buffer>();  // out_proj
+}
+
+auto BindViMM() {
+  return BindWeights()
       .Arg<Buffer>()   // u of the tokens before, unconvolved
       .Arg<Buffer>()   // the state before the first token
       .Arg<Integer>()  // the place: the first row
@@ -77,11 +124,32 @@ auto Binding() {
       .Ret<Buffer>()   // the result
       .Ret<Buffer>()   // u of the last tokens, unconvolved
       .Ret<Buffer>()   // the state after the last token
+      .Ret<Buffer>()   // for the gradient: u of the tokens before each piece, or nothing
+      .Ret<Buffer>()   // the states before each piece, or nothing
       .Attr<int64_t>("columns")
       .Attr<float>("epsilon");
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedViMMFloat32, CallViMM<kernels::Float32>, Binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedViMMBFloat16, CallViMM<kernels::BFloat16>, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedViMMFloat32, CallViMM<kernels::Float32>, BindViMM());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedViMMBFloat16, CallViMM<kernels::BFloat16>, BindViMM());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FusedViMMGradient, CallGradient,
+                              BindWeights()
+                                  .Arg<Buffer>()  // u of the tokens before each piece
+                                  .Arg<Buffer>()  // the states before each piece
+                                  .Arg<Buffer>()  // the gradient by the result
+                                  .Ret<Buffer>()  // the gradients, by tokens
+                                  .Ret<Buffer>()  // by each weight, of each sequence: norm_scale
+                                  .Ret<Buffer>()  // norm_bias
+                                  .Ret<Buffer>()  // in_proj
+                                  .Ret<Buffer>()  // conv_kernel
+                                  .Ret<Buffer>()  // conv_bias
+                                  .Ret<Buffer>()  // x_proj
+                                  .Ret<Buffer>()  // dt_proj
+                                  .Ret<Buffer>()  // dt_bias
+                                  .Ret<Buffer>()  // A
+                                  .Ret<Buffer>()  // D
+                                  .Ret<Buffer>()  // out_proj
+                                  .Attr<float>("epsilon"));

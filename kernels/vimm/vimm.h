@@ -83,11 +83,12 @@ struct ViMM {
 
 // What passes through a ViMM: sequences of l tokens, (sequences, l, c), and for each of them the u
 // of the tokens before, (history, d), and the state, (d, n). `last` and `end` receive those for the
-// next tokens; they may be the same memory.
+// next tokens; they may be the same memory. `tails` and `borders` receive those before each piece,
+// (sequences, pieces, blocks, history or n, BLOCK), unless they are null.
 struct ViMMTokens {
   int64_t sequences, l;
   const float *tokens, *previous, *state;
-  float *out, *last, *end;
+  float *out, *last, *end, *tails, *borders;
 };
 
 // The part of the rows that lies inside the image.
@@ -228,16 +229,21 @@ class ViMMPass {
       const int64_t channels = std::min(BLOCK, s_.d - block * BLOCK);
       for (int64_t i = 0; i < history; ++i) {
         const int64_t at = (b * history + i) * s_.d + block * BLOCK;
-        if (IsFirst(k))
+        if (IsFirst(k)) {
+          u[i] = {};
           std::memcpy(u[i].at, arrays_.previous + at, sizeof(float) * channels);
-        else
+        } else {
           u[i] = At(k - 1).tail[block * history + i];
+        }
       }
       for (int64_t i = 0; i < history; ++i) {
         const int64_t at = (b * history + i) * s_.d + block * BLOCK;
         piece.tail[block * history + i] = u[tokens + i];
         if (IsLast(k)) std::memcpy(arrays_.last + at, u[tokens + i].at, sizeof(float) * channels);
       }
+      if (arrays_.tails)
+        std::memcpy(arrays_.tails + (k * Blocks(s_.d) + block) * history * BLOCK, u,
+                    sizeof(Line) * history);
     }
     piece.progress.store(STAGES * k + TAIL, std::memory_order_release);
   }
@@ -266,6 +272,11 @@ class ViMMPass {
       for (int64_t c = first; c < last; ++c)
         for (int64_t i = 0; i < s_.n; ++i)
           states_[c / WIDTH * s_.n + i][c % WIDTH] = arrays_.state[sequence + c * s_.n + i];
+    if (arrays_.borders)
+      for (int64_t c = first; c < last; c += WIDTH)
+        for (int64_t i = 0; i < s_.n; ++i)
+          Store(arrays_.borders + ((k * Blocks(s_.d) + block) * s_.n + i) * BLOCK + c % BLOCK,
+                states_[c / WIDTH * s_.n + i], WIDTH);
     for (int64_t c = first; c < last; c += WIDTH) ScanVector(piece, Tokens(k), c);
     if (IsLast(k))
       for (int64_t c = first; c < last; ++c)

@@ -163,7 +163,7 @@ class BandViMM {
   // `out` may be `tokens`.
   void Run(const float* tokens, float* out, int64_t rows, int64_t width) {
     const ViMMTokens arrays{1,   rows * width,     tokens,       previous_.data(), state_.data(),
-                            out, previous_.data(), state_.data()};
+                            out, previous_.data(), state_.data(), nullptr,          nullptr};
     ViMMPass<Float32>(vimm_, arrays, Inside{0, rows, width, width}, 1).Help();
   }
 
