@@ -74,7 +74,7 @@ def weights(tmp_path_factory):
 
 def make(folder, count, size=(24, 20)):
     """Different pictures."""
-    Path(folder).mkdir()
+    Path(folder).mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
         pixels = rng.integers(0, 256, (*size, 3), np.uint8)
@@ -203,9 +203,11 @@ def test_inputs_are_not_overwritten(nodes, doubling, overwrite):
 
 
 @pytest.fixture
-def apart(nodes, folder):
-    """A machine with two cores that has another folder in the place of `folder`."""
-    command = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none "$0"; exec "$@"', folder]
+def apart(nodes, folder, request):
+    """A machine with two cores that has another folder in the place of `folder` or one in it."""
+    other = folder / getattr(request, "param", ".")
+    other.mkdir(exist_ok=True)
+    command = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none "$0"; exec "$@"', other]
     if subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("needs the permission to mount")
     process = start_machine(nodes, *command)
@@ -297,6 +299,28 @@ def test_preparing_and_distilling_on_machines_apart(
     assert_left_out_once(capsys.readouterr().err)
     assert check.find_problems(Path("out")) == targets.find_problems(Path("out")) == []
     assert not targets.find_unfinished(Path("out"))
+
+
+@needs_ray
+@pytest.mark.parametrize("apart", ["in"], indirect=True)
+def test_preparing_on_machines_without_the_pictures(nodes, apart, slow, monkeypatch, capsys):
+    pytest.importorskip("tensorflow_datasets", reason="needs the packages for training")
+    from dvmsr_jax.data import check
+    from dvmsr_jax.data.prepare import prepare
+    from dvmsr_jax.data.sources import find_sources
+
+    monkeypatch.setattr("dvmsr_jax.data.prepare.PICTURES_PER_SHARD", 1)
+    make("in", 20, size=(72, 80))
+    sources = find_sources(DataConfig(hr_dirs=(Path("in"),), val_images=1))
+    prepare(sources, 4, Path("out"), ray=(nodes.address,))
+    printed = capsys.readouterr().err
+    assert len(re.findall("is left out", printed)) == 1
+    assert re.search(
+        r"--ray: (\S+) is left out: in/\d+\.png: \1 does not have this picture; name folders that "
+        "all machines share\n",
+        printed,
+    )
+    assert check.find_problems(Path("out")) == []
 
 
 @needs_ray

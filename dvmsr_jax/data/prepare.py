@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
@@ -272,8 +273,9 @@ def _on_cluster(
     shards: Sequence[_Shard], scale: int, folder: Path, bar: tqdm, ray: cluster.Where
 ) -> Generator[tuple[_Shard, ShardInfo], None, None]:
     """As `_on_threads`."""
-
-    start = functools.partial(_start_worker, scale, folder)
+    if not shards:
+        return
+    start = functools.partial(_start_worker, scale, folder, shards[0].pictures[0])
     batches = [[shard] for shard in shards]
     answers = cluster.spread(ray, start, batches, device="cpu", folder=folder)
     for shard, info in cluster.complete(answers, lambda shard: shard.name):
@@ -282,8 +284,14 @@ def _on_cluster(
 
 
 def _start_worker(
-    scale: int, folder: Path, stopped: cluster.Stopped
+    scale: int, folder: Path, picture: Source, stopped: cluster.Stopped
 ) -> Callable[[_Shard, float], ShardInfo]:
+    """Raises DataError if this machine does not have the pictures, of which one is given."""
+    if not appears(Path(picture.name)):
+        raise DataError(
+            f"{picture.name}: {platform.node()} does not have this picture; name folders that all "
+            "machines share"
+        )
     return lambda shard, _: _write_shard(shard, scale, folder, lambda: not stopped())
 
 
