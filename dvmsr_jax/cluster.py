@@ -182,6 +182,8 @@ def _connected(where: Where) -> Iterator[ModuleType]:
                 ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
+            if isinstance(error, ConnectionError) and "RAY_AUTH_MODE" not in os.environ:
+                reason += "; if it asks for a token, set RAY_AUTH_MODE=token"
             raise UserError(f"--ray {' '.join(where)}: {reason}") from error
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced it
         yield ray
