@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "kernels/cpp/layer_norm.h"
@@ -84,8 +83,8 @@ class WeightSums {
   Lines lines_;
 };
 
-// What the gradient of a whole ViMM is computed from: the tokens, what vimm.h has kept, and the
-// gradient by the result. The others are the gradients, those by weights of each sequence.
+// The tokens, what ViMMTokens has kept of them, the gradient by the result, and the gradients to be
+// computed: those by weights are of each sequence.
 struct ViMMGradientArrays {
   int64_t l;
   const float *tokens, *tails, *borders, *dout;
@@ -179,8 +178,8 @@ class ViMMGradient {
     vimm_.in_u.Multiply(normal, tokens, Into(&before_conv_[history], stride));
     vimm_.in_gate.Multiply(normal, tokens, Into(gate_.get(), TOKENS));
     for (int64_t block = 0; block < Blocks(s_.d); ++block)
-      std::memcpy(&before_conv_[block * stride], tail + block * history * BLOCK,
-                  sizeof(Line) * history);
+      std::copy_n(tail + block * history * BLOCK, history * BLOCK,
+                  &before_conv_[block * stride].at[0]);
     for (int64_t c = 0; c < s_.d; c += WIDTH) Convolve(tokens, c / BLOCK, c % BLOCK);
     const Blocked u = BlocksOf(u_.get(), s_.d);
     vimm_.to_BC.Multiply(u, tokens, [&](int64_t t, int64_t o, Floats x) {
@@ -269,7 +268,7 @@ class ViMMGradient {
     for (int64_t block = 0; block < Blocks(s_.d); ++block) {
       Line *du = &du_[block * DuStride()], *dbefore = &dbefore_conv_[block * stride];
       std::fill_n(du + history + tokens, history, Line{});
-      // The gradient by the tokens before the piece that was last is now that by its own.
+      // The piece after this one has found gradients by tokens before it, some of which are here.
       std::copy_backward(dbefore, dbefore + history, dbefore + tokens + history);
       std::fill_n(dbefore, tokens, Line{});
     }
