@@ -33,7 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dvmsr_jax import files, parallel
-from dvmsr_jax.config import Effect, TrainConfig, effects
+from dvmsr_jax.config import Effect, NetworkConfig, TrainConfig, effects
 from dvmsr_jax.errors import UserError, is_out_of_memory
 from dvmsr_jax.model import Weights, check_finite, read_config
 
@@ -302,6 +302,17 @@ def load_weights(path: Path) -> Weights:
         return Weights.from_file(config, parameters)
     except ValueError as error:
         raise CheckpointError(f"{step}: {error}") from error
+
+
+def load_config(path: Path) -> NetworkConfig:
+    """The configuration of the weights that `load_weights` returns. It does not start JAX.
+
+    Raises:
+        CheckpointError: there is no readable checkpoint at `path`.
+    """
+    step = find_step(path)
+    with _reading(step, ("config",)):
+        return read_config(_read_json(step, "config")["model"])
 
 
 def load_facts(path: Path) -> dict[str, Any]:

@@ -59,6 +59,23 @@ def load_weights(source: str | os.PathLike[str]) -> Weights:
         raise PretrainedError(reason if str(path) in reason else f"{path}: {reason}") from error
 
 
+def load_config(source: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration of the network that `load_model` loads.
+
+    It does not start JAX: processes of a cluster must have found each other before they do.
+
+    Raises PretrainedError, as `load_model`.
+    """
+    path = registry.find(source)
+    try:
+        config = checkpoint.load_config(path) if path.is_dir() else load_weights(path).config
+    except checkpoint.CheckpointError as error:
+        raise PretrainedError(str(error)) from error
+    if not isinstance(config, ModelConfig):
+        raise PretrainedError(f"{source}: holds another network, not a DVMSR")
+    return config
+
+
 def save_safetensors(model: Network, path: Path, training: dict[str, Any] | None = None) -> None:
     """Writes the weights as float32, with the configuration in the metadata.
 

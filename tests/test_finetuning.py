@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from dvmsr_jax.pretrained import convert, save_safetensors, training_facts
 from dvmsr_jax.training import loop, losses, run, step
 from dvmsr_jax.training.initial import load_initial
 from dvmsr_jax.training.report import read_metrics
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("optax_promotes_dtypes")
 
@@ -240,6 +243,27 @@ def test_the_command_takes_the_network_from_the_weights(given):
     assert config.loss.fft_weight == 0.05
     assert train.parse([*arguments, "--model.scale", "3"]).config.model.scale == 3
     assert train.parse([*arguments, "--model.rssbs", "7"]).config.model.rssbs == 7
+
+
+def test_the_command_in_a_process_of_its_own(config, photos, tmp_path, given):
+    """From a file, and from the checkpoints that this has written."""
+    written = tmp_path / "runs"
+    for init, workdir in ((given, written), (written / "teacher", tmp_path / "further")):
+        options = {
+            "--init": init,
+            "--workdir": workdir,
+            "--data.hr-dirs": photos,
+            "--data.data-dir": config.data.data_dir,
+            "--data.val-images": 1,
+            "--data.lr-crop": 8,
+            "--data.batch-size": 2,
+            "--steps": 1,
+        }
+        command = [sys.executable, "train.py", "--phase=teacher", "--preset=finetune"]
+        command += [str(part) for option in options.items() for part in option]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (workdir / "teacher" / "checkpoints" / "1").is_dir()
 
 
 def test_fourier_loss_is_that_of_numpy():

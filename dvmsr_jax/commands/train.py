@@ -22,7 +22,7 @@ import tyro
 from dvmsr_jax import parallel, program
 from dvmsr_jax.config import Cluster, ModelConfig, TrainConfig, Within, check_fields
 from dvmsr_jax.configs import PRESETS
-from dvmsr_jax.pretrained import load_model
+from dvmsr_jax.pretrained import load_config
 from dvmsr_jax.program import one_line_errors
 from dvmsr_jax.training.loop import dry_run, train
 
@@ -61,9 +61,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
     config = PRESETS[chosen.preset][chosen.phase]
     if chosen.init is not None:
         assert isinstance(config.model, ModelConfig)  # like every preset's
-        model = dataclasses.replace(
-            load_model(chosen.init).config, drop_path=config.model.drop_path
-        )
+        model = dataclasses.replace(load_config(chosen.init), drop_path=config.model.drop_path)
         config = dataclasses.replace(config, init=chosen.init, model=model)
     return tyro.cli(
         Arguments,
