@@ -70,24 +70,25 @@ class Results:
         scored = (result.get("scores", {}) for found in self._found.values() for result in found)
         return list(dict.fromkeys(name for scores in scored for name in scores))
 
-    @property
-    def noise(self) -> float:
-        """Standard deviation of a seed's validation, in dB, pooled over the variants."""
-        scores = self.scores(self._found).values()
+    def noise(self, alike: Iterable[str] | None = None) -> float:
+        """Standard deviation of a seed's validation, in dB, pooled over these variants or all."""
+        scores = self.scores(self._found if alike is None else alike).values()
         several = [score.values for score in scores if len(score.values) > 1]
         return math.sqrt(statistics.mean(map(statistics.variance, several))) if several else 0.0
 
-    def compare(self, first: str, second: str) -> str:
+    def compare(self, first: str, second: str, alike: Iterable[str] | None = None) -> str:
         """In words, how much better the first is in validation.
 
-        A difference below twice its standard deviation is called none.
+        A difference below twice its standard deviation is called none. `alike` names the variants
+        whose seeds spread as much as those of the two; all by default.
         """
         scores = self.scores([first, second])
         one, other = scores[first], scores[second]
         difference = one.mean - other.mean
-        if not self.noise:
+        noise = self.noise(alike)
+        if not noise:
             return f"{difference:+.2f} dB (one seed)"
-        deviation = self.noise * math.sqrt(1 / len(one.values) + 1 / len(other.values))
+        deviation = noise * math.sqrt(1 / len(one.values) + 1 / len(other.values))
         amount = f"{difference:+.2f} ± {deviation:.2f} dB"
         return amount if abs(difference) >= 2 * deviation else f"none ({amount})"
 

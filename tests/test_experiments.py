@@ -469,14 +469,17 @@ def test_small_differences_are_none(place):
         def run(self, place):
             return {"scores": {"validation": {"psnr_y": self.psnr_y}}}
 
-    values = {"a": (30.0, 30.2), "b": (30.1, 30.3), "c": (31.0, 31.2)}
+    values = {"a": (30.0, 30.2), "b": (30.1, 30.3), "c": (31.0, 31.2), "wild": (28.0, 32.0)}
+    calm = ["a", "b", "c"]
     tasks = [Scored(x, (), i, y) for x, both in values.items() for i, y in enumerate(both)]
     harness.run(tasks, place)
     results = Results(tasks, place)
     assert str(results.score("a")) == "30.10 ± 0.14"
-    assert results.noise == pytest.approx(0.02**0.5)
-    assert results.compare("b", "a") == "none (+0.10 ± 0.14 dB)"
-    assert results.compare("c", "a") == "+1.00 ± 0.14 dB"
+    assert results.noise(calm) == pytest.approx(0.02**0.5)
+    assert results.noise() == pytest.approx(((3 * 0.02 + 8) / 4) ** 0.5)
+    assert results.compare("b", "a", calm) == "none (+0.10 ± 0.14 dB)"
+    assert results.compare("c", "a", calm) == "+1.00 ± 0.14 dB"
+    assert results.compare("c", "a") == "none (+1.00 ± 1.42 dB)"
     alone = Results([task for task in tasks if task.seed == 0], place)
     assert alone.compare("c", "a") == "+1.00 dB (one seed)"
     assert alone.score("a") == Score((30.0,))
