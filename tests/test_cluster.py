@@ -244,18 +244,33 @@ def connected(nodes):
 
 
 @pytest.fixture
-def slow(monkeypatch):
-    """An item takes a second, so that no machine comes too late."""
-    spread_at_speed = cluster.spread
+def patient(folder, monkeypatch):
+    """Items wait until a machine has been left out, but for a minute at most."""
+    left_out = folder / "left-out"
+    leave_out, spread_at_once = cluster._Pool._leave_out, cluster.spread
 
-    def spread_slowly(where, prepare, *arguments, **options):
-        def prepare_slowly(stopped):
+    def leave_out_and_tell(*arguments):
+        leave_out(*arguments)
+        left_out.touch()
+
+    def spread_patiently(where, prepare, *arguments, **options):
+        left_out.unlink(missing_ok=True)
+        latest = time.time() + 60
+
+        def prepare_patiently(stopped):
             answer = prepare(stopped)
-            return lambda *item: time.sleep(1) or answer(*item)
 
-        return spread_at_speed(where, prepare_slowly, *arguments, **options)
+            def wait_and_answer(*item):
+                while not left_out.exists() and time.time() < latest:
+                    time.sleep(0.1)
+                return answer(*item)
 
-    monkeypatch.setattr(cluster, "spread", spread_slowly)
+            return wait_and_answer
+
+        return spread_at_once(where, prepare_patiently, *arguments, **options)
+
+    monkeypatch.setattr(cluster._Pool, "_leave_out", leave_out_and_tell)
+    monkeypatch.setattr(cluster, "spread", spread_patiently)
 
 
 def assert_left_out_once(printed):
@@ -268,7 +283,9 @@ def assert_left_out_once(printed):
 
 
 @needs_ray
-def test_machines_that_do_not_share_the_results(nodes, apart, slow, doubling, monkeypatch, capsys):
+def test_machines_that_do_not_share_the_results(
+    nodes, apart, patient, doubling, monkeypatch, capsys
+):
     """They are left out: nothing is lost there."""
     make("in", 20)
     monkeypatch.setattr(spread, "BATCH", 1)
@@ -281,7 +298,7 @@ def test_machines_that_do_not_share_the_results(nodes, apart, slow, doubling, mo
 
 @needs_ray
 def test_preparing_and_distilling_on_machines_apart(
-    nodes, apart, slow, weights, monkeypatch, capsys
+    nodes, apart, patient, weights, monkeypatch, capsys
 ):
     pytest.importorskip("tensorflow_datasets", reason="needs the packages for training")
     from dvmsr_jax.data import check
@@ -303,7 +320,7 @@ def test_preparing_and_distilling_on_machines_apart(
 
 @needs_ray
 @pytest.mark.parametrize("apart", ["in"], indirect=True)
-def test_preparing_on_machines_without_the_pictures(nodes, apart, slow, monkeypatch, capsys):
+def test_preparing_on_machines_without_the_pictures(nodes, apart, patient, monkeypatch, capsys):
     pytest.importorskip("tensorflow_datasets", reason="needs the packages for training")
     from dvmsr_jax.data import check
     from dvmsr_jax.data.prepare import prepare
