@@ -46,4 +46,5 @@ class Conv3x3(nnx.Conv):
     def native(self, x: Float[Array, "b rows w _"]) -> Float[Array, "b h w _"]:
         """The same result from kernels/conv3x3, which cannot be differentiated."""
         assert self.bias is not None
+        x = x.astype(jnp.float32)
         return conv3x3.conv3x3(x, self.kernel[...], self.bias[...], factors=self.factors)

@@ -57,6 +57,12 @@ def test_equals_xlas(b, h, w, c_in, c_out, factors):
     np.testing.assert_allclose(actual, expected, atol=3e-6, rtol=0)
 
 
+def test_images_of_bfloat16():
+    conv, rows = make_conv(5, 7), jnp.asarray(make_image(1, 6, 8, 5), jnp.bfloat16)
+    actual = nnx.jit(Conv3x3.native)(conv, rows)
+    np.testing.assert_array_equal(actual, nnx.jit(Conv3x3.native)(conv, rounded(rows)))
+
+
 def test_gradients_are_those_of_xla():
     graph, parameters = nnx.split(make_conv(5, 7))
     image = make_image(2, 6, 8, 5)

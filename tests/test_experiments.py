@@ -89,12 +89,13 @@ def test_baselines_are_as_large_as_the_student(config):
 def test_shapes(config, precision):
     config = dataclasses.replace(SMOKE.network(config), scale=3)
     model = build(config, compute=Compute(precision=precision), rngs=nnx.Rngs(0))
-    image = jax.ShapeDtypeStruct((2, 13, 21, 3), jnp.float32)
-    upscaled, features = jax.eval_shape(lambda image: model.with_features(image), image)
+    image = jax.random.uniform(jax.random.key(0), (2, 13, 21, 3))
+    upscaled, features = nnx.jit(lambda model, image: model.with_features(image))(model, image)
     assert upscaled.shape == (2, 39, 63, 3)
     assert len(features.rssbs) == config.blocks == 1
     for x in jax.tree.leaves((upscaled, features)):
         assert x.dtype == jnp.float32
+        assert np.isfinite(x).all()
     for x in jax.tree.leaves(features):
         assert x.shape == (2, 13, 21, 12)
 
