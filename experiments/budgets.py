@@ -25,7 +25,9 @@ class Budget:
     rates: tuple[float, ...]
     """Learning rates among which those of unlike networks are chosen."""
     pixels: int
-    """Largest number of LR pixels that are timed at once."""
+    """Largest number of LR pixels of a picture that is timed."""
+    batch_pixels: int
+    """The same for a batch of several."""
     seeds: int = 2
     claim_seeds: int = 3
     """Seeds where a claim hangs on a small difference."""
@@ -85,6 +87,7 @@ BUDGETS = {
             ),
             rates=(1e-3, 2e-3),
             pixels=2**10,
+            batch_pixels=2**10,
             seeds=1,
             claim_seeds=1,
             tiny=True,
@@ -106,7 +109,8 @@ BUDGETS = {
                 keep_checkpoints=1,
             ),
             rates=(5e-4, 1e-3, 2e-3),
-            pixels=2**20,
+            pixels=2**22,
+            batch_pixels=2**20,
         ),
         Budget(
             "paper",
@@ -114,6 +118,7 @@ BUDGETS = {
             TrainConfig(phase="teacher"),
             rates=(1e-4, 2e-4, 4e-4),
             pixels=2**26,
+            batch_pixels=2**26,
         ),
     )
 }

@@ -1,8 +1,11 @@
 """Time and memory of upscaling as tasks."""
 
+import importlib.util
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -14,9 +17,13 @@ from dvmsr_jax.config import Compute, NetworkConfig
 from dvmsr_jax.cost import cost
 from dvmsr_jax.inference import make_streamer
 from dvmsr_jax.model import DVMSR, build, parameter_count
+from dvmsr_jax.rgb import RgbUpscale
 from dvmsr_jax.training.step import memory_of
 from experiments.tasks import Facts, Place, Task, described
 from experiments.training import RATE, flops
+
+Mode = Literal["whole", "bands", "onnx"]
+Platform = Literal["cpu", "gpu"]
 
 # Repetitions go on until they have taken this long, and there are at least MIN_REPEATS.
 SECONDS, MIN_REPEATS = 2.0, 3
@@ -31,9 +38,10 @@ class Timing(Task):
     side: int
     batch: int = 1
     compute: Compute = Compute()
-    mode: Literal["whole", "bands"] = "whole"
-    """whole: all pictures at once. bands: in bands of rows, one picture after the other."""
-    platform: Literal["cpu", "gpu"] = "cpu"
+    mode: Mode = "whole"
+    """whole: all pictures at once. bands: in bands of rows, one picture after the other. onnx: the
+    same on ONNX Runtime."""
+    platform: Platform = "cpu"
 
     kind = "timing"
 
@@ -47,7 +55,9 @@ class Timing(Task):
     @property
     def possible(self) -> bool:
         """See Task."""
-        return jax.default_backend() == self.platform
+        needed = ("onnx", "onnxruntime") if self.mode == "onnx" else ()
+        there = all(importlib.util.find_spec(package) for package in needed)
+        return there and jax.default_backend() == self.platform
 
     def seconds(self) -> float:
         """See Task."""
@@ -60,9 +70,9 @@ class Timing(Task):
         shape = (self.batch, self.side, self.side, 3)
         images = np.random.default_rng(0).random(shape, np.float32)
         model = nnx.jit(lambda: build(self.model, compute=self.compute, rngs=nnx.Rngs(0)))()
-        if self.mode == "bands":
+        if self.mode != "whole":
             assert isinstance(model, DVMSR)
-            stream = make_streamer(model)
+            stream = make_streamer(model) if self.mode == "bands" else on_onnx_runtime(model)
             memory = None
 
             def once() -> None:
@@ -93,3 +103,13 @@ class Timing(Task):
             "parameters": parameter_count(model),
             **{name: self.batch * value for name, value in costs._asdict().items()},
         }
+
+
+def on_onnx_runtime(model: DVMSR) -> RgbUpscale:
+    """Upscales in bands, on ONNX Runtime."""
+    from dvmsr_jax.onnx import network, upscaler  # need packages that may be missing
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(network.streaming_model(model).SerializeToString())
+        return upscaler.make_streamer(upscaler.open_model(path))

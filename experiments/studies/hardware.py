@@ -1,27 +1,26 @@
 """Time and memory on real machines, beside MACs."""
 
 import itertools
-from typing import Literal
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.figure
 import numpy as np
+from cycler import cycler
 
 from dvmsr_jax.config import Compute, NetworkConfig
 from dvmsr_jax.kernels.selective_scan import Implementation
 from experiments.budgets import Budget
 from experiments.studies.baselines import DVMSR, OTHERS
-from experiments.study import Results, Section, Study, legend, markdown
+from experiments.study import Results, Section, Study, markdown
 from experiments.tasks import Task
-from experiments.timing import Timing
+from experiments.timing import Mode, Platform, Timing
 
 SIDES = (64, 128, 256, 512, 1_024, 2_048)
 BATCHES = (1, 4, 16)
 SCANS: tuple[Implementation, ...] = ("associative", "sequential", "chunked")
-# Scans other than the default one are timed up to this side.
-SCAN_SIDE = 256
-PLATFORMS: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu")
-BANDS, HALF = f"{DVMSR} in bands", ", bfloat16"
+PLATFORMS: tuple[Platform, ...] = ("cpu", "gpu")
+BANDS, ONNX, HALF = f"{DVMSR} in bands", f"{DVMSR} in bands, ONNX Runtime", ", bfloat16"
 
 
 def label(name: str, side: int, batch: int, platform: str) -> str:
@@ -29,29 +28,54 @@ def label(name: str, side: int, batch: int, platform: str) -> str:
     return f"{name}, {batch} x {side}², {platform}"
 
 
-def tasks(budget: Budget) -> list[Task]:
-    """Every network at every size and batch within the budget, on each kind of device."""
-    ways: dict[str, tuple[NetworkConfig, Compute, Literal["whole", "bands"]]] = {}
+class Way(NamedTuple):
+    """A way to upscale, and what is timed of it."""
+
+    network: NetworkConfig
+    compute: Compute = Compute()
+    mode: Mode = "whole"
+    side: int = max(SIDES)
+    """Largest side."""
+    batches: tuple[int, ...] = BATCHES
+    platforms: tuple[Platform, ...] = PLATFORMS
+
+
+def ways(budget: Budget) -> dict[str, Way]:
+    """All ways, by name."""
+    found: dict[str, Way] = {}
     for name, network in budget.some({DVMSR: budget.base.model, **OTHERS}).items():
-        ways[name] = (budget.network(network), Compute(), "whole")
-        ways[name + HALF] = (budget.network(network), Compute(precision="bfloat16"), "whole")
-    model, compute, _ = ways[DVMSR]
-    ways[BANDS] = (model, compute, "bands")
-    scans = budget.some({f"{DVMSR}, {scan}": Compute(scan=scan) for scan in SCANS})
-    ways |= {name: (model, how, "whole") for name, how in scans.items()}
+        whole = found[name] = Way(budget.network(network))
+        bfloat16 = Compute(precision="bfloat16")
+        found[name + HALF] = whole._replace(compute=bfloat16, side=256, batches=(1,))
+    single = found[DVMSR]._replace(batches=(1,))
+    found[BANDS] = single._replace(mode="bands")
+    found[ONNX] = single._replace(mode="onnx", side=1_024, platforms=("cpu",))
+    for scan in SCANS[: 2 if budget.tiny else None]:
+        found[f"{DVMSR}, {scan}"] = single._replace(compute=Compute(scan=scan), side=256)
+    return found
+
+
+def tasks(budget: Budget) -> list[Task]:
+    """Every way at every size and batch within the budget, on each kind of device."""
     found: list[Task] = []
     for platform, side, batch in itertools.product(PLATFORMS, SIDES, BATCHES):
         side = 16 if budget.tiny else side
-        if batch * side**2 > budget.pixels:
+        if side**2 > budget.pixels or (batch > 1 and batch * side**2 > budget.batch_pixels):
             continue
-        for name, (network, how, mode) in ways.items():
-            extra = name in scans or name.endswith(HALF)
-            if (extra and (batch > 1 or side > SCAN_SIDE)) or (mode == "bands" and batch > 1):
+        for name, way in ways(budget).items():
+            if side > way.side or batch not in way.batches or platform not in way.platforms:
                 continue
-            task = Timing(
-                label(name, side, batch, platform), network, side, batch, how, mode, platform
+            found.append(
+                Timing(
+                    label(name, side, batch, platform),
+                    way.network,
+                    side,
+                    batch,
+                    way.compute,
+                    way.mode,
+                    platform,
+                )
             )
-            found.append(task)
     return list({task.id: task for task in found}.values())
 
 
@@ -89,20 +113,23 @@ def report(results: Results) -> Section:
         times = (f"{way} {of[way]:.3g} ms" for way in sorted(of, key=of.__getitem__))
         answers.append(f"on the {platform}, a GMAC takes {', '.join(times)}")
     answer = f"MACs do not predict time: {'; '.join(answers)}." if answers else ""
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"](range(12)))
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for name, facts in found:
         way, case, platform = name.rsplit(", ", 2)
         if case.startswith("1 x "):
             point = (facts["macs"] / 1e9, facts["seconds"])
-            curves.setdefault(f"{way}, {platform}", []).append(point)
-    for name, points in curves.items():
-        axes.loglog(*np.array(sorted(points)).T, ".-", label=name)
-    axes.set(xlabel="GMACs, one picture", ylabel="seconds")
-    axes.grid(alpha=0.3)
-    legend(axes)
+            curves.setdefault(platform, {}).setdefault(way, []).append(point)
+    figure = matplotlib.figure.Figure(figsize=(3.5 + 4.5 * len(curves), 4.5), layout="constrained")
+    styles = cycler(linestyle=["-", "--"]) * cycler(color=matplotlib.colormaps["tab10"](range(10)))
+    names = dict.fromkeys(way for lines in curves.values() for way in lines)
+    style = dict(zip(names, styles, strict=False))
+    for number, (platform, lines) in enumerate(curves.items(), 1):
+        axes = figure.add_subplot(1, len(curves), number)
+        for way, points in lines.items():
+            axes.loglog(*np.array(sorted(points)).T, marker=".", label=way, **style[way])
+        axes.set(title=platform, xlabel="GMACs, one picture", ylabel="seconds")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return Section(answer, table, figure)
 
 
@@ -113,7 +140,7 @@ STUDY = Study(
     Whole pictures of random numbers with random weights; medians. MACs are those of
     convolutions and products, without the scan. Memory is XLA's count of arguments, results and
     temporaries. `associative`, `sequential` and `chunked` are scans, the default otherwise. In
-    bands, memory does not grow with the height.
+    bands, memory does not grow with the height. ONNX Runtime is timed on the CPU only.
     """,
     limits="""
     Other programs on the machine lengthen times; run this on an idle one. Cases beyond the
