@@ -95,7 +95,7 @@ def report(results: Results) -> Section:
                 f"{facts['seconds']:.3g} s",
                 f"{batch / facts['seconds']:.3g}",
                 f"{facts['memory'] / 2**20:,.0f} MiB" if facts["memory"] else "",
-                f"{macs:.3g}",
+                f"{float(f'{macs:.3g}'):,g}",
                 f"{macs / facts['seconds']:.3g}",
             ]
         )
