@@ -55,8 +55,8 @@ NAMED: Mapping[str, Named] = {
     "x4-real": Named(
         scale=4,
         purpose="blurred, noisy or compressed photographs; x4, fine-tuned on mild degradations",
-        sha256="679c00727ae3c1f1bf38df78233529de8343703c26d71e8d634dfae238a49f75",
-        scores={"Set5": (31.602, 0.8879), "Set14": (28.250, 0.7685)},
+        sha256="f4cf37566de6da6e900ae918b7accbf795100d1c06f340c4e707cfc1025bdd81",
+        scores={"Set5": (31.557, 0.8883), "Set14": (28.241, 0.7707)},
     ),
     "x4-scratch": Named(
         scale=4,

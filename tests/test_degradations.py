@@ -1,5 +1,6 @@
 """Operations do what they claim, LR stays aligned with HR, and the key determines the result."""
 
+import collections
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
@@ -114,6 +115,39 @@ def test_no_strength_is_no_degradation(only, photo, to_lr):
     only(to_lr=to_lr)
     exact = bicubic.resize(photo.astype(float), 64, 64).clip(0, 255)
     assert np.abs(degrade(photo, 0, "real", 4) - exact).max() < 0.501
+
+
+def test_single_flaws(monkeypatch, photo):
+    """In "mild", one flaw alone is as frequent as its probability implies."""
+    flaws = set()
+
+    def spy(name, flaw):
+        function = getattr(degradations, name)
+
+        def called(*arguments, **options):
+            flaws.add(flaw)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(degradations, name, called)
+
+    for name, flaw in (("blur", "blur"), ("_add_random_noise", "noise"), ("compress", "jpeg")):
+        spy(name, flaw)
+    count, found = 400, collections.Counter()
+    for key in range(count):
+        flaws.clear()
+        degrade(photo[:64, :64], key, "mild", 4)
+        found[frozenset(flaws)] += 1
+    blur, noise, jpeg = 1 - 0.5 * 0.65, 0.7, 0.65  # in the half with several steps
+    expected = {
+        frozenset(): 0.1 + 0.5 * (1 - blur) * (1 - noise) * (1 - jpeg),
+        frozenset({"blur"}): 0.1 + 0.5 * blur * (1 - noise) * (1 - jpeg),
+        frozenset({"noise"}): 0.15 + 0.5 * (1 - blur) * noise * (1 - jpeg),
+        frozenset({"jpeg"}): 0.15 + 0.5 * (1 - blur) * (1 - noise) * jpeg,
+        frozenset({"blur", "noise", "jpeg"}): 0.5 * blur * noise * jpeg,
+    }
+    for combination, share in expected.items():
+        error = 3 * np.sqrt(share * (1 - share) / count)
+        assert found[combination] / count == pytest.approx(share, abs=error), combination
 
 
 def test_every_step_happens(monkeypatch, photo):

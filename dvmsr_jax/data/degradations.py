@@ -88,26 +88,28 @@ class Level:
 
 # DASR uses only Gaussian kernels.
 _DASR = functools.partial(Round, shapes=(1.0, 0.0, 0.0), anisotropic=(0.35, 0.0, 0.0), sinc=0.0)
+_MILD = functools.partial(
+    _DASR, sigma=(0.2, 1.2), to_lr=True, gaussian_sigma=(0.0, 15.0), poisson_scale=(0.05, 1.0)
+)
 
 PRESETS: dict[str, tuple[Level, ...]] = {
     "clean": (Level(1.0),),
+    # Many photographs have only one of these flaws, most often JPEG.
     "mild": (
         Level(0.1),
+        Level(0.1, (_MILD(blur=0.0, noise=0.0, jpeg=0.0), _MILD(noise=0.0, jpeg=0.0))),
+        Level(0.15, (_MILD(blur=0.0, jpeg=0.0),)),
+        Level(0.15, (_MILD(blur=0.0, noise=0.0),)),
         Level(
-            0.9,
+            0.5,
             (
-                _DASR(blur=0.5, sigma=(0.2, 2.0), to_lr=True, noise=0.0, jpeg=0.0),
-                _DASR(
+                _MILD(blur=0.5, sigma=(0.2, 2.0), noise=0.0, jpeg=0.0),
+                _MILD(
                     blur=0.35,
-                    sigma=(0.2, 1.2),
                     up_down_keep=(0.15, 0.15, 0.7),
                     factors=(0.85, 1.2),
-                    to_lr=True,
                     noise=0.7,
-                    gaussian_sigma=(0.0, 15.0),
-                    poisson_scale=(0.05, 1.0),
                     jpeg=0.65,
-                    quality=(30.0, 95.0),
                 ),
             ),
             jpeg_last=0.75,
